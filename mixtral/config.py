@@ -1,0 +1,162 @@
+"""ModelConfig: the shape of a model, validated, and able to count before anything is built.
+
+Read from and written to Hugging Face `config.json` (transformers 4 and 5 keys) and Mistral's `params.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixtral.errors import ConfigError, did_you_mean
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a Mistral (one expert: dense) or Mixtral (several: sparse) model.
+
+    Raises ConfigError when a field is out of range or contradicts another.
+    """
+
+    vocab_size: int
+    dim: int  # D, the width of the residual stream
+    n_layers: int
+    n_heads: int  # query heads
+    n_kv_heads: int  # key/value heads; each serves n_heads / n_kv_heads query heads
+    head_dim: int
+    ffn_dim: int  # F, the hidden width of one expert
+    n_experts: int = 1  # 1: a dense feed-forward network and no router
+    experts_per_token: int = 1  # K
+    rope_theta: float = 1e6
+    context: int = 32768  # the longest sequence the model is meant for, in tokens
+    sliding_window: int | None = None  # a token sees this many positions, itself included; None: all of them
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    bos_id: int | None = 1
+    eos_id: int | None = 2
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        positive = "vocab_size dim n_layers n_heads n_kv_heads head_dim ffn_dim n_experts experts_per_token context"
+        for name in positive.split():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"config: {name} must be a positive integer, not {value!r}")
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ConfigError(f"config: {name} must be a positive number, not {value!r}")
+        window = self.sliding_window
+        if window is not None and (not isinstance(window, int) or window < 1):
+            raise ConfigError(f"config: sliding_window must be a positive integer or null, not {window!r}")
+        if self.n_heads % self.n_kv_heads:
+            raise ConfigError(f"config: n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.head_dim % 2:
+            raise ConfigError(f"config: head_dim must be even for the rotary embedding, not {self.head_dim}")
+        if self.experts_per_token > self.n_experts:
+            raise ConfigError(
+                f"config: experts_per_token {self.experts_per_token} is more than n_experts {self.n_experts}"
+            )
+
+    # -- what kind of model ------------------------------------------------------------------------------------------
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.n_experts > 1
+
+    @property
+    def queries_per_kv(self) -> int:
+        return self.n_heads // self.n_kv_heads
+
+    # -- counting ----------------------------------------------------------------------------------------------------
+
+    @property
+    def expert_params(self) -> int:
+        """Parameters of one expert of one layer: gate, up and down, no biases."""
+        return 3 * self.dim * self.ffn_dim
+
+    @property
+    def attention_params(self) -> int:
+        """Parameters of one layer's attention: query, key, value and output projections, no biases."""
+        return self.dim * self.head_dim * (2 * self.n_heads + 2 * self.n_kv_heads)
+
+    @property
+    def router_params(self) -> int:
+        """Parameters of one layer's router (0 when dense)."""
+        return self.dim * self.n_experts if self.is_sparse else 0
+
+    def _count(self, experts: int) -> int:
+        layer = self.attention_params + self.router_params + experts * self.expert_params + 2 * self.dim
+        embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
+        return self.n_layers * layer + embeddings + self.dim
+
+    def n_params(self) -> int:
+        """All parameters."""
+        return self._count(self.n_experts)
+
+    def n_active_params(self, k: int | None = None) -> int:
+        """Parameters a token meets when it takes `k` experts (default: the configured K)."""
+        k = self.experts_per_token if k is None else k
+        if not 1 <= k <= self.n_experts:
+            raise ConfigError(f"config: k must lie in 1..{self.n_experts} (n_experts), not {k}")
+        return self._count(k)
+
+    def flops_per_token(self, context: int, backward: bool = False, k: int | None = None) -> int:
+        """Multiply-adds times two for one token, averaged over a sequence of `context` tokens.
+
+        Counts every matrix product: projections, router, K experts, output, and the two attention products over the
+        positions a causal (and windowed) token sees on average. The embedding is a lookup and costs nothing. The
+        backward pass computes two products for each one of the forward pass, so forward with backward is three times.
+        """
+        if context < 1:
+            raise ConfigError(f"config: context must be a positive number of tokens, not {context}")
+        k = self.experts_per_token if k is None else k
+        layer = self.attention_params + self.router_params + k * self.expert_params
+        matmul = self.n_layers * layer + self.vocab_size * self.dim
+        attention = self.n_layers * 2 * self.n_heads * self.head_dim * self._mean_visible(context)
+        forward = 2 * (matmul + attention)
+        return round(3 * forward if backward else forward)
+
+    def _mean_visible(self, context: int) -> float:
+        """Positions seen by a token, itself included, averaged over a sequence of `context` tokens."""
+        window = min(self.sliding_window or context, context)
+        return (window * (window + 1) / 2 + (context - window) * window) / context
+
+    def weight_bytes(self, bits: float = 16) -> int:
+        """Bytes of all weights at `bits` a weight, norms and routers included."""
+        return round(self.n_params() * bits / 8)
+
+    def kv_bytes_per_token(self, bits: float = 16) -> int:
+        """Bytes of keys and values that one token adds to the cache."""
+        return round(2 * self.n_layers * self.n_kv_heads * self.head_dim * bits / 8)
+
+    def kv_bytes(self, context: int, bits: float = 16) -> int:
+        """Bytes of keys and values for one sequence of `context` tokens: no more than the window, if there is one."""
+        return self.kv_bytes_per_token(bits) * min(context, self.sliding_window or context)
+
+    # -- reading and writing -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """From our own field names; an unknown one raises ConfigError with the nearest known one."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"config: unknown field {name!r}; {did_you_mean(name, known)}")
+        required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+        if missing := sorted(required - set(values)):
+            raise ConfigError(f"config: missing {', '.join(missing)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes: Any) -> ModelConfig:
+        """A copy with some fields changed."""
+        return ModelConfig.from_dict({**self.to_dict(), **changes})
