@@ -1,0 +1,29 @@
+.NOTPARALLEL:
+.PHONY: help core setup demo test check bench
+
+help:
+	@echo 'make setup  install the package and all that its tests need into .venv'
+	@echo 'make demo   train a small Mixtral here, write with it, show its routing'
+	@echo 'make test   run the tests'
+	@echo 'make check  lint and type-check'
+	@echo 'make bench  run every benchmark in turn'
+
+core:
+	@tools/bootstrap core
+
+setup:
+	@tools/bootstrap dev
+
+demo: core
+	.venv/bin/mixtral demo
+
+# One thread a process: the tests' tensors are small, and a fixed thread count makes their numbers repeat.
+test: setup
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --maxprocesses 4
+
+check: setup
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+bench: setup
+	set -e; for script in bench/*.py; do echo "== $$script"; .venv/bin/python $$script; done
