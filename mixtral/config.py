@@ -1,20 +1,19 @@
 """ModelConfig: the shape of a model, validated, and able to count before anything is built.
 
-Read from and written to Hugging Face `config.json` (transformers 4 and 5 keys) and Mistral's `params.json`.
+`config_formats.py` reads it from, and writes it to, the files of Hugging Face and Mistral.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mixtral.errors import ConfigError, did_you_mean
 
-log = logging.getLogger(__name__)
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -46,15 +45,25 @@ class ModelConfig:
         positive = "vocab_size dim n_layers n_heads n_kv_heads head_dim ffn_dim n_experts experts_per_token context"
         for name in positive.split():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _is_int(value) or value < 1:
                 raise ConfigError(f"config: {name} must be a positive integer, not {value!r}")
         for name in ("rope_theta", "norm_eps", "init_std"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 < value < float("inf"):
+            if not (_is_int(value) or isinstance(value, float)) or not 0 < value < float("inf"):
                 raise ConfigError(f"config: {name} must be a positive number, not {value!r}")
         window = self.sliding_window
-        if window is not None and (not isinstance(window, int) or window < 1):
+        if window is not None and (not _is_int(window) or window < 1):
             raise ConfigError(f"config: sliding_window must be a positive integer or null, not {window!r}")
+        if not isinstance(self.tie_embeddings, bool):
+            raise ConfigError(f"config: tie_embeddings must be true or false, not {self.tie_embeddings!r}")
+        for name in ("bos_id", "eos_id"):
+            value = getattr(self, name)
+            if value is not None and (not _is_int(value) or value < 0):
+                raise ConfigError(f"config: {name} must be a token id or null, not {value!r}")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Refuse fields that are fine alone and contradict each other."""
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(f"config: n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
@@ -102,10 +111,14 @@ class ModelConfig:
 
     def n_active_params(self, k: int | None = None) -> int:
         """Parameters a token meets when it takes `k` experts (default: the configured K)."""
+        return self._count(self._taken(k))
+
+    def _taken(self, k: int | None) -> int:
+        """The number of experts a token takes: `k`, or the configured K."""
         k = self.experts_per_token if k is None else k
         if not 1 <= k <= self.n_experts:
             raise ConfigError(f"config: k must lie in 1..{self.n_experts} (n_experts), not {k}")
-        return self._count(k)
+        return k
 
     def flops_per_token(self, context: int, backward: bool = False, k: int | None = None) -> int:
         """Multiply-adds times two for one token, averaged over a sequence of `context` tokens.
@@ -116,8 +129,7 @@ class ModelConfig:
         """
         if context < 1:
             raise ConfigError(f"config: context must be a positive number of tokens, not {context}")
-        k = self.experts_per_token if k is None else k
-        layer = self.attention_params + self.router_params + k * self.expert_params
+        layer = self.attention_params + self.router_params + self._taken(k) * self.expert_params
         matmul = self.n_layers * layer + self.vocab_size * self.dim
         attention = self.n_layers * 2 * self.n_heads * self.head_dim * self._mean_visible(context)
         forward = 2 * (matmul + attention)
