@@ -1,0 +1,95 @@
+"""Every op the model needs, each by name through one table (table.py): the only place where a backend is chosen.
+
+`reference` defines what is correct; `torch` is the fast road. An op's meaning and shapes stand in reference.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mixtral.kernels import dense, loss, reference, rows, sdpa, stacked, table
+from mixtral.kernels.table import backends, choose, ops, use_backend
+
+__all__ = [
+    "attention", "backends", "cached_attention", "choose", "combine", "cross_entropy", "experts", "experts_decode",
+    "gather_rows", "linear", "ops", "rms_norm", "rotary", "swiglu", "use_backend",
+]  # fmt: skip
+
+
+def linear(x_TD: Tensor, w_OD: Tensor) -> Tensor:
+    return table.call("linear", x_TD, x_TD, w_OD)
+
+
+def swiglu(x_TD: Tensor, w13_2FD: Tensor, w2_DF: Tensor) -> Tensor:
+    return table.call("swiglu", x_TD, x_TD, w13_2FD, w2_DF)
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    return table.call("rms_norm", x_TD, x_TD, weight_D, eps)
+
+
+def rotary(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+    return table.call("rotary", x_THC, x_THC, cos_TC, sin_TC)
+
+
+def attention(q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, cu_seqlens: Tensor, window: int | None) -> Tensor:
+    return table.call("attention", q_THC, q_THC, k_TGC, v_TGC, cu_seqlens, window)
+
+
+def cached_attention(
+    q_THC: Tensor, positions_T: Tensor, cu_seqlens: Tensor, kv: Sequence[tuple[Tensor, Tensor, Tensor]],
+    window: int | None,
+) -> Tensor:  # fmt: skip
+    return table.call("cached_attention", q_THC, q_THC, positions_T, cu_seqlens, kv, window)
+
+
+def experts(rows_ND: Tensor, counts_E: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
+    return table.call("experts", rows_ND, rows_ND, counts_E, w13_E2FD, w2_EDF)
+
+
+def experts_decode(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
+    return table.call("experts_decode", x_TD, x_TD, weights_TK, experts_TK, w13_E2FD, w2_EDF)
+
+
+def gather_rows(x_TD: Tensor, order_N: Tensor, place_TK: Tensor) -> Tensor:
+    return table.call("gather_rows", x_TD, x_TD, order_N, place_TK)
+
+
+def combine(y_ND: Tensor, weights_TK: Tensor, order_N: Tensor, place_TK: Tensor) -> Tensor:
+    return table.call("combine", y_ND, y_ND, weights_TK, order_N, place_TK)
+
+
+def cross_entropy(h_TD: Tensor, w_VD: Tensor, targets_T: Tensor) -> Tensor:
+    return table.call("cross_entropy", h_TD, h_TD, w_VD, targets_T)
+
+
+def _grouped_supports(device: torch.device, dtype: torch.dtype) -> str:
+    """The measured rule (docs/log.md, 2026-11-21): on CPUs the loop is as fast or faster at every size tried."""
+    if not hasattr(torch.nn.functional, "grouped_mm"):
+        return "this torch has no grouped_mm"
+    if device.type != "cuda":
+        return "measured no faster than the loop off CUDA"
+    return "" if dtype == torch.bfloat16 else "CUDA's grouped GEMM takes bf16 alone"
+
+
+def _register_all() -> None:
+    table.register("experts", "grouped", stacked.experts_grouped, "one launch for all experts", _grouped_supports)
+    table.register("experts", "torch", stacked.experts_loop, "a product an expert, gradients written in place")
+    table.register("experts_decode", "torch", stacked.experts_decode, "matrix-vector products, no sorting")
+    table.register("linear", "torch", dense.linear, "F.linear, through fp32 where bf16 is slow")
+    table.register("swiglu", "torch", dense.swiglu, "gate and up in one product")
+    table.register("rms_norm", "torch", dense.rms_norm, "backward by formula")
+    table.register("rotary", "torch", dense.rotary, "backward is the opposite rotation")
+    table.register("attention", "torch", sdpa.attention, "scaled_dot_product_attention")
+    table.register("cached_attention", "torch", sdpa.cached_attention, "scaled_dot_product_attention")
+    table.register("gather_rows", "torch", rows.gather_rows, "gathers both ways, deterministic")
+    table.register("combine", "torch", rows.combine, "gathers both ways, deterministic")
+    table.register("cross_entropy", "torch", loss.cross_entropy, "fused with the output projection, by blocks")
+    for op in table.ops():
+        table.register(op, "reference", getattr(reference, op), "the definition of correct")
+
+
+_register_all()

@@ -1,0 +1,8 @@
+"""Sparse mixture of experts: router, dispatch, experts, the layer, and balancing."""
+
+from mixtral.moe.dispatch import Dispatched, Dispatcher, LocalDispatcher
+from mixtral.moe.experts import Experts, FeedForward
+from mixtral.moe.layer import MoE
+from mixtral.moe.router import Router, Routing
+
+__all__ = ["Dispatched", "Dispatcher", "Experts", "FeedForward", "LocalDispatcher", "MoE", "Router", "Routing"]

@@ -1,0 +1,121 @@
+"""The model: embedding, blocks of attention and (sparse) feed-forward, norm, output. One definition for everything.
+
+Legend: T tokens, D model width, V vocabulary, K experts a token, L layers, R rows asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mixtral import kernels
+from mixtral.config import ModelConfig
+from mixtral.model.attention import Attention, KVCache
+from mixtral.model.linear import Linear
+from mixtral.model.norm import RMSNorm
+from mixtral.model.packed import Packed
+from mixtral.model.rope import rotary_angles
+from mixtral.moe import Experts, FeedForward, MoE, Router, Routing
+
+
+class Output(NamedTuple):
+    """What a forward pass returns: tensors and named tuples only."""
+
+    logits: Tensor | None  # fp32 [R, V]; None when a loss was asked for
+    loss: Tensor | None  # fp32 scalar, with `targets`
+    routing: tuple[Routing, ...]  # one a layer; empty for a dense model
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn: MoE | FeedForward = _feed_forward(config)
+
+    def forward(
+        self, x_TD: Tensor, angles: tuple[Tensor, Tensor], batch: Packed, layer: int,
+        cache: KVCache | None, replay: Tensor | None,
+    ) -> tuple[Tensor, Routing | None]:  # fmt: skip
+        """x [T, D] -> (x [T, D], the layer's Routing, or None when dense)."""
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), angles, batch, layer, cache)
+        h_TD = self.ffn_norm(x_TD)
+        if isinstance(self.ffn, FeedForward):
+            return x_TD + self.ffn(h_TD), None
+        y_TD, routing = self.ffn(h_TD, replay)
+        return x_TD + y_TD, routing
+
+
+def _feed_forward(config: ModelConfig) -> MoE | FeedForward:
+    if not config.is_sparse:
+        return FeedForward(config.dim, config.ffn_dim)
+    router = Router(config.dim, config.n_experts, config.experts_per_token)
+    return MoE(router, Experts(config.n_experts, config.dim, config.ffn_dim))
+
+
+class Mixtral(nn.Module):
+    """A Mistral (dense) or Mixtral (sparse) language model. Weights are uninitialised: load them, or `initialise`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim, _weight=torch.empty(config.vocab_size, config.dim))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[V, D], the embedding itself when tied."""
+        return self.embedding.weight if self.output is None else self.output.weight
+
+    def forward(
+        self, batch: Packed, cache: KVCache | None = None, replay: Sequence[Tensor] | None = None,
+        rows: Tensor | None = None, targets: Tensor | None = None,
+    ) -> Output:  # fmt: skip
+        """Run a packed batch.
+
+        Args:
+            cache: keys and values of earlier tokens; the batch holds each sequence's new tokens alone.
+            replay: one int64 [T, K] a layer: the experts to take, as an earlier `routing` recorded them.
+            rows: int64 [R], the tokens whose logits are wanted; all of them by default.
+            targets: int64 [T], the token to predict at each place, -100 for none; gives a loss instead of logits.
+        """
+        x_TD = self.embedding(batch.tokens_T)
+        angles = rotary_angles(batch.positions_T, self.config.head_dim, self.config.rope_theta)
+        routings = []
+        for i, block in enumerate(self.layers):
+            x_TD, routing = block(x_TD, angles, batch, i, cache, None if replay is None else replay[i])
+            if routing is not None:
+                routings.append(routing)
+        if targets is not None:
+            loss = kernels.cross_entropy(self.norm(x_TD), self.output_weight, targets)
+            return Output(None, loss, tuple(routings))
+        h_RD = self.norm(x_TD if rows is None else x_TD[rows])
+        return Output(kernels.linear(h_RD, self.output_weight).float(), None, tuple(routings))
+
+
+@torch.no_grad()
+def initialise(model: Mixtral, generator: torch.Generator | None = None) -> Mixtral:
+    """Fresh weights, in place.
+
+    Normal with `init_std`; the two projections that write into the residual stream are scaled by 1/sqrt(2 L), so that
+    its variance does not grow with depth (GPT-2's rule); the output has std 0.1/sqrt(D), so that fresh logits have a
+    standard deviation of 0.1 whatever the width and the loss starts at ln V; norms are 1.
+    """
+    config = model.config
+    residual = config.init_std / (2 * config.n_layers) ** 0.5
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+            continue
+        std = residual if name.endswith((".wo.weight", ".w2")) else config.init_std
+        parameter.normal_(0.0, std, generator=generator)
+    model.output_weight.normal_(0.0, 0.1 / config.dim**0.5, generator=generator)
+    return model

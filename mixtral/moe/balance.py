@@ -1,0 +1,53 @@
+"""Balancing objectives: pure functions of routing, each per layer.
+
+Legend: T tokens, E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mixtral.moe.router import Routing
+
+
+def assignment_share(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
+    """The share of assignments that each expert received -> fp32 [E], summing to 1; unused places do not count."""
+    n_experts = routing.logits_TE.shape[1]
+    experts_TK = routing.experts_TK if mask_T is None else routing.experts_TK[mask_T]
+    counts = torch.bincount(experts_TK.flatten() + 1, minlength=n_experts + 1)[1:].float()  # place 0 counts the unused
+    return counts / counts.sum().clamp(min=1)
+
+
+def load_balance(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
+    """E * sum over experts of f * p for one layer (arXiv 2101.03961, equation 4).
+
+    f is the share of assignments an expert received, p its mean score. 1 at balance for any E and K; E / K when all
+    tokens put all their score on the same K experts. Gradients flow through p alone.
+
+    Args:
+        mask_T: bool, the tokens that count (padding does not). Packed batches need none.
+    """
+    scores_TE = routing.scores_TE if mask_T is None else routing.scores_TE[mask_T]
+    return scores_TE.shape[1] * (assignment_share(routing, mask_T) @ scores_TE.mean(0))
+
+
+def z_loss(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
+    """Mean over tokens of (logsumexp of the router's logits) squared (arXiv 2202.08906, equation 5)."""
+    logits_TE = routing.logits_TE if mask_T is None else routing.logits_TE[mask_T]
+    return logits_TE.logsumexp(-1).square().mean()
+
+
+def load_balance_hf(routings: Sequence[Routing], mask_T: Tensor | None = None) -> Tensor:
+    """The form of transformers' `load_balancing_loss_func`, for parity: all layers pooled before the product.
+
+    K at balance, not 1; and layers that each collapse on experts of their own look balanced to it. Train with
+    `load_balance`.
+    """
+    n_experts, k = routings[0].logits_TE.shape[1], routings[0].experts_TK.shape[1]
+    pooled = Routing(*(torch.cat(parts) for parts in zip(*routings, strict=True)))
+    mask = None if mask_T is None else mask_T.repeat(len(routings))
+    scores_TE = pooled.scores_TE if mask is None else pooled.scores_TE[mask]
+    return n_experts * k * (assignment_share(pooled, mask) @ scores_TE.mean(0))

@@ -1,0 +1,45 @@
+"""Experts: stacked SwiGLU networks over rows grouped by expert, and the dense network of a model without routing.
+
+Legend: T tokens, D model width, F expert hidden width, E experts, K experts a token, N routed rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mixtral import kernels
+from mixtral.moe.router import Routing
+
+DECODE_ASSIGNMENTS = 8  # up to so many (token, expert) pairs the direct road beats sorting (docs/log.md, 2026-11-21)
+
+
+class Experts(nn.Module):
+    """E networks w2(silu(w1 x) * w3 x) without biases; gate (w1) and up (w3) are fused as w13 [E, 2, F, D]."""
+
+    def __init__(self, n_experts: int, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.w13 = nn.Parameter(torch.empty(n_experts, 2, ffn_dim, dim))
+        self.w2 = nn.Parameter(torch.empty(n_experts, dim, ffn_dim))
+
+    def forward(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
+        """Rows grouped by expert, and how many each has -> outputs [N, D] in the same order."""
+        return kernels.experts(rows_ND, counts_E, self.w13, self.w2)
+
+    def decode(self, x_TD: Tensor, routing: Routing) -> Tensor | None:
+        """The whole layer for a few tokens without gradients; None: declined, take the road through dispatch."""
+        if torch.is_grad_enabled() or routing.experts_TK.numel() > DECODE_ASSIGNMENTS or x_TD.device.type != "cpu":
+            return None
+        return kernels.experts_decode(x_TD, routing.weights_TK, routing.experts_TK, self.w13, self.w2)
+
+
+class FeedForward(nn.Module):
+    """The dense network of Mistral 7B: one expert that every token takes."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.w13 = nn.Parameter(torch.empty(2, ffn_dim, dim))
+        self.w2 = nn.Parameter(torch.empty(dim, ffn_dim))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return kernels.swiglu(x_TD, self.w13, self.w2)

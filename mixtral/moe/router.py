@@ -1,0 +1,77 @@
+"""The router: which experts a token takes, and with what weight (arXiv 2401.04088, section 2.1).
+
+Legend: T tokens, D model width, E experts, K the most experts a token may take.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Routing(NamedTuple):
+    """One layer's routing: all that losses, statistics, plots, caches and prefetch need."""
+
+    logits_TE: Tensor  # fp32, before the score function
+    scores_TE: Tensor  # fp32, after it: what balancing objectives read
+    weights_TK: Tensor  # fp32; 0 where experts_TK is -1
+    experts_TK: Tensor  # int64, sorted by weight, ties to the lower index; -1: place unused or token dropped
+
+
+@torch.library.custom_op("mixtral::choose_experts", mutates_args=())
+def choose_experts(logits_TE: Tensor, k: int) -> Tensor:
+    """The k highest logits of each token, highest first, ties to the lower index -> int64 [T, k].
+
+    A registered op, so that selective activation checkpointing can keep the choice: made again on recomputed
+    activations, it could fall the other way near a tie. `topk` leaves the order of ties open; a stable sort does not.
+    """
+    return logits_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
+
+
+@choose_experts.register_fake
+def _(logits_TE: Tensor, k: int) -> Tensor:
+    return logits_TE.new_empty((logits_TE.shape[0], k), dtype=torch.int64)
+
+
+class Router(nn.Module):
+    """Mixtral's router: softmax over the K highest of x W^T, in fp32.
+
+    Args:
+        dim, n_experts: the shape [E, D] of the gate, which has no bias.
+        experts_per_token: K, unless a call says otherwise.
+    """
+
+    def __init__(self, dim: int, n_experts: int, experts_per_token: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_experts, dim))
+        self.experts_per_token = experts_per_token
+
+    def forward(self, x_TD: Tensor, replay: Tensor | None = None, k: int | Tensor | None = None) -> Routing:
+        """Route each token.
+
+        Args:
+            replay: int64 [T, K]; take these experts and compute logits and weights anew, so that gradients flow.
+            k: experts a token takes in this call: a number, or int64 [T] for each token its own.
+        """
+        logits_TE = nn.functional.linear(x_TD.float(), self.weight.float())
+        experts_TK = self._choose(logits_TE, k) if replay is None else replay
+        weights_TK = choice_weights(logits_TE, experts_TK)
+        return Routing(logits_TE, logits_TE.softmax(-1), weights_TK, experts_TK)
+
+    def _choose(self, logits_TE: Tensor, k: int | Tensor | None) -> Tensor:
+        if not isinstance(k, Tensor):
+            return choose_experts(logits_TE, min(k or self.experts_per_token, logits_TE.shape[1]))
+        most = int(k.max()) if k.numel() else 1
+        experts_TK = choose_experts(logits_TE, most)
+        unused_TK = torch.arange(most, device=k.device) >= k[:, None]
+        return experts_TK.masked_fill(unused_TK, -1)
+
+
+def choice_weights(logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    """Softmax over the chosen logits -> fp32 [T, K]; unused places (-1) weigh 0, and so does a token without experts."""
+    unused_TK = experts_TK < 0
+    chosen_TK = logits_TE.gather(1, experts_TK.clamp(min=0)).masked_fill(unused_TK, float("-inf"))
+    chosen_TK = chosen_TK.masked_fill(unused_TK.all(-1, keepdim=True), 0.0)  # a row of -inf alone would give NaN
+    return chosen_TK.softmax(-1).masked_fill(unused_TK, 0.0)
