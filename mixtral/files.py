@@ -1,0 +1,131 @@
+"""Writing so that what is on disk is always whole: into a temporary sibling first, then renamed into place."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from mixtral.errors import MixtralError
+
+_serial = itertools.count()  # two threads writing the same path must not share a temporary name
+
+
+def atomic_write(path: Path | str, data: bytes | str) -> None:
+    """Write a file, replacing an old one only once the new one is safely on disk; text is written as UTF-8.
+
+    Raises MixtralError when that fails (disk full, no permission): the old file is then intact, and nothing left over.
+    """
+    path = Path(path)
+    with _replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Yield an empty temporary folder to fill; it takes the place of `path` when the block ends without an error.
+
+    An old folder at `path` is replaced as a whole: renamed aside, then removed. A kill in the instant between the two
+    renames leaves it under the name `.NAME.old`, and the next atomic_folder for the same path puts it back first.
+    Raises MixtralError when writing fails; the old folder is then intact and nothing is left over. Any other error
+    inside the block passes through, with the same clean-up.
+    """
+    path = Path(path)
+    with _replacing(path) as temporary:
+        temporary.mkdir()
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _sync(Path(folder) / name)
+            _sync(Path(folder))
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, renamed over it if the block succeeds and removed if not."""
+    temporary = path.parent / f".{path.name}.{os.getpid()}-{next(_serial)}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _tidy(path)
+        yield temporary
+        _swap_in(temporary, path)
+        _sync(path.parent)
+    except Exception as error:
+        if is_write_failure(error):
+            raise MixtralError(f"cannot write {path}: {_one_line(error)}") from error
+        raise
+    finally:
+        _remove(temporary)
+
+
+def is_write_failure(error: Exception) -> bool:
+    """Whether the system refused to write: libraries wrap that in errors of their own, known by their text alone."""
+    wrapped = ("os error", "file write failed", "unexpected pos")  # safetensors, torch.save, torch.save when closing
+    return isinstance(error, OSError) or any(text in str(error) for text in wrapped)
+
+
+def _one_line(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+
+
+def _swap_in(new: Path, path: Path) -> None:
+    """Rename `new` to `path`. A folder cannot be renamed over a filled one, so an old one steps aside first."""
+    if not (new.is_dir() and path.is_dir()):
+        os.replace(new, path)
+        return
+    old = _old(path)
+    os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except OSError:
+        os.replace(old, path)
+        raise
+    _remove(old)
+
+
+def _old(path: Path) -> Path:
+    return path.parent / f".{path.name}.old"
+
+
+def _tidy(path: Path) -> None:
+    """Clear up after a process that was killed while it wrote `path`."""
+    if _old(path).exists():
+        if path.exists():
+            _remove(_old(path))
+        else:
+            os.replace(_old(path), path)
+    for left in path.parent.glob(f".{path.name}.*-*.tmp"):
+        pid = left.name.removeprefix(f".{path.name}.").split("-")[0]
+        if pid.isdigit() and not _alive(int(pid)):
+            _remove(left)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it lives, and belongs to someone else
+        return True
+    return True
+
+
+def _sync(path: Path) -> None:
+    """Wait until the file, or the folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,197 @@
+"""What this machine is and what it can do: names, cores and memory allowed to us, and measured ceilings.
+
+Every speed that `mixtral` reports is a fraction of a ceiling measured here, on the same machine and in the same minute.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+MEASURE_SECONDS = 0.6  # one measurement starts no new round after this long
+
+
+def cpu_count(root: Path = Path("/")) -> int:
+    """Cores this process may use: the affinity mask and the cgroup's quota, whichever is smaller; at least 1.
+
+    `root` stands for the file system's root, so that tests can show another machine's /proc and /sys.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = [_quota_v2(folder) for folder in _cgroup_folders("", root)]
+    quotas += [_quota_v1(folder) for folder in _cgroup_folders("cpu", root)]
+    return max(1, min(cores, *(math.floor(quota) for quota in quotas)) if quotas else cores)
+
+
+def available_memory_bytes(root: Path = Path("/")) -> int:
+    """Bytes that can still be allocated without swapping: what the system has, or the cgroup's limit leaves.
+
+    Where neither is known (macOS), all physical memory, which is an upper bound.
+    """
+    bounds = [_meminfo_available(root)]
+    for controller, limit, usage in (
+        ("", "memory.max", "memory.current"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        for folder in _cgroup_folders(controller, root):
+            most = _read_number(folder / limit)
+            if most < math.inf:
+                bounds.append(max(0, most - (_read_number(folder / usage) - _reclaimable(folder))))
+    best = min(bounds)
+    return int(best) if best < math.inf else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def hardware_name(device: torch.device | str = "cpu") -> str:
+    """For instance "AMD EPYC, 2 cores, AVX2" or "NVIDIA H100 80GB HBM3"."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cores = cpu_count()
+    return f"{_cpu_model()}, {cores} core{'s' if cores > 1 else ''}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def has_fast_bf16(device: torch.device | str) -> bool:
+    """Whether bf16 matrix products are done in hardware rather than emulated at a fraction of the fp32 rate.
+
+    CPU: AVX-512 BF16 or AMX. ARM has bf16 instructions too, but torch cannot be asked about them: not counted.
+    CUDA: compute capability 8 (Ampere) or later.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    # cpuinfo tells of AMX when the processor has it; torch's question also asks the kernel's permission to use it
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def measure_bandwidth(device: torch.device | str) -> float:
+    """Bytes a second of reading memory with all of torch's threads, best of many rounds; about a second at most.
+
+    The buffer is far larger than any cache: 256 MiB, 2 GiB on a GPU, or less where memory is short. It is read by a
+    matrix-vector product, the work that decoding does, and faster than torch's reductions at it (23 against 17 GB/s).
+    """
+    device = torch.device(device)
+    columns = 16384
+    n_bytes = 2 * 2**30 if device.type == "cuda" else min(256 * 2**20, available_memory_bytes() // 8)
+    rows = max(8, n_bytes // (4 * columns))
+    matrix, vector = torch.ones(rows, columns, device=device), torch.ones(columns, device=device)
+    return 4 * matrix.numel() / _best_seconds(functools.partial(torch.mv, matrix, vector), device, MEASURE_SECONDS)
+
+
+def measure_matmul(dtype: torch.dtype, device: torch.device | str) -> float:
+    """FLOP/s of the best square matrix product in `dtype` with all of torch's threads; about a second at most.
+
+    Sizes double from 512 to 8192 for as long as the next one is sure to end in time: a fast machine needs a large
+    product to show its rate, a slow one would spend minutes on it. The last size gets all the time that is left, as
+    one undisturbed round among many is enough on a machine shared with others.
+    """
+    device = torch.device(device)
+    size, ends = 512, time.perf_counter() + MEASURE_SECONDS
+    while True:
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        product = functools.partial(torch.mm, left, right)
+        seconds = _best_seconds(product, device, MEASURE_SECONDS / 10)
+        remaining = ends - time.perf_counter()
+        if size == 8192 or 4 * 8 * seconds > remaining:  # 8 times the work; a warm-up round, two more, and some slack
+            return 2 * size**3 / min(seconds, _best_seconds(product, device, remaining))
+        size *= 2
+
+
+def _best_seconds(run: Callable[[], torch.Tensor], device: torch.device, budget: float) -> float:
+    """Seconds of the fastest run: one goes first to warm up, then two or more until `budget` seconds are spent."""
+    times, ends = [], time.perf_counter() + budget
+    run()
+    _wait(device)
+    while len(times) < 2 or time.perf_counter() < ends:
+        started = time.perf_counter()
+        run()
+        _wait(device)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# -- what Linux tells ------------------------------------------------------------------------------------------------
+
+
+def _cgroup_folders(controller: str, root: Path) -> list[Path]:
+    """Folders of this process's control group and of all above it; `controller` is "" for version 2.
+
+    A container may see its group's path without seeing the folders on the way, so missing ones are left out.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    mount = root / "sys/fs/cgroup" / controller
+    for line in lines:  # such as 4:memory:/a/b or, in version 2, 0::/a/b
+        _, names, path = line.split(":", 2)
+        if controller in names.split(","):
+            inner = mount / path.lstrip("/")
+            return [folder for folder in (inner, *inner.parents) if folder.is_relative_to(mount) and folder.is_dir()]
+    return []
+
+
+def _read_number(path: Path) -> float:
+    """A file's first number; infinity where there is no file, or it says "max" or, as version 1 does, about 2^63."""
+    try:
+        value = float(path.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return math.inf
+    return value if 0 <= value < 2**62 else math.inf
+
+
+def _reclaimable(folder: Path) -> float:
+    """Bytes of cached files that count as used by the group but are given up on demand."""
+    try:
+        stat = dict(line.split()[:2] for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 0.0
+    return float(stat.get("inactive_file", 0))
+
+
+def _quota_v2(folder: Path) -> float:
+    try:
+        quota, period = (folder / "cpu.max").read_text().split()
+        return float(quota) / float(period)
+    except (OSError, ValueError):  # no file, or "max 100000"
+        return 1e9
+
+
+def _quota_v1(folder: Path) -> float:
+    quota, period = _read_number(folder / "cpu.cfs_quota_us"), _read_number(folder / "cpu.cfs_period_us")
+    return quota / period if quota < math.inf and 0 < period < math.inf else 1e9
+
+
+def _meminfo_available(root: Path) -> float:
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    found = [line.split() for line in lines if line.startswith("MemAvailable:")]
+    return float(found[0][1]) * 1024 if found else math.inf
+
+
+def _cpu_model() -> str:
+    """The processor's name; where the system does not tell (many ARM machines), its architecture."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:  # not Linux: macOS has a command instead
+        try:
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            pass
+    return platform.machine()

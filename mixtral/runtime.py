@@ -1,0 +1,125 @@
+"""How this process runs: device and dtype, seeds, threads, logging, and a record of all that beside every result."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import torch
+
+import mixtral
+from mixtral.errors import UsageError, did_you_mean
+from mixtral.hardware import cpu_count, hardware_name, has_fast_bf16
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+def choose_device(name: str | torch.device | None = None) -> torch.device:
+    """The device named; for None or "auto" a CUDA GPU when there is one, else the CPU.
+
+    Raises UsageError for a name that is none of cpu, cuda, cuda:N, and for a GPU that is not there.
+    """
+    if name is None or name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = str(name).partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise UsageError(f"device: unknown name {str(name)!r}; known: auto, cpu, cuda, cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(index or 0) >= count:
+        raise UsageError(f"device: {name} asked for, but torch sees {count} CUDA GPUs here; use cpu or auto")
+    return torch.device(str(name))
+
+
+def choose_dtype(name: str | torch.dtype | None, device: torch.device | str) -> torch.dtype:
+    """The dtype named; for None or "auto" bf16 where `device` has it in hardware, else fp32.
+
+    Raises UsageError for an unknown name.
+    """
+    if name is None or name == "auto":
+        return torch.bfloat16 if has_fast_bf16(device) else torch.float32
+    if isinstance(name, torch.dtype):
+        name = str(name).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UsageError(f"dtype: unknown name {name!r}; {did_you_mean(name, ['auto', *DTYPES])}")
+    return DTYPES[name]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and torch's (every device's) global random states.
+
+    Raises UsageError unless 0 <= seed < 2^32, which is what numpy takes.
+    """
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"seed: must lie in 0..{2**32 - 1}, not {seed}")
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def set_threads(threads: int | None = None) -> int:
+    """Let torch use `threads` threads, by default the cores allowed to us (or OMP_NUM_THREADS); returns the number.
+
+    torch by itself looks at the whole machine: in a container with a quota it starts too many. Raises UsageError
+    unless threads is positive.
+    """
+    if threads is None:
+        threads = torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else cpu_count()
+    if threads < 1:
+        raise UsageError(f"threads: must be a positive number, not {threads}")
+    torch.set_num_threads(threads)
+    return threads
+
+
+def setup_logging(verbose: bool = False) -> None:
+    """Send our log to standard error: warnings, and with `verbose` everything. Calling it again changes the level."""
+    log = logging.getLogger("mixtral")
+    log.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        log.addHandler(handler)
+        log.propagate = False  # else a library that configures the root logger makes every line appear twice
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, str | int | bool | None]:
+    """What a result depends on besides its configuration; written beside every result.
+
+    Keys: mixtral, commit (None outside a checkout), dirty (uncommitted changes to tracked files), python, torch,
+    platform, hardware, threads.
+    """
+    commit = _git("rev-parse", "HEAD")
+    return {
+        "mixtral": mixtral.__version__,
+        "commit": commit,
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else False,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "hardware": hardware_name(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """What git prints about the checkout the package lies in; None when it lies in none, or git is missing."""
+    top = Path(__file__).parent.parent
+    if not (top / ".git").exists():  # an installed package inside somebody else's repository is not that repository
+        return None
+    try:
+        done = subprocess.run(["git", *arguments], cwd=top, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
