@@ -1,0 +1,139 @@
+"""Writes sentencepiece and tekken vocabularies as the `tokenizer.json` that transformers reads, with the same ids.
+
+Both encode by merging the best-ranked pair of neighbours, the leftmost first where two rank the same. A
+`tokenizer.json` states the same as a list of pairs, in which no two rank the same.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mixtral.tokenizer.spm_model import Kind, Piece
+
+SPACE = "▁"
+
+
+def merge_list(pieces: Sequence[str]) -> list[tuple[str, str]]:
+    """Every pair of pieces that makes another one, `pieces` given in the order in which they are to be made.
+
+    Of the splits of one piece the one with the longest left part stands first: in a run of one character the
+    leftmost merge is the one that extends what was merged before.
+    """
+    known = set(pieces)
+    return [(piece[:i], piece[i:]) for piece in pieces for i in range(len(piece) - 1, 0, -1)
+            if piece[:i] in known and piece[i:] in known]
+
+
+def spm_to_json(pieces: Sequence[Piece], dummy_prefix: bool, bos_id: int) -> bytes:
+    """The tokenizer.json of a BPE model with byte fallback that leaves text as it is."""
+    # Runs of spaces all share one score in Mistral's files, so that the leftmost run grows to its full length before
+    # the next one starts: the longest first has the same effect.
+    normal = [p for p in pieces if p.kind == Kind.NORMAL]
+    normal.sort(key=lambda p: (-p.score, -len(p.text)))
+    whole = [p.text for p in pieces if p.kind == Kind.USER_DEFINED]
+    control = {i: p.text for i, p in enumerate(pieces) if p.kind in (Kind.CONTROL, Kind.UNKNOWN)}
+    prefix = [{"type": "Prepend", "prepend": SPACE}] if dummy_prefix else []
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if dummy_prefix else []
+    return _document(
+        control,
+        bos_id,
+        normalizer=_sequence("normalizers", [*prefix, _replace(" ", SPACE)]),
+        # User-defined pieces are found in the text before anything merges. They are no "added tokens" here, because
+        # the text after one of those would be given another leading space.
+        pre_tokenizer=_split("|".join(re.escape(text) for text in sorted(whole, key=len, reverse=True)), "Isolated")
+        if whole else None,
+        decoder=_sequence("decoders", [_replace(SPACE, " "), {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]),
+        model={
+            "unk_token": next(p.text for p in pieces if p.kind == Kind.UNKNOWN),
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": bool(whole),  # a user-defined piece is looked up as a whole
+            "vocab": {p.text: i for i, p in enumerate(pieces)},
+            "merges": merge_list([p.text for p in normal]),
+        },
+    )
+
+
+def tekken_to_json(pieces: Sequence[bytes], control: Mapping[int, str], pattern: str, bos_id: int) -> bytes:
+    """The tokenizer.json of tekken's byte-level BPE: its rank is the order of the vocabulary."""
+    table = byte_characters()
+    texts = {i: "".join(table[byte] for byte in piece) for i, piece in enumerate(pieces) if i not in control}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    return _document(
+        control,
+        bos_id,
+        normalizer=None,
+        pre_tokenizer=_sequence("pretokenizers", [_split(pattern, "Isolated"), byte_level]),
+        decoder=byte_level,
+        model={
+            "unk_token": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,  # tiktoken looks a word up before it merges
+            "vocab": {**{name: i for i, name in control.items()}, **{text: i for i, text in texts.items()}},
+            "merges": merge_list(list(texts.values())),
+        },
+    )
+
+
+def hf_config(control: Mapping[int, str], bos_id: int, eos_id: int) -> bytes:
+    """tokenizer_config.json: the names transformers needs beside tokenizer.json."""
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": control[bos_id],
+        "eos_token": control[eos_id],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 10**30,
+    }
+    if "<unk>" in control.values():
+        config["unk_token"] = "<unk>"
+    return _json(config)
+
+
+def byte_characters() -> list[str]:
+    """The character by which a byte-level tokenizer.json writes each byte: itself where it prints, else U+0100 on."""
+    printing = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printing else next(others)) for byte in range(256)]
+
+
+def _document(control: Mapping[int, str], bos_id: int, *, model: dict[str, Any], **stages: Any) -> bytes:
+    """The whole file, from its stages and its model. `control` tokens are special; <s> goes before every text."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    bos = control[bos_id]
+    bos_item, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    second = {"Sequence": {"id": "B", "type_id": 1}}
+    return _json({
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": name, **flags} for i, name in sorted(control.items())],
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [bos_item, text],
+            "pair": [bos_item, text, {"SpecialToken": {"id": bos, "type_id": 1}}, second],
+            "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
+        },
+        **stages,
+        "model": {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                  **model},
+    })
+
+
+def _sequence(member: str, items: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"type": "Sequence", member: items}
+
+
+def _replace(old: str, new: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": old}, "content": new}
+
+
+def _split(pattern: str, behavior: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": False}
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()

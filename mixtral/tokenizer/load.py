@@ -1,0 +1,72 @@
+"""Finds and reads the tokenizer of a model folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mixtral.errors import MixtralError, UsageError
+from mixtral.tokenizer.base import Tokenizer
+from mixtral.tokenizer.mistral import SentencePieceTokenizer, TekkenTokenizer
+from mixtral.tokenizer.tokenizer_json import JsonTokenizer
+
+WANTED = "tekken.json, *.model.v1 (v2, v3, ...), *.model, tokenizer.json"
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """The tokenizer of a model folder, or of one tokenizer file.
+
+    Of several files in a folder the first of these is read: tekken.json, a sentencepiece model that tells its version
+    (own.model.v3), one that does not (tokenizer.model), tokenizer.json. Raises UsageError when there is none or the
+    choice is not clear, MixtralError when the file is damaged.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _choose(path)
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file or folder; expected a model folder or one of {WANTED}")
+    try:
+        data = path.read_bytes()
+        config = _read_config(path.with_name("tokenizer_config.json"))
+    except OSError as error:
+        raise MixtralError(f"{path}: cannot read the tokenizer: {error.strerror}") from error
+    try:
+        return _read(path.name, data, config)
+    except MixtralError as error:  # the readers know the file by its name alone
+        raise type(error)(f"{path.parent}/{error}") from error
+
+
+def _choose(folder: Path) -> Path:
+    """The one file of the folder that is to be read."""
+    models = sorted(folder.glob("*.model*"))
+    versioned = [p for p in models if p.suffix != ".model"]
+    bare = [p for p in models if p.suffix == ".model"]
+    for candidates in ([folder / "tekken.json"], versioned, bare, [folder / "tokenizer.json"]):
+        found = [p for p in candidates if p.is_file()]
+        if len(found) > 1:
+            raise UsageError(f"{folder}: several tokenizers ({', '.join(p.name for p in found)}); name one file")
+        if found:
+            return found[0]
+    raise UsageError(f"{folder}: no tokenizer in this folder; looked for {WANTED}")
+
+
+def _read(name: str, data: bytes, config: dict[str, Any]) -> Tokenizer:
+    if name.endswith(".json"):
+        return TekkenTokenizer(data, name) if "tekken" in name else JsonTokenizer(data, config, name)
+    if ".model" in name:
+        return SentencePieceTokenizer(data, name)
+    raise UsageError(f"{name}: not the name of a tokenizer file; expected one of {WANTED}")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json, {} when there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MixtralError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise MixtralError(f"{path}: expected a JSON object, not {type(config).__name__}")
+    return config

@@ -1,0 +1,129 @@
+"""Mistral's own tokenizer files: sentencepiece models (v1, v2, v3, ...) and tekken."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sentencepiece import SentencePieceProcessor
+
+from mixtral.errors import MixtralError, UsageError
+from mixtral.tokenizer.base import Tokenizer
+from mixtral.tokenizer.export import hf_config, spm_to_json, tekken_to_json
+from mixtral.tokenizer.spm_model import Kind, Piece, read_spm_model
+
+if TYPE_CHECKING:
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+BARE_NAME_CLUES = {"[SYSTEM_PROMPT]": "v7", "[INST]": "v3"}  # a control token that only this version and later have
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece BPE model with byte fallback: every text encodes, and decodes to itself.
+
+    One character is an exception, in every sentencepiece model: U+2581, which stands for the space inside pieces,
+    decodes as a space.
+    """
+
+    def __init__(self, data: bytes, file_name: str) -> None:
+        """`file_name` tells the version as mistral-common reads it: own.model.v3. Raises MixtralError, UsageError."""
+        try:
+            self._model = read_spm_model(data)
+            self._processor = SentencePieceProcessor(model_proto=data)
+        except (ValueError, RuntimeError) as error:
+            reason = error if isinstance(error, ValueError) else "the file is damaged"
+            raise MixtralError(f"{file_name}: {reason}; expected a sentencepiece model such as tokenizer.model.v3") \
+                from error
+        pieces = self._model.pieces
+        control = {i: p.text for i, p in enumerate(pieces) if p.kind in (Kind.CONTROL, Kind.UNKNOWN)}
+        bos_id, eos_id = self._processor.bos_id(), self._processor.eos_id()
+        if bos_id < 0 or eos_id < 0:
+            raise MixtralError(f"{file_name}: no <s> or no </s> among the pieces; a language model needs both")
+        super().__init__(_spm_version(file_name, control), [_spm_bytes(p) for p in pieces], control, bos_id, eos_id,
+                         self._model.dummy_prefix)
+        self._data = data
+        stem = file_name.partition(".model")[0]
+        suffix = file_name.rpartition(".model.")[2] if ".model." in file_name else self.version
+        self.file_name = f"{stem}.model.{suffix}"
+
+    def _encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return self._processor.encode(texts, num_threads=os.cpu_count() or 1)
+
+    def _files(self) -> dict[str, bytes]:
+        tokenizer_json = spm_to_json(self._model.pieces, self.dummy_prefix, self.bos_id)
+        return {self.file_name: self._data, "tokenizer.json": tokenizer_json,
+                "tokenizer_config.json": hf_config(self.control, self.bos_id, self.eos_id)}
+
+    @cached_property
+    def mistral(self) -> MistralTokenizer:
+        return _mistral_tokenizer(self._data, self.file_name)
+
+
+class TekkenTokenizer(Tokenizer):
+    """Tekken: byte-level BPE (tiktoken) with its control tokens in front of the vocabulary."""
+
+    def __init__(self, data: bytes, file_name: str) -> None:
+        """Raises MixtralError when the file is not a whole tekken file."""
+        try:
+            mistral = _mistral_tokenizer(data, "tekken.json")
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            raise MixtralError(f"{file_name}: not a whole tekken.json: {type(error).__name__}: {str(error)[:80]}") \
+                from error
+        self._tekken = mistral.instruct_tokenizer.tokenizer
+        size = self._tekken.n_words
+        control = {i: self._tekken.id_to_piece(i) for i in sorted(self._tekken.special_ids)}
+        pieces = [self._tekken.id_to_byte_piece(i) for i in range(size)]
+        super().__init__("tekken", pieces, control, self._tekken.bos_id, self._tekken.eos_id, dummy_prefix=False)
+        self._data = data
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tekken.encode(text, bos=False, eos=False)
+
+    def _files(self) -> dict[str, bytes]:
+        pattern = json.loads(self._data)["config"]["pattern"]
+        return {"tekken.json": self._data,
+                "tokenizer.json": tekken_to_json(self._pieces, self.control, pattern, self.bos_id),
+                "tokenizer_config.json": hf_config(self.control, self.bos_id, self.eos_id)}
+
+    @cached_property
+    def mistral(self) -> MistralTokenizer:
+        return _mistral_tokenizer(self._data, "tekken.json")
+
+
+def _spm_version(file_name: str, control: dict[int, str]) -> str:
+    """As mistral-common reads it: own.model.v3, tokenizer.model.v7m1. A bare .model is told by its control tokens."""
+    from mistral_common.tokens.tokenizers.base import TokenizerVersion
+
+    suffix = file_name.rpartition(".model")[2]
+    if not suffix:
+        return next((version for name, version in BARE_NAME_CLUES.items() if name in control.values()), "v1")
+    version = suffix.removeprefix(".").partition("m")[0]
+    if version not in TokenizerVersion.__members__:
+        known = ", ".join(f".model.{name}" for name in TokenizerVersion.__members__)
+        raise UsageError(f"{file_name}: unknown tokenizer version {version!r}; the name must end in .model or {known}")
+    return version
+
+
+def _spm_bytes(piece: Piece) -> bytes:
+    if piece.kind in (Kind.CONTROL, Kind.UNKNOWN):
+        return b""
+    if piece.kind == Kind.BYTE:  # written <0x0A>
+        return bytes([int(piece.text[3:5], 16)])
+    return piece.text.replace("▁", " ").encode()
+
+
+def _mistral_tokenizer(data: bytes, file_name: str) -> MistralTokenizer:
+    """mistral-common reads files alone, and the version from their name."""
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / file_name
+        path.write_bytes(data)
+        return MistralTokenizer.from_file(path)

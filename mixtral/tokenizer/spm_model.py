@@ -1,0 +1,94 @@
+"""Reads a sentencepiece model file: its pieces with scores and kinds, and the settings that decide how it encodes.
+
+The sentencepiece library tells neither settings nor user-defined pieces, and its own reader wants the protobuf
+package; the wire format is simple enough to read here.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from enum import IntEnum
+from typing import NamedTuple
+
+# Field numbers of sentencepiece's ModelProto, TrainerSpec and NormalizerSpec messages.
+PIECE, TRAINER, NORMALIZER = 1, 2, 3
+MODEL_TYPE, SUFFIX_SPACES, BYTE_FALLBACK = 3, 24, 35
+CHARSMAP, DUMMY_PREFIX, SQUEEZE_SPACES, ESCAPE_SPACES = 2, 3, 4, 5
+BPE = 2
+
+
+class Kind(IntEnum):
+    NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+
+class Piece(NamedTuple):
+    text: str  # spaces written as U+2581
+    score: float  # pairs merge best score first
+    kind: Kind
+
+
+class SpmModel(NamedTuple):
+    pieces: list[Piece]
+    dummy_prefix: bool
+
+
+def read_spm_model(data: bytes) -> SpmModel:
+    """Raises ValueError, with the reason, for what is not a model of Mistral's family (BPE that loses nothing)."""
+    try:
+        fields = list(_fields(data))
+        pieces = [_piece(value) for number, value in fields if number == PIECE and isinstance(value, bytes)]
+        specs = {number: dict(_fields(value)) for number, value in fields
+                 if number in (TRAINER, NORMALIZER) and isinstance(value, bytes)}
+    except (IndexError, struct.error, ValueError) as error:
+        raise ValueError("the file is damaged or not a sentencepiece model") from error
+    if not pieces or len(specs) < 2:
+        raise ValueError("the file is damaged or not a sentencepiece model")
+    trainer, normalizer = specs[TRAINER], specs[NORMALIZER]
+    if trainer.get(MODEL_TYPE) != BPE or not trainer.get(BYTE_FALLBACK) or trainer.get(SUFFIX_SPACES):
+        raise ValueError("only BPE models with byte fallback are supported")
+    if normalizer.get(CHARSMAP) or normalizer.get(SQUEEZE_SPACES, 1) or not normalizer.get(ESCAPE_SPACES, 1):
+        raise ValueError("only models that leave the text as it is (identity normaliser, all spaces kept) are supported")
+    return SpmModel(pieces, dummy_prefix=bool(normalizer.get(DUMMY_PREFIX, 1)))
+
+
+def _piece(data: bytes) -> Piece:
+    fields = dict(_fields(data))
+    text, score, kind = fields.get(1, b""), fields.get(2, b"\0\0\0\0"), fields.get(3, 1)
+    if not isinstance(text, bytes) or not isinstance(score, bytes) or not isinstance(kind, int):
+        raise ValueError("a piece's fields have the wrong wire types")
+    return Piece(text.decode(), struct.unpack("<f", score)[0], Kind(kind))
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(field number, value) of one protobuf message: numbers as int, everything else as its bytes."""
+    position = 0
+    while position < len(data):
+        key, position = _varint(data, position)
+        wire_type = key & 7
+        if wire_type == 0:
+            value, position = _varint(data, position)
+            yield key >> 3, value
+            continue
+        if wire_type == 2:
+            size, position = _varint(data, position)
+        elif wire_type in (1, 5):
+            size = 8 if wire_type == 1 else 4
+        else:
+            raise ValueError(f"unknown wire type {wire_type}")
+        if position + size > len(data):
+            raise ValueError("the message ends early")
+        yield key >> 3, data[position : position + size]
+        position += size
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    """The number that starts at `position`, seven bits a byte, and where it ends."""
+    number = shift = 0
+    while True:
+        byte = data[position]
+        number |= (byte & 127) << shift
+        position += 1
+        shift += 7
+        if byte < 128:
+            return number, position

@@ -1,0 +1,61 @@
+"""Trains an own BPE vocabulary, in the form of Mistral's sentencepiece files."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Iterator
+
+from sentencepiece import SentencePieceTrainer
+
+from mixtral.errors import UsageError
+from mixtral.tokenizer.base import Tokenizer
+from mixtral.tokenizer.mistral import SentencePieceTokenizer
+
+# The control tokens that a version's chat format uses, in the order of Mistral's file; <unk>, <s>, </s> come before.
+CONTROL = {
+    "v1": [],
+    "v3": ["[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
+           "[/TOOL_RESULTS]", "[IMG]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]"],
+}
+LONGEST_LINE = 1 << 16  # bytes; the trainer leaves out longer lines
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, version: str = "v3", name: str = "own") -> Tokenizer:
+    """Byte-pair encoding learnt from `texts`, line by line; `save` names the file NAME.model.VERSION.
+
+    Raises UsageError for an unknown version, an empty corpus, or a size that the corpus and the fixed tokens
+    (3 + control tokens + 256 bytes) do not allow.
+    """
+    if version not in CONTROL:
+        raise UsageError(f"tokenizer version {version!r} cannot be trained; known: {', '.join(CONTROL)}")
+    smallest = 3 + len(CONTROL[version]) + 256 + 1
+    if vocab_size < smallest:
+        raise UsageError(f"vocab_size {vocab_size} is too small: bytes and control tokens of {version} need {smallest}")
+    lines = _lines(texts)
+    first = next(lines, None)
+    if first is None:
+        raise UsageError("cannot train a tokenizer: the corpus is empty; give it at least one line of text")
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=_chain(first, lines), model_writer=model, vocab_size=vocab_size, model_type="bpe",
+            control_symbols=CONTROL[version], pad_id=-1, byte_fallback=True, split_digits=True,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
+            character_coverage=0.99995, max_sentence_length=LONGEST_LINE, num_threads=os.cpu_count() or 1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).split("] ")[-1].strip() or str(error)
+        raise UsageError(f"cannot train a tokenizer of {vocab_size} pieces on this corpus: {reason}") from error
+    return SentencePieceTokenizer(model.getvalue(), f"{name}.model.{version}")
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """Lines that are not blank: line ends are byte tokens, as in Mistral's vocabularies."""
+    return (line for text in texts for line in text.split("\n") if line.strip())
+
+
+def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
