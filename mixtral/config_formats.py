@@ -121,7 +121,10 @@ _BOOLS = ("tie_embeddings",)
 
 # What a published shape implies when its file leaves it out. The 7B with a vocabulary of 32000 and no window (v0.2) is
 # left out: it differs from a v0.1 with its window switched off in the rotary base alone.
-_SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "n_experts", "sliding_window")
+_SHAPE = (
+    *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim"),
+    *("ffn_dim", "vocab_size", "n_experts", "sliding_window"),
+)
 _KNOWN: dict[tuple[int | None, ...], tuple[str, float, int]] = {  # -> name, rope_theta, context
     (4096, 32, 32, 8, 128, 14336, 32000, 1, 4096): ("Mistral 7B v0.1", 1e4, 32768),
     (4096, 32, 32, 8, 128, 14336, 32768, 1, None): ("Mistral 7B v0.3", 1e6, 32768),

@@ -1,0 +1,193 @@
+"""Loading weights: every name and shape is checked against the table before the first tensor is read.
+
+Our tensors are allocated once; foreign ones stream by and are copied into their slots, so the peak is the model plus
+one tensor (`.pt` shards are memory-mapped: their pages are the system's to reclaim).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import reduce
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mixtral.config import ModelConfig
+from mixtral.errors import UsageError, WeightsError
+from mixtral.weights.names import Format, Slot, layouts, output_name, parameter_shapes, slots
+from mixtral.weights.safetensors_file import Header, SafetensorsFile
+from mixtral.weights.torch_file import TorchFile
+
+_SINGLE, _INDEX, _NATIVE = "model.safetensors", "model.safetensors.index.json", "consolidated.safetensors"
+
+
+class TensorFile(Protocol):
+    """A file of tensors that tells what it holds before it is read."""
+
+    path: Path
+    headers: dict[str, Header]
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
+def detect_format(folder: str | Path) -> Format:
+    """Which weights a model folder holds; Hugging Face's when it holds both.
+
+    Raises UsageError when there is no such folder, WeightsError when it has no weights that we read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder; a model folder with its weights is wanted")
+    if (folder / _SINGLE).is_file() or (folder / _INDEX).is_file():
+        return "hf"
+    if _native_files(folder):
+        return "mistral"
+    wanted = f"{_SINGLE}, {_INDEX}, {_NATIVE} or consolidated.NN.pt"
+    raise WeightsError(f"{folder}: no weights that can be read; {wanted} is wanted")
+
+
+def load_state(
+    folder: str | Path,
+    config: ModelConfig,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """Our parameters (names and shapes of `parameter_shapes`) from a model folder of any format.
+
+    A dtype of None keeps the file's. Raises WeightsError when tensors are missing, unknown, of the wrong shape or of a
+    kind that we do not read, naming them, or when a file is damaged; nothing is allocated before that is known.
+    """
+    format = detect_format(folder)
+    files = _open_hf(Path(folder)) if format == "hf" else [_open_native(path) for path in _native_files(Path(folder))]
+    headers = _merge(files)
+    found = _match(headers, config, format, Path(folder))
+    output = output_name(format) if config.tie_embeddings else None
+    state = _allocate(headers, found, config, dtype, device)
+    copy_of_embedding: Tensor | None = None
+    for file in files:
+        for name, tensor in file.stream():
+            if name == output:
+                copy_of_embedding = tensor  # compared below: the embedding itself may still be to come
+                continue
+            view = found[name].view(state[found[name].ours])
+            view.copy_(tensor.reshape(view.shape))
+    if copy_of_embedding is not None:
+        _check_tied(state["embedding.weight"], copy_of_embedding, f"{folder}: {output}")
+    return state
+
+
+# -- which files -------------------------------------------------------------------------------------------------------
+
+
+def _native_files(folder: Path) -> list[Path]:
+    single = folder / _NATIVE
+    return [single] if single.is_file() else sorted(
+        path for path in folder.glob("consolidated.[0-9]*") if path.suffix in (".pt", ".pth")
+    )
+
+
+def _open_native(path: Path) -> TensorFile:
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+
+
+def _open_hf(folder: Path) -> list[TensorFile]:
+    if (folder / _SINGLE).is_file():
+        return [SafetensorsFile(folder / _SINGLE)]
+    shard_of = _read_index(folder / _INDEX)
+    files: list[TensorFile] = []
+    for shard in sorted(set(shard_of.values())):
+        if Path(shard).name != shard:
+            raise WeightsError(f"{folder / _INDEX}: a shard must be a file name, not {shard!r}")
+        if not (folder / shard).is_file():
+            raise WeightsError(f"{folder / _INDEX}: points at {shard}, which is not there")
+        file = SafetensorsFile(folder / shard)
+        promised = {name for name, where in shard_of.items() if where == shard}
+        if wrong := promised ^ file.headers.keys():
+            raise WeightsError(f"{file.path}: does not hold what {_INDEX} says: {_some(wrong)}")
+        files.append(file)
+    return files
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> shard file name."""
+    try:
+        shard_of = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not shard_of or not all(isinstance(shard, str) for shard in shard_of.values()):
+            raise TypeError
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise WeightsError(f'{path}: not an index; {{"weight_map": {{tensor: file}}}} is wanted') from None
+    return dict(shard_of)
+
+
+# -- do they fit -------------------------------------------------------------------------------------------------------
+
+
+def _merge(files: list[TensorFile]) -> dict[str, Header]:
+    headers: dict[str, Header] = {}
+    for file in files:
+        if twice := headers.keys() & file.headers.keys():
+            raise WeightsError(f"{file.path}: tensors that an earlier shard holds too: {_some(twice)}")
+        headers |= file.headers
+    return headers
+
+
+def _match(headers: dict[str, Header], config: ModelConfig, format: Format, folder: Path) -> dict[str, Slot]:
+    """The slots of the layout that the files are in; WeightsError unless each is filled by exactly one tensor."""
+    candidates = [slots(config, format, ffn) for ffn in layouts(config, format)]
+    found = max(candidates, key=lambda candidate: len(candidate.keys() & headers.keys()))
+    if config.tie_embeddings and output_name(format) not in headers:
+        del found[output_name(format)]
+    complaints = []
+    if missing := found.keys() - headers.keys():
+        complaints.append(f"{len(missing)} missing: {_some(missing)}")
+    if unknown := headers.keys() - found.keys():
+        complaints.append(f"{len(unknown)} unknown: {_some(unknown)}")
+    common = found.keys() & headers.keys()
+    if misshapen := [name for name in common if headers[name].shape != found[name].shape]:
+        first = min(misshapen)
+        shapes = f"{list(headers[first].shape)} where the config asks for {list(found[first].shape)}"
+        complaints.append(f"{len(misshapen)} misshapen: {_some(misshapen)} ({first} is {shapes})")
+    if foreign := [name for name in common if headers[name].dtype is None]:
+        stored = ", ".join(sorted({headers[name].stored for name in foreign}))
+        complaints.append(f"{len(foreign)} stored as {stored}, not as F64, F32, F16 or BF16: {_some(foreign)}")
+    if complaints:
+        raise WeightsError(f"{folder}: the tensors do not fit the config: {'; '.join(complaints)}")
+    return found
+
+
+def _some(names: set[str] | list[str], count: int = 3) -> str:
+    """The first few of many names."""
+    first = ", ".join(sorted(names)[:count])
+    return first if len(names) <= count else f"{first} and {len(names) - count} more"
+
+
+# -- filling -----------------------------------------------------------------------------------------------------------
+
+
+def _allocate(
+    headers: dict[str, Header],
+    found: dict[str, Slot],
+    config: ModelConfig,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> dict[str, Tensor]:
+    """Our tensors, empty. Without a dtype each takes the widest of those that it is put together from."""
+    sources: dict[str, list[torch.dtype]] = {}
+    for name, slot in found.items():
+        stored = headers[name].dtype
+        assert stored is not None  # _match refused the others
+        sources.setdefault(slot.ours, []).append(stored)
+    return {
+        ours: torch.empty(shape, dtype=dtype or reduce(torch.promote_types, sources[ours]), device=device)
+        for ours, shape in parameter_shapes(config).items()
+    }
+
+
+def _check_tied(embedding: Tensor, output: Tensor, what: str) -> None:
+    if not torch.equal(embedding, output.to(embedding)):
+        raise WeightsError(f"{what} differs from the embedding, and the config ties the two: untie them there")

@@ -1,0 +1,237 @@
+"""The one table of weight names: how each tensor of a foreign file lies inside one of ours.
+
+A rule's `view` maps our tensor to a strided view whose elements, read in row-major order, are exactly the foreign
+tensor. Loading copies the file into that view and saving reads the view out, so both directions are one function,
+and a rule cannot be wrong in one direction only. Each foreign format is a column (`hf`, `mistral`).
+
+Legend: D model width, F expert hidden width, E experts, H query heads, G key/value heads, R = H / G query heads that
+share a key/value head, C head width, V vocabulary; S gate (0) or up (1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from torch import Tensor
+
+from mixtral.config import ModelConfig
+
+Format = Literal["hf", "mistral"]
+Ffn = Literal["dense", "per-expert", "fused", "stacked"]  # how a file lays out its feed-forward weights
+View = Callable[[Tensor, ModelConfig, int], Tensor]  # (our tensor, config, expert) -> view
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Our parameters, in the order of the model: name -> shape."""
+    c = config
+    qkv_rows = c.n_kv_heads * (c.queries_per_kv + 2) * c.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (c.vocab_size, c.dim)}
+    for layer in range(c.n_layers):
+        block = f"layers.{layer}."
+        shapes[block + "attention_norm.weight"] = (c.dim,)
+        shapes[block + "attention.wqkv.weight"] = (qkv_rows, c.dim)
+        shapes[block + "attention.wo.weight"] = (c.dim, c.n_heads * c.head_dim)
+        shapes[block + "ffn_norm.weight"] = (c.dim,)
+        if c.is_sparse:
+            shapes[block + "ffn.router.weight"] = (c.n_experts, c.dim)
+            shapes[block + "ffn.experts.w13"] = (c.n_experts, 2, c.ffn_dim, c.dim)
+            shapes[block + "ffn.experts.w2"] = (c.n_experts, c.dim, c.ffn_dim)
+        else:
+            shapes[block + "ffn.w13"] = (2, c.ffn_dim, c.dim)
+            shapes[block + "ffn.w2"] = (c.dim, c.ffn_dim)
+    shapes["norm.weight"] = (c.dim,)
+    if not c.tie_embeddings:
+        shapes["output.weight"] = (c.vocab_size, c.dim)
+    return shapes
+
+
+# -- views: our tensor -> the elements of the foreign one, in its order ------------------------------------------------
+
+
+def _whole(x: Tensor, _config: ModelConfig, _expert: int) -> Tensor:
+    return x
+
+
+def _heads(wqkv: Tensor, config: ModelConfig) -> Tensor:
+    """[G * (R + 2) * C, D] -> [G, R + 2, C, D]: each group is its R query heads, then its key, then its value head."""
+    return wqkv.unflatten(0, (config.n_kv_heads, config.queries_per_kv + 2, config.head_dim))
+
+
+def _queries(wqkv: Tensor, config: ModelConfig, _expert: int) -> Tensor:
+    return _heads(wqkv, config)[:, :-2]  # [G, R, C, D]
+
+
+def _keys(wqkv: Tensor, config: ModelConfig, _expert: int) -> Tensor:
+    return _heads(wqkv, config)[:, -2]  # [G, C, D]
+
+
+def _values(wqkv: Tensor, config: ModelConfig, _expert: int) -> Tensor:
+    return _heads(wqkv, config)[:, -1]  # [G, C, D]
+
+
+def _interleaved(view: View) -> View:
+    """For rotary pairs that lie in neighbouring rows (2i, 2i + 1) there, and half a head apart (i, i + C/2) here."""
+
+    def pairs(wqkv: Tensor, config: ModelConfig, expert: int) -> Tensor:
+        halves = view(wqkv, config, expert).unflatten(-2, (2, config.head_dim // 2))
+        return halves.transpose(-3, -2)  # [..., C/2, 2, D]
+
+    return pairs
+
+
+def _part(index: int) -> View:
+    """The gate (0) or the up (1) matrix of a dense layer, w13 [2, F, D]."""
+    return lambda w13, _config, _expert: w13[index]
+
+
+def _expert_part(index: int) -> View:
+    """The gate (0) or the up (1) matrix of one expert, w13 [E, 2, F, D]."""
+    return lambda w13, _config, expert: w13[expert, index]
+
+
+def _stacked_part(index: int) -> View:
+    """The gate (0) or the up (1) matrices of all experts."""
+    return lambda w13, _config, _expert: w13[:, index]
+
+
+def _expert(w2: Tensor, _config: ModelConfig, expert: int) -> Tensor:
+    return w2[expert]
+
+
+def _transposed(w2: Tensor, _config: ModelConfig, _expert: int) -> Tensor:
+    return w2.transpose(1, 2)  # [E, D, F] -> [E, F, D]
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One kind of foreign tensor. {l} stands for the layer, {e} for the expert."""
+
+    ours: str
+    view: View
+    shape: str  # in the file: sizes of the legend, a product written together ("HC D" is [H * C, D])
+    hf: str | None = None
+    mistral: str | None = None
+    ffn: Ffn | None = None  # applies to files of this feed-forward layout only
+
+
+_BLOCK, _HF = "layers.{l}.", "model.layers.{l}."
+_ATTENTION, _HF_ATTENTION = _BLOCK + "attention.", _HF + "self_attn."
+_W13, _W2 = _BLOCK + "ffn.experts.w13", _BLOCK + "ffn.experts.w2"
+_MOE, _EXPERT = _HF + "block_sparse_moe.", _HF + "block_sparse_moe.experts.{e}."
+_NATIVE, _NATIVE_EXPERT = _BLOCK + "feed_forward.", _BLOCK + "feed_forward.experts.{e}."
+_OLD = _BLOCK + "block_sparse_moe."
+
+RULES = (
+    Rule("embedding.weight", _whole, "V D", hf="model.embed_tokens.weight", mistral="tok_embeddings.weight"),
+    Rule(_BLOCK + "attention_norm.weight", _whole, "D",
+         hf=_HF + "input_layernorm.weight", mistral=_BLOCK + "attention_norm.weight"),
+    Rule(_ATTENTION + "wqkv.weight", _queries, "HC D", hf=_HF_ATTENTION + "q_proj.weight"),
+    Rule(_ATTENTION + "wqkv.weight", _keys, "GC D", hf=_HF_ATTENTION + "k_proj.weight"),
+    Rule(_ATTENTION + "wqkv.weight", _interleaved(_queries), "HC D", mistral=_ATTENTION + "wq.weight"),
+    Rule(_ATTENTION + "wqkv.weight", _interleaved(_keys), "GC D", mistral=_ATTENTION + "wk.weight"),
+    Rule(_ATTENTION + "wqkv.weight", _values, "GC D",
+         hf=_HF_ATTENTION + "v_proj.weight", mistral=_ATTENTION + "wv.weight"),
+    Rule(_ATTENTION + "wo.weight", _whole, "D HC",
+         hf=_HF_ATTENTION + "o_proj.weight", mistral=_ATTENTION + "wo.weight"),
+    Rule(_BLOCK + "ffn_norm.weight", _whole, "D",
+         hf=_HF + "post_attention_layernorm.weight", mistral=_BLOCK + "ffn_norm.weight"),
+
+    Rule(_BLOCK + "ffn.w13", _part(0), "F D", ffn="dense",
+         hf=_HF + "mlp.gate_proj.weight", mistral=_NATIVE + "w1.weight"),
+    Rule(_BLOCK + "ffn.w13", _part(1), "F D", ffn="dense",
+         hf=_HF + "mlp.up_proj.weight", mistral=_NATIVE + "w3.weight"),
+    Rule(_BLOCK + "ffn.w2", _whole, "D F", ffn="dense",
+         hf=_HF + "mlp.down_proj.weight", mistral=_NATIVE + "w2.weight"),
+
+    Rule(_BLOCK + "ffn.router.weight", _whole, "E D", ffn="per-expert",
+         hf=_MOE + "gate.weight", mistral=_NATIVE + "gate.weight"),
+    Rule(_W13, _expert_part(0), "F D", ffn="per-expert",
+         hf=_EXPERT + "w1.weight", mistral=_NATIVE_EXPERT + "w1.weight"),
+    Rule(_W13, _expert_part(1), "F D", ffn="per-expert",
+         hf=_EXPERT + "w3.weight", mistral=_NATIVE_EXPERT + "w3.weight"),
+    Rule(_W2, _expert, "D F", ffn="per-expert",
+         hf=_EXPERT + "w2.weight", mistral=_NATIVE_EXPERT + "w2.weight"),
+
+    # transformers 5 holds experts like this; its files do too when saved with save_original_format=False
+    Rule(_BLOCK + "ffn.router.weight", _whole, "E D", ffn="fused", hf=_HF + "mlp.gate.weight"),
+    Rule(_W13, _whole, "E 2F D", ffn="fused", hf=_HF + "mlp.experts.gate_up_proj"),
+    Rule(_W2, _whole, "E D F", ffn="fused", hf=_HF + "mlp.experts.down_proj"),
+
+    # the first 8x7B shards
+    Rule(_BLOCK + "ffn.router.weight", _whole, "E D", ffn="stacked", mistral=_OLD + "gate.weight"),
+    Rule(_W13, _stacked_part(0), "EF D", ffn="stacked", mistral=_OLD + "w1"),
+    Rule(_W13, _stacked_part(1), "EF D", ffn="stacked", mistral=_OLD + "w3"),
+    Rule(_W2, _transposed, "EF D", ffn="stacked", mistral=_OLD + "w2"),
+
+    Rule("norm.weight", _whole, "D", hf="model.norm.weight", mistral="norm.weight"),
+    Rule("output.weight", _whole, "V D", hf="lm_head.weight", mistral="output.weight"),
+)  # fmt: skip
+
+# -- what follows from the table ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one foreign tensor lies in ours."""
+
+    ours: str
+    shape: tuple[int, ...]  # of the foreign tensor
+    view: Callable[[Tensor], Tensor]  # our tensor -> the foreign one's elements, in its order
+
+
+def layouts(config: ModelConfig, format: Format) -> tuple[Ffn, ...]:
+    """The feed-forward layouts in which files of a format hold this model; the first is the one to write."""
+    if not config.is_sparse:
+        return ("dense",)
+    return ("per-expert", "fused") if format == "hf" else ("per-expert", "stacked")
+
+
+def slots(config: ModelConfig, format: Format, ffn: Ffn) -> dict[str, Slot]:
+    """Every tensor that a file of this format and layout holds: its name -> its slot, in the order of the model.
+
+    With tied embeddings the output matrix is among them, as a second name of the embedding: files may hold it or not.
+    """
+    found: dict[str, Slot] = {}
+    rules = [rule for rule in RULES if getattr(rule, format) and rule.ffn in (None, ffn)]
+    for layer, block in _blocks(rules, config.n_layers):
+        for rule in block:
+            name: str = getattr(rule, format)
+            for expert in range(config.n_experts if "{e}" in name else 1):
+                ours = rule.ours.format(l=layer)
+                if ours == "output.weight" and config.tie_embeddings:
+                    ours = "embedding.weight"
+                view = partial(_bound, rule.view, config, expert)
+                found[name.format(l=layer, e=expert)] = Slot(ours, _file_shape(rule.shape, config), view)
+    return found
+
+
+def output_name(format: Format) -> str:
+    """What a format calls the output matrix."""
+    return "lm_head.weight" if format == "hf" else "output.weight"
+
+
+def _bound(view: View, config: ModelConfig, expert: int, ours: Tensor) -> Tensor:
+    return view(ours, config, expert)
+
+
+def _blocks(rules: list[Rule], n_layers: int) -> list[tuple[int, list[Rule]]]:
+    """Rules in the order of the model: before the layers, each layer's, after the layers."""
+    per_layer = [rule for rule in rules if "{l}" in rule.ours]
+    first = rules.index(per_layer[0])
+    last = first + len(per_layer)
+    return [(0, rules[:first]), *((layer, per_layer) for layer in range(n_layers)), (0, rules[last:])]
+
+
+def _file_shape(shape: str, config: ModelConfig) -> tuple[int, ...]:
+    c = config
+    sizes = {
+        "V": c.vocab_size, "D": c.dim, "E": c.n_experts, "F": c.ffn_dim, "2F": 2 * c.ffn_dim,
+        "EF": c.n_experts * c.ffn_dim, "HC": c.n_heads * c.head_dim, "GC": c.n_kv_heads * c.head_dim,
+    }  # fmt: skip
+    return tuple(sizes[size] for size in shape.split())

@@ -1,0 +1,138 @@
+"""Reading and writing one safetensors file, tensor by tensor.
+
+The safetensors package maps a file into memory, where its pages count against the process, and wants all tensors of a
+file at once to write it. Streaming both ways keeps the peak at one tensor. The format: 8 bytes with the length of the
+header (little-endian), the header as JSON (name -> dtype, shape, byte range), the tensors one after another.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixtral.errors import WeightsError
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_HEADER_LIMIT = 100_000_000  # bytes; the reference implementation's
+
+
+class Header(NamedTuple):
+    """What a file says of one tensor before it is read."""
+
+    dtype: torch.dtype | None  # None: a kind of number that we do not read
+    stored: str  # the file's name for it
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written; `make` is called when its turn comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class SafetensorsFile:
+    """The headers of a file, checked against its size, and its tensors as a stream in file order.
+
+    Raises WeightsError when the file is truncated, or is no safetensors file at all.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                size = path.stat().st_size
+                header, self._start = _read_header(file, size, path)
+            ranges = {name: _parse(value) for name, value in header.items() if name != "__metadata__"}
+        except OSError as error:
+            raise WeightsError(f"{path}: cannot be read: {error.strerror}") from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise WeightsError(f"{path}: not a safetensors file, or a damaged one: bad header ({error})") from None
+        self._ranges = sorted(ranges.items(), key=lambda item: item[1][1])
+        self._check(size - self._start)
+        self.headers: dict[str, Header] = {name: head for name, (head, _, _) in self._ranges}
+
+    def _check(self, size: int) -> None:
+        """Refuse byte ranges that overlap, leave gaps, or do not match the shapes or the size of the file."""
+        end = 0
+        for name, (head, first, last) in self._ranges:
+            width = head.dtype.itemsize if head.dtype else None
+            if first != end or last < first or (width and last - first != math.prod(head.shape) * width):
+                raise WeightsError(f"{self.path}: damaged: the byte range of {name} does not fit its shape and place")
+            end = last
+        if end != size:
+            what = "truncated" if size < end else "damaged"
+            raise WeightsError(f"{self.path}: {what}: the header promises {end:,} bytes of tensors, {size:,} are there")
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor in turn, in memory of its own; only dtypes of `DTYPES` may be asked for."""
+        with self.path.open("rb") as file:
+            for name, (head, first, last) in self._ranges:
+                raw = torch.empty(last - first, dtype=torch.uint8)
+                file.seek(self._start + first)
+                _read_into(file, raw.numpy().data, self.path)
+                assert head.dtype is not None  # whoever streams has refused the others by name
+                yield name, raw.view(head.dtype).view(head.shape)
+
+
+def write_safetensors(path: Path, entries: Iterable[Entry]) -> None:
+    """Write tensors to a new file, one in memory at a time."""
+    entries = list(entries)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # what transformers looks for
+    end = 0
+    for entry in entries:
+        offsets = [end, end + entry.nbytes]
+        header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
+        end += entry.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for entry in entries:
+            tensor = entry.make().to("cpu", entry.dtype).contiguous()
+            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+
+
+def _read_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Any], int]:
+    """The header, and the offset of the first tensor."""
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or not 2 <= length <= min(size - 8, _HEADER_LIMIT):
+        raise WeightsError(f"{path}: not a safetensors file, or cut off inside its header ({size:,} bytes)")
+    header = json.loads(file.read(length).decode())
+    if not isinstance(header, dict):
+        raise ValueError("no JSON object")
+    return header, 8 + length
+
+
+def _parse(value: dict[str, Any]) -> tuple[Header, int, int]:
+    """A header's entry: what the tensor is, and its first and last byte, counted from the end of the header."""
+    shape, (first, last) = tuple(value["shape"]), value["data_offsets"]
+    if not all(isinstance(n, int) and n >= 0 for n in (*shape, first, last)):
+        raise ValueError("sizes must be non-negative integers")
+    return Header(DTYPES.get(value["dtype"]), str(value["dtype"]), shape), first, last
+
+
+def _read_into(file: BinaryIO, buffer: memoryview, path: Path) -> None:
+    """Fill the buffer; one call may read less than asked for (2 GB at most on Linux)."""
+    done = 0
+    while done < len(buffer):
+        count = file.readinto(buffer[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise WeightsError(f"{path}: truncated while it was being read")
+        done += count

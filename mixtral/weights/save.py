@@ -1,0 +1,128 @@
+"""Saving weights in the formats of others: each foreign tensor is read out of ours as its turn to be written comes.
+
+A folder appears whole or not at all, and nothing that exists is overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixtral.config import ModelConfig
+from mixtral.config_formats import to_hf, to_mistral
+from mixtral.errors import UsageError, WeightsError
+from mixtral.files import atomic_folder
+from mixtral.weights.names import Ffn, Format, Slot, layouts, output_name, parameter_shapes, slots
+from mixtral.weights.safetensors_file import DTYPES, Entry, write_safetensors
+
+State = dict[str, Tensor]
+
+
+def save_hf(
+    state: State,
+    config: ModelConfig,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    fused: bool = False,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write `config.json` and safetensors shards of at most `shard_bytes` (a larger tensor gets a shard of its own).
+
+    Expert by expert, which every tool reads, or `fused` as transformers 5 holds them (it reads both). A dtype of None
+    keeps each tensor's. Raises UsageError when the folder exists and is not empty, WeightsError when the state is not
+    this config's.
+    """
+    check_free(folder)
+    with atomic_folder(folder) as new:
+        write_hf(state, config, new, dtype, fused, shard_bytes)
+
+
+def save_mistral(state: State, config: ModelConfig, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write `params.json` and `consolidated.safetensors`; dtype and errors as for `save_hf`."""
+    check_free(folder)
+    with atomic_folder(folder) as new:
+        write_mistral(state, config, new, dtype)
+
+
+def check_free(folder: str | Path) -> None:
+    """Raise UsageError unless a new folder can be put here without overwriting anything."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder}: exists already; a new or empty folder is wanted")
+
+
+def write_hf(
+    state: State,
+    config: ModelConfig,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    fused: bool = False,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """`save_hf` into a folder that is there."""
+    layout: Ffn = "fused" if fused and config.is_sparse else layouts(config, "hf")[0]
+    entries = _entries(state, config, "hf", layout, dtype)
+    shards = list(_shards(entries, shard_bytes))
+    index: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        write_safetensors(folder / name, shard)
+        index |= {entry.name: name for entry in shard}
+    if len(shards) > 1:
+        total = sum(entry.nbytes for entry in entries)
+        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+    embedding = dtype or state["embedding.weight"].dtype
+    _write_json(folder / "config.json", to_hf(config, str(embedding).removeprefix("torch.")))
+
+
+def write_mistral(state: State, config: ModelConfig, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """`save_mistral` into a folder that is there."""
+    entries = _entries(state, config, "mistral", layouts(config, "mistral")[0], dtype)
+    write_safetensors(folder / "consolidated.safetensors", entries)
+    _write_json(folder / "params.json", to_mistral(config))
+
+
+def _entries(state: State, config: ModelConfig, format: Format, ffn: Ffn, dtype: torch.dtype | None) -> list[Entry]:
+    """What to write, in the order of the model; a tied output matrix is left out."""
+    _check_state(state, config, dtype)
+    found = slots(config, format, ffn)
+    if config.tie_embeddings:
+        del found[output_name(format)]
+    return [_entry(name, slot, state[slot.ours], dtype) for name, slot in found.items()]
+
+
+def _entry(name: str, slot: Slot, ours: Tensor, dtype: torch.dtype | None) -> Entry:
+    # Cast the small view, not our whole tensor; `reshape` makes the one copy that is in memory at a time.
+    return Entry(name, dtype or ours.dtype, slot.shape, lambda: slot.view(ours.detach()).reshape(slot.shape))
+
+
+def _check_state(state: State, config: ModelConfig, dtype: torch.dtype | None) -> None:
+    """Raise WeightsError, naming the first tensor that is wrong, unless the state is exactly this config's."""
+    shapes = parameter_shapes(config)
+    for name in shapes.keys() ^ state.keys():
+        raise WeightsError(f"state: {name} is {'missing' if name in shapes else 'not a parameter of this config'}")
+    for name, shape in shapes.items():
+        if tuple(state[name].shape) != shape:
+            raise WeightsError(f"state: {name} is {list(state[name].shape)}, the config asks for {list(shape)}")
+        if (dtype or state[name].dtype) not in DTYPES.values():
+            raise WeightsError(f"state: {name} as {dtype or state[name].dtype} cannot be saved; give a float dtype")
+
+
+def _shards(entries: list[Entry], limit: int) -> Iterator[list[Entry]]:
+    """Runs of entries that stay within `limit` bytes where they can."""
+    shard: list[Entry] = []
+    for entry in entries:
+        if shard and sum(e.nbytes for e in shard) + entry.nbytes > limit:
+            yield shard
+            shard = []
+        shard.append(entry)
+    yield shard
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
