@@ -12,7 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
-from mixtral.runtime import has_fast_bf16
+from mixtral.hardware import has_fast_bf16
 
 
 @functools.cache
