@@ -32,5 +32,5 @@ def convert(src: str | Path, dst: str | Path, to: str) -> None:
     with atomic_folder(dst) as new:
         _WRITERS[to](state, config, new)
         for pattern in _COPIED:
-            for file in Path(src).glob(pattern):
+            for file in filter(Path.is_file, Path(src).glob(pattern)):
                 shutil.copyfile(file, new / file.name)

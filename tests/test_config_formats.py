@@ -1,0 +1,210 @@
+"""Reading and writing config.json and params.json: each key, each refusal, and what a missing key means."""
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from mixtral import config_formats
+from mixtral.config import ModelConfig
+from mixtral.config_formats import from_hf, from_mistral, read_config, to_hf, to_mistral
+from mixtral.errors import ConfigError
+from mixtral.presets import PRESETS, preset
+
+# as published with Mixtral 8x7B v0.1 (transformers 4)
+HF_8X7B = {
+    "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+    "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+    "max_position_embeddings": 32768, "model_type": "mixtral", "num_attention_heads": 32, "num_experts_per_tok": 2,
+    "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8, "output_router_logits": False,
+    "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.36.0.dev0", "use_cache": True,
+    "vocab_size": 32000,
+}  # fmt: skip
+MISTRAL_8X7B = {
+    "dim": 4096, "n_layers": 32, "head_dim": 128, "hidden_dim": 14336, "n_heads": 32, "n_kv_heads": 8,
+    "norm_eps": 1e-05, "vocab_size": 32000, "moe": {"num_experts_per_tok": 2, "num_experts": 8},
+}  # fmt: skip
+V5 = {"rope_theta": None, "torch_dtype": None, "dtype": "float32", "head_dim": None}
+DENSE = {"model_type": "mistral", "num_local_experts": None, "num_experts_per_tok": None}
+
+
+@pytest.fixture(autouse=True)
+def _warnings_afresh() -> None:
+    config_formats._warn_once.cache_clear()
+
+
+def write(folder: Path, name: str, values: object) -> Path:
+    (folder / name).write_text(values if isinstance(values, str) else json.dumps(values))
+    return folder / name
+
+
+def test_hf_v4_and_v5_keys(caplog: pytest.LogCaptureFixture) -> None:
+    assert from_hf(HF_8X7B) == preset("mixtral-8x7b")
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    assert from_hf({**HF_8X7B, **V5, "rope_parameters": rope}).rope_theta == 5e5
+    assert from_hf({**HF_8X7B, "rope_scaling": {"type": "default"}}).rope_theta == 1e6
+    assert not caplog.records
+
+
+def test_hf_dense_is_mistral() -> None:
+    config = from_hf({**HF_8X7B, **DENSE, "sliding_window": 4096, "rope_theta": 10000})
+    assert config == preset("mistral-7b")
+    assert not config.is_sparse
+
+
+def test_hf_every_field_is_read() -> None:
+    config = ModelConfig(
+        vocab_size=11, dim=24, n_layers=3, n_heads=6, n_kv_heads=3, head_dim=8, ffn_dim=10, n_experts=5,
+        experts_per_token=3, rope_theta=123.0, context=99, sliding_window=17, norm_eps=1e-6, tie_embeddings=True,
+        bos_id=None, eos_id=4, init_std=0.2,
+    )  # fmt: skip
+    assert from_hf(to_hf(config, "float32")) == config
+    dense = config.replace(n_experts=1, experts_per_token=1)
+    written = to_hf(dense, "float32")
+    assert from_hf(written) == dense
+    assert "num_local_experts" not in written
+    plain = {"bos_id": 1, "eos_id": 2, "init_std": 0.02}  # params.json has no place for these
+    assert from_mistral(to_mistral(config)) == config.replace(**plain)
+    assert from_mistral(to_mistral(dense)) == dense.replace(**plain)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_both_formats(name: str) -> None:
+    assert from_hf(to_hf(preset(name), "bfloat16")) == preset(name)
+    assert from_mistral(to_mistral(preset(name))) == preset(name)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in ("tiny", "small")])
+def test_what_a_published_shape_implies(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A file without rope_theta and context, as Mistral's own are, gives the preset, and says what it assumed."""
+    values = to_mistral(preset(name))
+    del values["rope_theta"], values["max_seq_len"]
+    assert from_mistral(values) == preset(name)
+    assert from_mistral(values) == preset(name)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2  # each said once
+    assert "rope_theta" in messages[0] and "assumed, as the shape is that of Mi" in messages[0]
+    assert "max_seq_len" in messages[1]
+
+
+def test_theta_is_not_guessed() -> None:
+    values = {k: v for k, v in HF_8X7B.items() if k != "rope_theta"}
+    assert from_hf(values).rope_theta == 1e6
+    with pytest.raises(ConfigError, match="rope_theta is missing, and 1e4 and 1e6 are both in use"):
+        from_hf({**values, "num_hidden_layers": 31})
+    with pytest.raises(ConfigError, match="rope_theta is missing"):  # 7B v0.2, or v0.1 without its window
+        from_hf({**values, **DENSE, "sliding_window": None})
+
+
+def test_context_by_default(caplog: pytest.LogCaptureFixture) -> None:
+    assert from_mistral({**MISTRAL_8X7B, "n_layers": 2, "rope_theta": 1e6}).context == 32768
+    assert "config without max_seq_len: a context of 32768 tokens assumed, by default" in caplog.text
+
+
+def test_sliding_window_is_honoured(caplog: pytest.LogCaptureFixture) -> None:
+    assert from_hf({**HF_8X7B, "sliding_window": 4096}).sliding_window == 4096
+    assert from_mistral({**MISTRAL_8X7B, "sliding_window": 77, "rope_theta": 1e6}).sliding_window == 77
+    without = {k: v for k, v in HF_8X7B.items() if k != "sliding_window"}
+    assert from_hf(without).sliding_window is None
+    assert not [r for r in caplog.records if "sliding_window" in r.getMessage()]
+    assert from_hf({**without, **DENSE}).sliding_window == 4096
+    assert "without sliding_window: 4096 assumed" in caplog.text
+
+
+def test_optional_keys(caplog: pytest.LogCaptureFixture) -> None:
+    optional = ("tie_word_embeddings", "bos_token_id", "initializer_range")
+    without = {k: v for k, v in HF_8X7B.items() if k not in optional}
+    assert from_hf(without) == preset("mixtral-8x7b")
+    assert from_hf({**HF_8X7B, "num_key_value_heads": None}).n_kv_heads == 32
+    assert from_hf({**HF_8X7B, "eos_token_id": [7]}).eos_id == 7
+    assert not caplog.records
+    assert from_hf({**HF_8X7B, "eos_token_id": [7, 8]}).eos_id == 7
+    assert "of the end tokens [7, 8] only the first is used" in caplog.text
+
+
+def test_unknown_keys_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    for _ in range(2):
+        from_hf({**HF_8X7B, "zebra": 1, "apple": {"core": 2}, "attention_dropout": 0.1})
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == ["config: attention_dropout 0.1 is not applied", "config: ignored unknown apple.core, zebra"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "model_type must be 'mixtral' or 'mistral', not 'llama'"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not implemented; only 'silu' or 'swish' is"),
+        ({"attention_bias": True}, "attention_bias True is not implemented"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling.type 'yarn' is not implemented"),
+        ({"rope_scaling": "yarn"}, "rope_scaling 'yarn' is not implemented"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.rope_type 'llama3' is not implemented"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1}}}, "rope_parameters.full_attention.rope_theta is"),
+        ({"rope_parameters": {"rope_theta": 5.0}}, "rope_theta 5.0 and rope_theta 1000000.0 contradict each other"),
+        ({"layer_types": ["full_attention"]}, "layer_types ['full_attention'] is not implemented"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config.bits is not implemented"),
+        ({"num_local_experts": 1, "num_experts_per_tok": 1}, "num_local_experts is 1: a router over one expert"),
+        ({"num_local_experts": None}, "num_local_experts is missing"),
+        ({"vocab_size": None}, "vocab_size is missing"),
+        ({"hidden_size": "4096"}, "hidden_size must be an integer, not '4096'"),
+        ({"hidden_size": True}, "hidden_size must be an integer, not True"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps must be a number, not '1e-5'"),
+        ({"rope_theta": "1e6"}, "rope_theta must be a number, not '1e6'"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, not 1"),
+        ({"num_attention_heads": 24}, "head_dim is missing, and a width of 4096 does not divide into 24 heads"),
+        ({"num_experts_per_tok": 9}, "experts_per_token 9 is more than n_experts 8"),
+    ],
+)
+def test_hf_refusals(change: dict, message: str, tmp_path: Path) -> None:
+    file = write(tmp_path, "config.json", {**HF_8X7B, **change})
+    with pytest.raises(ConfigError) as error:
+        read_config(tmp_path)
+    assert message in str(error.value)
+    assert str(error.value).startswith(f"{file}: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"moe": {"num_experts": 8}}, "moe.num_experts_per_tok is missing"),
+        ({"moe": {**MISTRAL_8X7B["moe"], "num_shared_experts": 1}}, "moe.num_shared_experts 1 is not implemented"),
+        ({"use_biases": True}, "use_biases True is not implemented"),
+        ({"yarn": {"factor": 2}}, "yarn.factor is not implemented"),
+        ({"sliding_window": [4096, None]}, "sliding_window must be an integer, not [4096, None]"),
+        ({"n_kv_heads": None}, "n_kv_heads is missing"),
+    ],
+)
+def test_mistral_refusals(change: dict, message: str, tmp_path: Path) -> None:
+    file = write(tmp_path, "params.json", {**MISTRAL_8X7B, **change})
+    with pytest.raises(ConfigError) as error:
+        read_config(file)
+    assert message in str(error.value) and str(error.value).startswith(f"{file}: ")
+
+
+def test_which_file_is_read(tmp_path: Path) -> None:
+    params = write(tmp_path, "params.json", MISTRAL_8X7B)
+    assert read_config(tmp_path) == read_config(params) == preset("mixtral-8x7b")
+    write(tmp_path, "config.json", {**HF_8X7B, "vocab_size": 5})
+    assert read_config(tmp_path).vocab_size == 5
+
+
+def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="no such file or folder; a model folder holds"):
+        read_config(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"neither config.json nor params.json is there"):
+        read_config(tmp_path)
+    file = write(tmp_path, "config.json", '{"vocab_size": ')
+    with pytest.raises(ConfigError, match=r"config\.json: not JSON: "):
+        read_config(file)
+    file.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(ConfigError, match="not JSON: 'utf-8' codec"):
+        read_config(file)
+    write(tmp_path, "config.json", "[1]")
+    with pytest.raises(ConfigError, match="must hold a JSON object, not a list"):
+        read_config(file)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: os.listdir(__file__))
+    with pytest.raises(ConfigError, match=r"config\.json: cannot be read: Not a directory"):
+        read_config(file)
