@@ -105,7 +105,8 @@ def measure_matmul(dtype: torch.dtype, device: torch.device | str) -> float:
 
 def _best_seconds(run: Callable[[], torch.Tensor], device: torch.device, budget: float) -> float:
     """Seconds of the fastest run: one goes first to warm up, then two or more until `budget` seconds are spent."""
-    times, ends = [], time.perf_counter() + budget
+    times: list[float] = []
+    ends = time.perf_counter() + budget
     run()
     _wait(device)
     while len(times) < 2 or time.perf_counter() < ends:

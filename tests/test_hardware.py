@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixtral import hardware
+
+GIB = 2**30
+
+
+def machine(root: Path, files: dict[str, str]) -> Path:
+    """A file system's root with just these files in it, for the functions that read /proc and /sys."""
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def test_memory_is_what_the_system_has_left(tmp_path: Path) -> None:
+    root = machine(tmp_path, {"proc/meminfo": f"MemTotal: 99 kB\nMemAvailable: {3 * 2**20} kB\n"})
+    assert hardware.available_memory_bytes(root) == 3 * GIB
+
+
+def test_memory_respects_cgroup_2_and_the_groups_above(tmp_path: Path) -> None:
+    group = "sys/fs/cgroup/a"
+    files = {
+        "proc/meminfo": f"MemAvailable: {64 * 2**20} kB\n",
+        "proc/self/cgroup": "0::/a/b\n",
+        f"{group}/b/memory.max": "max",
+        f"{group}/memory.max": str(8 * GIB),
+        f"{group}/memory.current": str(5 * GIB),
+        f"{group}/memory.stat": f"anon 1\ninactive_file {GIB}\n",
+    }
+    assert hardware.available_memory_bytes(machine(tmp_path, files)) == 4 * GIB
+
+
+def test_memory_respects_cgroup_1_seen_from_inside_a_container(tmp_path: Path) -> None:
+    files = {
+        "proc/meminfo": f"MemAvailable: {64 * 2**20} kB\n",
+        "proc/self/cgroup": "5:cpu,cpuacct:/docker/x\n4:memory:/docker/x\n",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": str(2 * GIB),
+        "sys/fs/cgroup/memory/memory.usage_in_bytes": str(3 * GIB),
+    }
+    assert hardware.available_memory_bytes(machine(tmp_path, files)) == 0
+    files["sys/fs/cgroup/memory/memory.limit_in_bytes"] = str(2**63 - 4096)  # how version 1 says "no limit"
+    assert hardware.available_memory_bytes(machine(tmp_path, files)) == 64 * GIB
+
+
+def test_memory_of_a_system_that_tells_nothing(tmp_path: Path) -> None:
+    assert hardware.available_memory_bytes(tmp_path) == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 8),
+        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cpu.max": "250000 100000"}, 2),
+        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cpu.max": "50000 100000"}, 1),
+        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cpu.max": "max 100000"}, 8),
+        (
+            {
+                "proc/self/cgroup": "2:cpu:/\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "300000",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
+            },
+            3,
+        ),
+        (
+            {
+                "proc/self/cgroup": "2:cpu:/\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
+            },
+            8,
+        ),
+    ],
+)
+def test_cores_respect_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cores: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert hardware.cpu_count(machine(tmp_path, files)) == cores
+
+
+def test_fast_bf16_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    for avx512, amx in ((False, False), (True, False), (False, True)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda x=avx512: x)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda x=amx: x)
+        assert hardware.has_fast_bf16("cpu") is (avx512 or amx)
+    for capability, fast in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert hardware.has_fast_bf16("cuda") is fast
+
+
+def test_name_tells_cores_and_instructions() -> None:
+    name = hardware.hardware_name()
+    assert f"{hardware.cpu_count()} core" in name and name.endswith(torch.backends.cpu.get_cpu_capability())
+
+
+def test_ceilings_are_at_least_what_a_plain_run_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "MEASURE_SECONDS", 0.1)
+    assert 1e8 < hardware.measure_bandwidth("cpu") < 1e13
+    assert 1e8 < hardware.measure_matmul(torch.float32, "cpu") < 1e15
