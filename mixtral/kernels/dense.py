@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mixtral.kernels.products import matmul, upcasts
 
@@ -23,7 +24,7 @@ class _UpcastLinear(torch.autograd.Function):
         return matmul(x_TD, w_OD.T)
 
     @staticmethod
-    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x_TD, w_OD = ctx.saved_tensors
         need_x, need_w = ctx.needs_input_grad
         return matmul(grad_TO, w_OD) if need_x else None, matmul(grad_TO.T, x_TD) if need_w else None
@@ -53,7 +54,8 @@ class _RMSNorm(torch.autograd.Function):
         return (x * scale_T1).to(x_TD.dtype) * weight_D
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, weight_D, scale_T1 = ctx.saved_tensors
         normed_TD = x_TD.float() * scale_T1
         grad = grad_TD.float()
@@ -88,7 +90,7 @@ class _Rotary(torch.autograd.Function):
         return _rotate(x_THC, cos_T1C, sin_T1C)
 
     @staticmethod
-    def backward(ctx: Any, grad_THC: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_THC: Tensor) -> tuple[Tensor | None, ...]:
         cos_T1C, sin_T1C = ctx.saved_tensors
         return _rotate(grad_THC, cos_T1C, -sin_T1C), None, None
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mixtral.kernels.products import upcasts
 
@@ -47,7 +48,8 @@ class _CrossEntropy(torch.autograd.Function):
         return total / count
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = list(ctx.saved_tensors)
         grad_h_TD = saved.pop(0) * grad if ctx.needs_input_grad[0] else None
         grad_w_VD = (saved.pop(0) * grad).to(ctx.w_dtype) if ctx.needs_input_grad[1] else None
@@ -57,7 +59,7 @@ class _CrossEntropy(torch.autograd.Function):
 def _block(logits_tV: Tensor, target_t: Tensor, need_grad: bool) -> tuple[Tensor, Tensor | None]:
     """Summed loss of one block, and softmax minus the target's one-hot (zero rows where there is no target)."""
     counted_t = target_t != -100
-    index_t1 = target_t.clamp(min=0)[:, None]
+    index_t1 = target_t.where(counted_t, 0)[:, None]  # any other target outside the vocabulary is refused by gather
     top_t1 = logits_tV.amax(-1, keepdim=True)
     picked_t = (logits_tV.gather(1, index_t1) - top_t1)[:, 0]
     logits_tV.sub_(top_t1).exp_()

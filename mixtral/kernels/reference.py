@@ -18,7 +18,7 @@ def linear(x_TD: Tensor, w_OD: Tensor) -> Tensor:
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight (arXiv 1910.07467); the mean square in fp32, rounded to the dtype of `x` before the weight."""
+    """x / rms(x) * weight (arXiv 1910.07467); the mean square in fp32, rounded to `x`'s dtype before the weight."""
     x = x_TD.float()
     normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return weight_D * normed.to(x_TD.dtype)
@@ -41,7 +41,7 @@ def attend(q_QHC: Tensor, k_SGC: Tensor, v_SGC: Tensor, visible_QS: Tensor) -> T
 
 
 def visible(q_positions_Q: Tensor, k_positions_S: Tensor, window: int | None) -> Tensor:
-    """Which keys a query may see -> bool [Q, S]: itself and before, `window` positions in all when there is a window."""
+    """Which keys a query may see -> bool [Q, S]: itself and before, `window` positions in all if there is one."""
     distance = q_positions_Q[:, None] - k_positions_S[None, :]
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class _GatherRows(torch.autograd.Function):
@@ -19,7 +20,7 @@ class _GatherRows(torch.autograd.Function):
         return x_TD.index_select(0, order_N // place_TK.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
         (place_TK,) = ctx.saved_tensors
         grad_TD = grad_ND.index_select(0, place_TK[:, 0])
         for k in range(1, place_TK.shape[1]):
@@ -38,7 +39,8 @@ class _Combine(torch.autograd.Function):
         return out_TD.to(y_ND.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         y_ND, weights_TK, order_N, place_TK = ctx.saved_tensors
         grad_TD = grad_TD.float()
         grad_weights_TK = torch.empty_like(weights_TK)

@@ -6,6 +6,7 @@ Legend: T tokens, H query heads, G key/value heads, C head width, Q queries, S k
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -41,15 +42,18 @@ def attention(q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, cu_seqlens: Tensor, w
     if upcasts(q_THC.device, q_THC.dtype):
         return attention(q_THC.float(), k_TGC.float(), v_TGC.float(), cu_seqlens, window).to(q_THC.dtype)
     ends = cu_seqlens.tolist()
-    lengths = {end - begin for begin, end in zip(ends, ends[1:], strict=False)}
+    lengths = {end - begin for begin, end in pairwise(ends)}
     if len(lengths) == 1 and (window is None or max(lengths) <= window):
         shape = (len(ends) - 1, lengths.pop())
-        return _sdpa(*(t.unflatten(0, shape) for t in (q_THC, k_TGC, v_TGC)), None, causal=True).flatten(0, 1)
+        q, k, v = (t.unflatten(0, shape) for t in (q_THC, k_TGC, v_TGC))
+        return _sdpa(q, k, v, None, causal=True).flatten(0, 1)
     out = []
-    for begin, end in zip(ends, ends[1:], strict=False):
+    for begin, end in pairwise(ends):
         q, k, v = q_THC[begin:end], k_TGC[begin:end], v_TGC[begin:end]
-        inside = window is None or end - begin <= window
-        out.append(_sdpa(q, k, v, None, causal=True) if inside else _windowed(q, k, v, window))
+        if window is None or end - begin <= window:
+            out.append(_sdpa(q, k, v, None, causal=True))
+        else:
+            out.append(_windowed(q, k, v, window))
     return torch.cat(out) if out else q_THC
 
 

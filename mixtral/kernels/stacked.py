@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mixtral.kernels.products import matmul, matmul_into
 
@@ -61,7 +62,8 @@ class _ExpertsLoop(torch.autograd.Function):
         return y_ND
 
     @staticmethod
-    def backward(ctx: Any, grad_y_ND: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad_y_ND: Tensor) -> tuple[Tensor | None, ...]:
         rows_ND, counts_E, w13_E2FD, w2_EDF, h_N2F = ctx.saved_tensors
         w13_EHD = w13_E2FD.flatten(1, 2)
         need_rows, _, need_w13, need_w2 = ctx.needs_input_grad
@@ -110,4 +112,4 @@ def experts_decode(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, w13_E2F
                 hidden_1F = _hidden(matmul(x_D[None], w13_E2FD[e].flatten(0, 1).T))
                 y_D = y_D + weight * matmul(hidden_1F, w2_EDF[e].T)[0].float()
         out.append(y_D.to(x_TD.dtype))
-    return torch.stack(out)
+    return torch.stack(out) if out else x_TD

@@ -81,7 +81,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
 
 
 def _choose(op: str, device: torch.device, dtype: torch.dtype, forced: str | None) -> Choice:
-    refused = []
+    refused: list[str] = []
     for implementation in _OPS[op]:
         wanted = forced in (None, implementation.backend) or forced not in backends(op)
         if not wanted:

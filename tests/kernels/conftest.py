@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mixtral.kernels import products
+
+
+@pytest.fixture(params=["fp32", "bf16", "bf16 through fp32"])
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """Each dtype, and both roads of bf16, whichever of them this processor would take."""
+    monkeypatch.setattr(products, "_upcasts_on", lambda _: "through" in request.param)
+    return torch.float32 if request.param == "fp32" else torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
