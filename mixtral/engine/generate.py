@@ -1,0 +1,233 @@
+"""The plain loop: what every faster engine must reproduce.
+
+One pass of the model a step, over all unfinished sequences as one packed batch. Each sequence brings what the model
+has not read of it yet: a chunk of its prompt, or the token drawn last. A sequence read to its end gets a new token.
+
+Legend: B sequences of the step that get a token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixtral.config import ModelConfig
+from mixtral.engine.kv_cache import FullCache, make_cache
+from mixtral.engine.sampling import SamplingParams, make_generator, sample
+from mixtral.engine.text import TextOutput
+from mixtral.errors import MixtralError, UsageError
+from mixtral.model import Mixtral, Packed
+from mixtral.moe import Routing
+from mixtral.tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "length"]  # an end token or a stop string; max_tokens or the end of the context
+
+
+class Piece(NamedTuple):
+    """One generated token, as it is streamed."""
+
+    sequence: int  # index of the prompt
+    token: int
+    logprob: float  # natural logarithm of the token's probability, before temperature and filters
+    text: str  # what may be shown now; "" without a tokenizer or while text is held back
+    finish_reason: FinishReason | None  # with the sequence's last piece
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated for one prompt."""
+
+    tokens: list[int]  # all that were drawn: the end token too, and those of a stop string
+    logprobs: list[float]  # as in Piece
+    text: str  # without the end token and the stop string; "" without a tokenizer
+    finish_reason: FinishReason
+    routing: tuple[Routing, ...] = ()  # when asked for, one a layer: every token but the last one drawn, prompt first
+
+
+def generate(
+    model: Mixtral,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams],
+    *,
+    tokenizer: Tokenizer | None = None,
+    prefill_chunk: int | None = None,
+    cache: FullCache | None = None,
+    keep_routing: bool = False,
+) -> list[Generation]:
+    """Continue each prompt, all as one batch.
+
+    Args:
+        prompts: token ids.
+        params: one for all prompts, or one for each.
+        tokenizer: gives the text; stop strings need it.
+        prefill_chunk: the most tokens of a prompt read in one step; all of them by default.
+        cache: an empty one to use, for as many sequences as prompts; by default `make_cache`'s.
+        keep_routing: record the routing of every token that the model read.
+
+    Raises UsageError for a prompt that is empty, too long for the context or not of this vocabulary, and for arguments
+    that contradict each other; MixtralError when the model's output is not finite.
+    """
+    run = _Run(model, prompts, params, tokenizer, prefill_chunk, cache, keep_routing)
+    while run.active:
+        run.step()
+    return [s.result() for s in run.sequences]
+
+
+def stream(
+    model: Mixtral,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams],
+    *,
+    tokenizer: Tokenizer | None = None,
+    prefill_chunk: int | None = None,
+    cache: FullCache | None = None,
+) -> Iterator[Piece]:
+    """The same as `generate`, token by token as they come. Errors in the arguments are raised at once."""
+    run = _Run(model, prompts, params, tokenizer, prefill_chunk, cache, keep_routing=False)
+
+    def pieces() -> Iterator[Piece]:
+        while run.active:
+            yield from run.step()
+
+    return pieces()
+
+
+def check_prompt(tokens: Sequence[int], config: ModelConfig, name: str = "prompt") -> None:
+    """Raise UsageError unless the model can read `tokens`: at least one, no more than the context, all in range."""
+    if len(tokens) == 0:
+        raise UsageError(f"{name}: empty; at least one token is needed, such as the tokenizer's first one")
+    if len(tokens) > config.context:
+        raise UsageError(f"{name}: {len(tokens)} tokens do not fit the model's context of {config.context}")
+    low, high = min(tokens), max(tokens)
+    if low < 0 or high >= config.vocab_size:
+        wrong = low if low < 0 else high
+        raise UsageError(f"{name}: token id {wrong} is out of range; the model knows ids 0 to {config.vocab_size - 1}")
+
+
+class _Sequence:
+    """One prompt and its continuation."""
+
+    def __init__(
+        self, index: int, prompt: Sequence[int], params: SamplingParams, config: ModelConfig,
+        tokenizer: Tokenizer | None,
+    ) -> None:  # fmt: skip
+        self.index = index
+        self.params = params
+        self.generator = make_generator(params, index)
+        self.all_tokens = list(prompt)
+        self.read = 0  # how many of them the model has read
+        self.n_prompt = len(prompt)
+        self.limit = min(self.n_prompt + params.max_tokens, config.context)
+        self.end_ids = set() if params.ignore_eos else {config.eos_id, tokenizer.eos_id if tokenizer else None}
+        self.output = TextOutput(tokenizer, prompt, params.stop) if tokenizer else None
+        self.logprobs: list[float] = []
+        self.texts: list[str] = []
+        self.finish_reason: FinishReason | None = None
+        self.routings: list[tuple[Routing, ...]] = []  # one entry a step
+
+    def accept(self, token: int, logprob: float) -> Piece:
+        """Add a drawn token."""
+        self.all_tokens.append(token)
+        self.logprobs.append(logprob)
+        text, stopped = "", token in self.end_ids
+        if self.output and not stopped:
+            text, stopped = self.output.push(token)
+        if stopped:
+            self.finish_reason = "stop"
+        elif len(self.all_tokens) >= self.limit:
+            self.finish_reason = "length"
+        if self.output and self.finish_reason:
+            text += self.output.end()
+        self.texts.append(text)
+        return Piece(self.index, token, logprob, text, self.finish_reason)
+
+    def result(self) -> Generation:
+        assert self.finish_reason is not None
+        layers = zip(*self.routings, strict=True)
+        routing = tuple(Routing(*map(torch.cat, zip(*steps, strict=True))) for steps in layers)
+        tokens = self.all_tokens[self.n_prompt :]
+        return Generation(tokens, self.logprobs, "".join(self.texts), self.finish_reason, routing)
+
+
+class _Run:
+    """The state of one call: its sequences, which of them are still active, and the cache of those."""
+
+    def __init__(
+        self, model: Mixtral, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams],
+        tokenizer: Tokenizer | None, prefill_chunk: int | None, cache: FullCache | None, keep_routing: bool,
+    ) -> None:  # fmt: skip
+        params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        _check(prompts, params, model.config, tokenizer, prefill_chunk)
+        weight = model.output_weight
+        self.model, self.device = model, weight.device
+        self.vocab_size = min(model.config.vocab_size, tokenizer.vocab_size) if tokenizer else model.config.vocab_size
+        self.prefill_chunk, self.keep_routing = prefill_chunk, keep_routing
+        self.sequences = [
+            _Sequence(i, prompt, wanted, model.config, tokenizer)
+            for i, (prompt, wanted) in enumerate(zip(prompts, params, strict=True))
+        ]
+        self.active = list(self.sequences)
+        self.cache = make_cache(model.config, len(prompts), weight.dtype, weight.device) if cache is None else cache
+        if self.cache.lengths != [0] * len(prompts):
+            raise UsageError(f"cache: must be empty and for {len(prompts)} sequences, as many as there are prompts")
+
+    @torch.inference_mode()
+    def step(self) -> list[Piece]:
+        """Run the model once; the pieces of the sequences that it read to their end."""
+        chunks = [s.all_tokens[s.read :][: self.prefill_chunk] for s in self.active]
+        batch = Packed.of(chunks, [s.read for s in self.active], self.device)
+        for sequence, chunk in zip(self.active, chunks, strict=True):
+            sequence.read += len(chunk)
+        ready = [i for i, s in enumerate(self.active) if s.read == len(s.all_tokens)]
+        ends = batch.cu_seqlens.tolist()
+        rows = torch.tensor([ends[i + 1] - 1 for i in ready], dtype=torch.int64, device=self.device)
+        out = self.model(batch, self.cache, rows=rows)
+        if self.keep_routing:
+            self._record(out.routing, ends)
+        pieces = self._draw(out.logits, [self.active[i] for i in ready]) if ready else []
+        self._drop_finished()
+        return pieces
+
+    def _record(self, routing: tuple[Routing, ...], ends: list[int]) -> None:
+        for sequence, begin, end in zip(self.active, ends[:-1], ends[1:], strict=True):
+            sequence.routings.append(tuple(Routing(*(t[begin:end] for t in layer)) for layer in routing))
+
+    def _draw(self, logits_BV: Tensor, ready: list[_Sequence]) -> list[Piece]:
+        logits_BV = logits_BV[:, : self.vocab_size]  # ids that the tokenizer lacks are padding of the weights
+        norm_B = logits_BV.logsumexp(-1)
+        if not norm_B.isfinite().all():  # true as soon as one logit is NaN or +inf
+            raise MixtralError(
+                f"generation: logits are not finite in {self.model.output_weight.dtype}; "
+                "the weights are damaged, or need a dtype of larger range (bf16 or fp32)"
+            )
+        ids_B = sample(logits_BV, [s.params for s in ready], [s.generator for s in ready])
+        logprobs_B = logits_BV.gather(1, ids_B[:, None])[:, 0] - norm_B
+        drawn = zip(ready, ids_B.tolist(), logprobs_B.tolist(), strict=True)
+        return [sequence.accept(token, logprob) for sequence, token, logprob in drawn]
+
+    def _drop_finished(self) -> None:
+        unfinished = [i for i, s in enumerate(self.active) if s.finish_reason is None]
+        if len(unfinished) < len(self.active):
+            self.active = [self.active[i] for i in unfinished]
+            self.cache.keep(unfinished)
+
+
+def _check(
+    prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], config: ModelConfig,
+    tokenizer: Tokenizer | None, prefill_chunk: int | None,
+) -> None:  # fmt: skip
+    """Raise UsageError for arguments that cannot be served."""
+    if len(params) != len(prompts):
+        raise UsageError(f"params: {len(params)} given for {len(prompts)} prompts; give one, or one for each")
+    if prefill_chunk is not None and prefill_chunk < 1:
+        raise UsageError(f"prefill_chunk: must be a positive number of tokens, not {prefill_chunk}")
+    for i, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
+        check_prompt(prompt, config, f"prompt {i}")
+        if len(prompt) == config.context:
+            raise UsageError(f"prompt {i}: {len(prompt)} tokens fill the model's context; none is left for an answer")
+        if wanted.stop and tokenizer is None:
+            raise UsageError("stop: stop strings need a tokenizer, and this model came without one")

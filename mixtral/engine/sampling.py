@@ -1,0 +1,125 @@
+"""From logits to the next token: what may be asked for, and the draw itself.
+
+The order of the filters: temperature, then top_k, then top_p over what top_k left, then min_p. The most probable token
+passes them all. Ties count as ordered by index, the lower one first.
+
+Legend: B sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixtral.errors import UsageError, did_you_mean
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to continue one prompt. Raises UsageError when a value is out of range."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0  # 0: always the most probable token
+    top_k: int | None = None  # keep this many of the most probable tokens
+    top_p: float = 1.0  # keep the fewest of the most probable tokens whose probabilities reach this sum
+    min_p: float = 0.0  # keep tokens of at least this share of the highest probability
+    seed: int | None = None  # None: another text every time
+    stop: tuple[str, ...] = ()  # end before any of these strings
+    ignore_eos: bool = False  # go on after the end-of-sequence token
+
+    def __post_init__(self) -> None:
+        _require(_is_int(self.max_tokens) and self.max_tokens >= 1, "max_tokens", "a positive integer", self.max_tokens)
+        _require(_is_number(self.temperature) and self.temperature >= 0, "temperature",
+                 "a number of at least 0", self.temperature)  # fmt: skip
+        _require(self.top_k is None or (_is_int(self.top_k) and self.top_k >= 1), "top_k",
+                 "a positive integer or None", self.top_k)  # fmt: skip
+        _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
+        _require(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "between 0 and 1", self.min_p)
+        _require(self.seed is None or (_is_int(self.seed) and self.seed >= 0), "seed",
+                 "an integer of at least 0 or None", self.seed)  # fmt: skip
+        strings = isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop)
+        _require(strings, "stop", "a tuple of strings that are not empty", self.stop)
+        _require(isinstance(self.ignore_eos, bool), "ignore_eos", "True or False", self.ignore_eos)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SamplingParams:
+        """From field names; an unknown one raises UsageError with the nearest known one."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                raise UsageError(f"sampling: unknown option {name!r}; {did_you_mean(name, known)}")
+        return cls(**values)
+
+
+def _require(holds: bool, name: str, wanted: str, value: object) -> None:
+    if not holds:
+        raise UsageError(f"sampling: {name} must be {wanted}, not {value!r}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def make_generator(params: SamplingParams, index: int) -> torch.Generator:
+    """The random numbers of sequence `index` of a batch: the same for a seed whatever else the batch holds.
+
+    On the CPU for every device, so that a seed draws the same numbers everywhere.
+    """
+    generator = torch.Generator()
+    if params.seed is None:
+        generator.seed()
+    else:  # hashed together: seed + index would give sequence 1 of seed 0 the numbers of sequence 0 of seed 1
+        generator.manual_seed(int(np.random.SeedSequence((params.seed, index)).generate_state(1, np.uint64)[0]))
+    return generator
+
+
+def sample(logits_BV: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]) -> Tensor:
+    """Draw the next token of each sequence from its own parameters and generator -> int64 [B].
+
+    A sequence of temperature 0 draws no random number; any other draws exactly one.
+    """
+    ids_B = logits_BV.argmax(-1)  # documented to return the first of equal values
+    for row, (wanted, generator) in enumerate(zip(params, generators, strict=True)):
+        if wanted.temperature > 0:
+            ids_B[row] = _draw(logits_BV[row], wanted, generator)
+    return ids_B
+
+
+def _draw(logits_V: Tensor, params: SamplingParams, generator: torch.Generator) -> Tensor:
+    """One token by inversion: the first whose cumulative probability exceeds a uniform number."""
+    probabilities, ids = kept(logits_V, params)
+    cumulative = probabilities.cumsum(0)
+    point = torch.rand((), generator=generator).to(cumulative.device) * cumulative[-1]
+    place = torch.searchsorted(cumulative, point, right=True)
+    return ids[place.clamp(max=len(ids) - 1)]  # a uniform number next to 1 may round up to the whole sum
+
+
+def kept(logits_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """The tokens that pass the filters: fp32 probabilities, not renormalised, and ids, most probable first."""
+    ids = _candidates(logits_V, params.top_k)
+    logits = logits_V[ids].float()
+    probabilities = ((logits - logits[0]) / params.temperature).softmax(0)  # in this order no temperature overflows
+    mass_before = probabilities.cumsum(0) - probabilities
+    passes = (mass_before < params.top_p) & (probabilities >= params.min_p * probabilities[0])
+    count = int(passes.sum().clamp(min=1))  # both tests fail for good once they fail: the survivors lie in front
+    return probabilities[:count], ids[:count]
+
+
+def _candidates(logits_V: Tensor, top_k: int | None) -> Tensor:
+    """Ids of the `top_k` highest logits (all by default), highest first, ties to the lower index."""
+    if top_k is None or top_k >= len(logits_V):
+        return logits_V.sort(descending=True, stable=True).indices
+    threshold = logits_V.topk(top_k).values[-1]
+    ids = (logits_V >= threshold).nonzero()[:, 0]  # more than top_k when several tie with the last
+    return ids[logits_V[ids].sort(descending=True, stable=True).indices[:top_k]]

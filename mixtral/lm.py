@@ -1,0 +1,191 @@
+"""LM: a model, its tokenizer and its configuration in one object. `mixtral.load(path)` is the way in."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from mixtral.config import ModelConfig
+from mixtral.config_formats import read_config
+from mixtral.engine import SamplingParams, generate, stream
+from mixtral.engine.generate import check_prompt
+from mixtral.errors import UsageError
+from mixtral.files import atomic_folder
+from mixtral.hardware import has_fast_bf16
+from mixtral.model import Mixtral, Output, Packed
+from mixtral.moe import Routing
+from mixtral.runtime import choose_device, choose_dtype
+from mixtral.tokenizer import Tokenizer, load_tokenizer
+from mixtral.weights import load_state
+from mixtral.weights.save import check_free, write_hf
+
+TOKENIZER_FILES = ("tekken.json", "*.model", "*.model.v*", "tokenizer.json")
+
+
+class LM:
+    """A language model ready to use: in evaluation mode, its parameters without gradients."""
+
+    def __init__(self, model: Mixtral, tokenizer: Tokenizer | None = None) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.output_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.output_weight.dtype
+
+    # -- generating --------------------------------------------------------------------------------------------------
+
+    @overload
+    def generate(self, prompt: str, **sampling: Any) -> str: ...
+    @overload
+    def generate(self, prompt: list[str], **sampling: Any) -> list[str]: ...
+    @overload
+    def generate(self, prompt: list[int], **sampling: Any) -> list[int]: ...
+    @overload
+    def generate(self, prompt: list[list[int]], **sampling: Any) -> list[list[int]]: ...
+    def generate(self, prompt: Any, **sampling: Any) -> Any:
+        """Continue a prompt, or a list of prompts as one batch.
+
+        A text is answered with text, token ids with token ids (the end token included). The prompt itself is not
+        repeated.
+
+        Args:
+            sampling: fields of SamplingParams (max_tokens, temperature, top_k, top_p, min_p, seed, stop, ignore_eos).
+        """
+        if _is_one(prompt):
+            return self.generate([prompt], **sampling)[0]
+        texts = [isinstance(p, str) for p in prompt]
+        ids = [self._ids(p) for p in prompt]
+        done = generate(self.model, ids, _params(sampling), tokenizer=self.tokenizer)
+        return [g.text if is_text else g.tokens for g, is_text in zip(done, texts, strict=True)]
+
+    @overload
+    def stream(self, prompt: str, **sampling: Any) -> Iterator[str]: ...
+    @overload
+    def stream(self, prompt: list[int], **sampling: Any) -> Iterator[int]: ...
+    def stream(self, prompt: Any, **sampling: Any) -> Any:
+        """The same as `generate` for one prompt, piece by piece as it comes: pieces of text, or token ids."""
+        if not _is_one(prompt):
+            raise UsageError("prompt: stream takes one prompt; generate takes a list of them")
+        pieces = stream(self.model, [self._ids(prompt)], _params(sampling), tokenizer=self.tokenizer)
+        if isinstance(prompt, str):
+            return (piece.text for piece in pieces if piece.text)
+        return (piece.token for piece in pieces)
+
+    # -- looking inside ----------------------------------------------------------------------------------------------
+
+    def logits(self, token_ids: Sequence[int] | Tensor) -> Tensor:
+        """The logits after each token of one sequence -> fp32 [T, V]."""
+        logits_TV = self._read(token_ids).logits
+        assert logits_TV is not None
+        return logits_TV
+
+    def routing(self, token_ids: Sequence[int] | Tensor) -> tuple[Routing, ...]:
+        """How each layer routed the tokens of one sequence; raises UsageError for a dense model."""
+        if not self.config.is_sparse:
+            raise UsageError("routing: this model is dense (one expert); only sparse models route their tokens")
+        return self._read(token_ids).routing
+
+    @torch.no_grad()  # not inference_mode: what comes back is the caller's, to change as he likes
+    def _read(self, token_ids: Sequence[int] | Tensor) -> Output:
+        ids = _as_list(token_ids)
+        check_prompt(ids, self.config, "token_ids")
+        return self.model(Packed.of([ids], device=self.device))
+
+    def _ids(self, prompt: str | Sequence[int] | Tensor) -> list[int]:
+        if not isinstance(prompt, str):
+            return _as_list(prompt)
+        if self.tokenizer is None:
+            raise UsageError("prompt: this model came without a tokenizer; give token ids instead of text")
+        return self.tokenizer.encode(prompt)
+
+    # -- saving ------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """Write a model folder that transformers reads too, tokenizer included; whole or not at all.
+
+        Raises UsageError when the folder exists and is not empty.
+        """
+        check_free(folder)
+        with atomic_folder(folder) as new:
+            write_hf(self.model.state_dict(), self.config, new)
+            if self.tokenizer is not None:
+                self.tokenizer.save(new)
+
+
+def load(
+    path: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
+) -> LM:
+    """The model of a folder, in Hugging Face's or Mistral's format, with its tokenizer when it has one.
+
+    Args:
+        dtype: "bf16", "fp32", ...; by default (or "auto") the file's, but fp32 on a CPU that is slow in bf16.
+        device: "cpu", "cuda", "cuda:1"; by default (or "auto") a GPU when there is one.
+    """
+    chosen = choose_device(device)
+    config = read_config(path)
+    tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
+    state = _one_dtype(load_state(path, config, _dtype(dtype, chosen), chosen))
+    with torch.device("meta"):
+        model = Mixtral(config)
+    model.load_state_dict(state, assign=True)
+    return LM(model, tokenizer)
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a model folder holds a tokenizer file."""
+    return any(any(Path(folder).glob(pattern)) for pattern in TOKENIZER_FILES)
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
+    """The dtype to load in; None: the file's."""
+    if dtype not in (None, "auto"):
+        return choose_dtype(dtype, device)
+    return torch.float32 if device.type == "cpu" and not has_fast_bf16(device) else None
+
+
+def _one_dtype(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Cast, tensor by tensor, to the dtype that most weights have: a file may mix them, the model does not."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in state.values():
+        sizes[tensor.dtype] += tensor.numel()
+    dtype = sizes.most_common(1)[0][0]
+    for name in state:
+        state[name] = state[name].to(dtype)
+    return state
+
+
+def _params(sampling: dict[str, Any]) -> SamplingParams:
+    """From keyword arguments; `stop` may be one string or any sequence of them."""
+    if isinstance(stop := sampling.get("stop", ()), str | list):
+        sampling = {**sampling, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+    return SamplingParams.from_dict(sampling)
+
+
+def _is_one(prompt: object) -> bool:
+    """Whether this is one prompt (a text, or token ids) rather than a list of prompts."""
+    if isinstance(prompt, Tensor):
+        return prompt.dim() == 1
+    return isinstance(prompt, str) or (isinstance(prompt, Sequence) and all(isinstance(t, int) for t in prompt))
+
+
+def _as_list(token_ids: object) -> list[int]:
+    """Token ids as a list; raises UsageError for anything else."""
+    ids = token_ids.tolist() if isinstance(token_ids, Tensor) else token_ids
+    if isinstance(ids, Sequence) and all(isinstance(t, int) for t in ids):
+        return list(ids)
+    raise UsageError(f"token ids: a list of integers is wanted, not {type(token_ids).__name__}; "
+                     "lm.tokenizer.encode(text) makes one of a text")
