@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mixtral.errors import MixtralError, UsageError
+from mixtral.errors import UsageError
+from mixtral.files import atomic_write
 
 if TYPE_CHECKING:
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 
 class Tokenizer(ABC):
-    """What every tokenizer offers; a subclass adds `_encode` and `save_files`.
+    """What every tokenizer offers; a subclass adds `_encode` and `_files`.
 
     `pieces`: the bytes each id stands for, b"" for control tokens.
     `control`: the names of the control tokens by id, such as {1: "<s>", 2: "</s>"}.
@@ -50,13 +51,13 @@ class Tokenizer(ABC):
 
         Raises UsageError for a lone surrogate, which no UTF-8 text holds.
         """
-        _check_text(text)
+        check_text(text)
         return self._framed(self._encode(text), bos, eos)
 
     def encode_batch(self, texts: Sequence[str], bos: bool = True, eos: bool = False) -> list[list[int]]:
         """The ids of each text, on all processors where the library below can do so."""
         for text in texts:
-            _check_text(text)
+            check_text(text)
         return [self._framed(ids, bos, eos) for ids in self._encode_batch(list(texts))]
 
     def _framed(self, ids: list[int], bos: bool, eos: bool) -> list[int]:
@@ -103,17 +104,11 @@ class Tokenizer(ABC):
 
     def save(self, folder: Path | str) -> None:
         """Write those files into `folder`, which is made when missing. Raises MixtralError when it cannot."""
-        folder = Path(folder)
-        files = self._files()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, content in files.items():
-                (folder / name).write_bytes(content)
-        except OSError as error:
-            raise MixtralError(f"{folder}: cannot write the tokenizer: {error.strerror}") from error
+        for name, content in self._files().items():
+            atomic_write(Path(folder) / name, content)
 
     @property
-    def mistral(self) -> MistralTokenizer | None:
+    def mistral(self) -> MistralTokenizer[Any, Any, Any, Any, Any] | None:
         """mistral-common's tokenizer of the same file, for its chat formats; None for a bare tokenizer.json."""
         return None
 
@@ -143,7 +138,8 @@ class TextStream:
         return self._decoder.decode(b"", final=True)
 
 
-def _check_text(text: str) -> None:
+def check_text(text: str) -> None:
+    """Raises UsageError for a lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

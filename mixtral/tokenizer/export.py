@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mixtral.tokenizer.spm_model import Kind, Piece
+from mixtral.tokenizer.spm_model import Kind, SpmModel
 
 SPACE = "▁"
 
@@ -27,24 +27,24 @@ def merge_list(pieces: Sequence[str]) -> list[tuple[str, str]]:
             if piece[:i] in known and piece[i:] in known]
 
 
-def spm_to_json(pieces: Sequence[Piece], dummy_prefix: bool, bos_id: int) -> bytes:
+def spm_to_json(spm: SpmModel, bos_id: int) -> bytes:
     """The tokenizer.json of a BPE model with byte fallback that leaves text as it is."""
+    pieces = spm.pieces
     # Runs of spaces all share one score in Mistral's files, so that the leftmost run grows to its full length before
     # the next one starts: the longest first has the same effect.
     normal = [p for p in pieces if p.kind == Kind.NORMAL]
     normal.sort(key=lambda p: (-p.score, -len(p.text)))
-    whole = [p.text for p in pieces if p.kind == Kind.USER_DEFINED]
+    whole = sorted([p.text for p in pieces if p.kind == Kind.USER_DEFINED], key=len, reverse=True)  # the longest wins
     control = {i: p.text for i, p in enumerate(pieces) if p.kind in (Kind.CONTROL, Kind.UNKNOWN)}
-    prefix = [{"type": "Prepend", "prepend": SPACE}] if dummy_prefix else []
-    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if dummy_prefix else []
+    prefix = [{"type": "Prepend", "prepend": SPACE}] if spm.dummy_prefix else []
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if spm.dummy_prefix else []
     return _document(
         control,
         bos_id,
         normalizer=_sequence("normalizers", [*prefix, _replace(" ", SPACE)]),
         # User-defined pieces are found in the text before anything merges. They are no "added tokens" here, because
         # the text after one of those would be given another leading space.
-        pre_tokenizer=_split("|".join(re.escape(text) for text in sorted(whole, key=len, reverse=True)), "Isolated")
-        if whole else None,
+        pre_tokenizer=_split("|".join(map(re.escape, whole))) if whole else None,
         decoder=_sequence("decoders", [_replace(SPACE, " "), {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]),
         model={
             "unk_token": next(p.text for p in pieces if p.kind == Kind.UNKNOWN),
@@ -66,7 +66,7 @@ def tekken_to_json(pieces: Sequence[bytes], control: Mapping[int, str], pattern:
         control,
         bos_id,
         normalizer=None,
-        pre_tokenizer=_sequence("pretokenizers", [_split(pattern, "Isolated"), byte_level]),
+        pre_tokenizer=_sequence("pretokenizers", [_split(pattern), byte_level]),
         decoder=byte_level,
         model={
             "unk_token": None,
@@ -90,7 +90,7 @@ def hf_config(control: Mapping[int, str], bos_id: int, eos_id: int) -> bytes:
     }
     if "<unk>" in control.values():
         config["unk_token"] = "<unk>"
-    return _json(config)
+    return json.dumps(config, indent=1).encode()
 
 
 def byte_characters() -> list[str]:
@@ -106,7 +106,7 @@ def _document(control: Mapping[int, str], bos_id: int, *, model: dict[str, Any],
     bos = control[bos_id]
     bos_item, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
     second = {"Sequence": {"id": "B", "type_id": 1}}
-    return _json({
+    document = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -120,7 +120,8 @@ def _document(control: Mapping[int, str], bos_id: int, *, model: dict[str, Any],
         **stages,
         "model": {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
                   **model},
-    })
+    }
+    return json.dumps(document, ensure_ascii=False).encode()
 
 
 def _sequence(member: str, items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -131,9 +132,5 @@ def _replace(old: str, new: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": {"String": old}, "content": new}
 
 
-def _split(pattern: str, behavior: str) -> dict[str, Any]:
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": False}
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()
+def _split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}

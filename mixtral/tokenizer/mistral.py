@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sentencepiece import SentencePieceProcessor
 
@@ -19,6 +20,7 @@ from mixtral.tokenizer.spm_model import Kind, Piece, read_spm_model
 if TYPE_CHECKING:
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
+T = TypeVar("T")
 BARE_NAME_CLUES = {"[SYSTEM_PROMPT]": "v7", "[INST]": "v3"}  # a control token that only this version and later have
 
 
@@ -32,37 +34,38 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, data: bytes, file_name: str) -> None:
         """`file_name` tells the version as mistral-common reads it: own.model.v3. Raises MixtralError, UsageError."""
         try:
-            self._model = read_spm_model(data)
+            pieces, dummy_prefix = read_spm_model(data)
             self._processor = SentencePieceProcessor(model_proto=data)
         except (ValueError, RuntimeError) as error:
             reason = error if isinstance(error, ValueError) else "the file is damaged"
             raise MixtralError(f"{file_name}: {reason}; expected a sentencepiece model such as tokenizer.model.v3") \
                 from error
-        pieces = self._model.pieces
         control = {i: p.text for i, p in enumerate(pieces) if p.kind in (Kind.CONTROL, Kind.UNKNOWN)}
         bos_id, eos_id = self._processor.bos_id(), self._processor.eos_id()
         if bos_id < 0 or eos_id < 0:
             raise MixtralError(f"{file_name}: no <s> or no </s> among the pieces; a language model needs both")
         super().__init__(_spm_version(file_name, control), [_spm_bytes(p) for p in pieces], control, bos_id, eos_id,
-                         self._model.dummy_prefix)
+                         dummy_prefix)
         self._data = data
         stem = file_name.partition(".model")[0]
         suffix = file_name.rpartition(".model.")[2] if ".model." in file_name else self.version
         self.file_name = f"{stem}.model.{suffix}"
 
     def _encode(self, text: str) -> list[int]:
-        return self._processor.encode(text)
+        ids: list[int] = self._processor.encode(text)
+        return ids
 
     def _encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return self._processor.encode(texts, num_threads=os.cpu_count() or 1)
+        ids: list[list[int]] = self._processor.encode(texts, num_threads=os.cpu_count() or 1)
+        return ids
 
     def _files(self) -> dict[str, bytes]:
-        tokenizer_json = spm_to_json(self._model.pieces, self.dummy_prefix, self.bos_id)
-        return {self.file_name: self._data, "tokenizer.json": tokenizer_json,
+        return {self.file_name: self._data,
+                "tokenizer.json": spm_to_json(read_spm_model(self._data), self.bos_id),
                 "tokenizer_config.json": hf_config(self.control, self.bos_id, self.eos_id)}
 
     @cached_property
-    def mistral(self) -> MistralTokenizer:
+    def mistral(self) -> MistralTokenizer[Any, Any, Any, Any, Any]:
         return _mistral_tokenizer(self._data, self.file_name)
 
 
@@ -71,15 +74,16 @@ class TekkenTokenizer(Tokenizer):
 
     def __init__(self, data: bytes, file_name: str) -> None:
         """Raises MixtralError when the file is not a whole tekken file."""
+        from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
         try:
-            mistral = _mistral_tokenizer(data, "tekken.json")
-        except (AssertionError, KeyError, TypeError, ValueError) as error:
-            raise MixtralError(f"{file_name}: not a whole tekken.json: {type(error).__name__}: {str(error)[:80]}") \
+            self._tekken = _from_file(Tekkenizer.from_file, data, "tekken.json")
+        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = str(error).partition("\n")[0][:80]
+            raise MixtralError(f"{file_name}: damaged or not a tekken.json: {type(error).__name__}: {reason}") \
                 from error
-        self._tekken = mistral.instruct_tokenizer.tokenizer
-        size = self._tekken.n_words
         control = {i: self._tekken.id_to_piece(i) for i in sorted(self._tekken.special_ids)}
-        pieces = [self._tekken.id_to_byte_piece(i) for i in range(size)]
+        pieces = [self._tekken.id_to_byte_piece(i) for i in range(self._tekken.n_words)]
         super().__init__("tekken", pieces, control, self._tekken.bos_id, self._tekken.eos_id, dummy_prefix=False)
         self._data = data
 
@@ -93,7 +97,7 @@ class TekkenTokenizer(Tokenizer):
                 "tokenizer_config.json": hf_config(self.control, self.bos_id, self.eos_id)}
 
     @cached_property
-    def mistral(self) -> MistralTokenizer:
+    def mistral(self) -> MistralTokenizer[Any, Any, Any, Any, Any]:
         return _mistral_tokenizer(self._data, "tekken.json")
 
 
@@ -119,11 +123,15 @@ def _spm_bytes(piece: Piece) -> bytes:
     return piece.text.replace("▁", " ").encode()
 
 
-def _mistral_tokenizer(data: bytes, file_name: str) -> MistralTokenizer:
-    """mistral-common reads files alone, and the version from their name."""
+def _mistral_tokenizer(data: bytes, file_name: str) -> MistralTokenizer[Any, Any, Any, Any, Any]:
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
+    return _from_file(MistralTokenizer.from_file, data, file_name)
+
+
+def _from_file(read: Callable[[Path], T], data: bytes, file_name: str) -> T:
+    """mistral-common reads files alone, and the version from their name."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / file_name
         path.write_bytes(data)
-        return MistralTokenizer.from_file(path)
+        return read(path)

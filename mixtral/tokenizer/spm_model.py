@@ -48,7 +48,7 @@ def read_spm_model(data: bytes) -> SpmModel:
     if trainer.get(MODEL_TYPE) != BPE or not trainer.get(BYTE_FALLBACK) or trainer.get(SUFFIX_SPACES):
         raise ValueError("only BPE models with byte fallback are supported")
     if normalizer.get(CHARSMAP) or normalizer.get(SQUEEZE_SPACES, 1) or not normalizer.get(ESCAPE_SPACES, 1):
-        raise ValueError("only models that leave the text as it is (identity normaliser, all spaces kept) are supported")
+        raise ValueError("only models that keep the text as it is (identity normaliser, all spaces) are supported")
     return SpmModel(pieces, dummy_prefix=bool(normalizer.get(DUMMY_PREFIX, 1)))
 
 

@@ -13,8 +13,8 @@ from mixtral.tokenizer.base import Tokenizer
 from mixtral.tokenizer.export import SPACE, byte_characters
 
 BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
-USUAL_NAMES = {"bos_token": ("<s>", "<|begin_of_text|>", "<|endoftext|>"), "eos_token": ("</s>", "<|end_of_text|>",
-                                                                                         "<|endoftext|>")}
+USUAL_NAMES = {"bos_token": ("<s>", "<|begin_of_text|>", "<|endoftext|>"),
+               "eos_token": ("</s>", "<|end_of_text|>", "<|endoftext|>")}
 
 
 class JsonTokenizer(Tokenizer):
@@ -30,9 +30,9 @@ class JsonTokenizer(Tokenizer):
         self._fast.encode_special_tokens = True  # "[INST]" typed in a text stays text
         self._fast.no_truncation()
         self._fast.no_padding()
-        added = {token["id"]: token for token in document["added_tokens"]}
+        added = {token["id"]: token for token in document.get("added_tokens", [])}
         control = {i: token["content"] for i, token in added.items() if token["special"]}
-        types = _types(document["decoder"])
+        types = _types(document.get("decoder"))
         if not types & {"ByteLevel", "ByteFallback"}:
             raise MixtralError(f"{file_name}: only byte-level and byte-fallback vocabularies are supported, "
                                f"not a {document['model'].get('type')} with decoder {sorted(types)}")
@@ -40,8 +40,7 @@ class JsonTokenizer(Tokenizer):
         pieces = [b""] * (max(vocab.values()) + 1)
         for text, i in vocab.items():
             if i not in control:
-                plain = i in added
-                pieces[i] = text.encode() if plain else _piece_bytes(text, byte_level="ByteLevel" in types)
+                pieces[i] = text.encode() if i in added else _piece_bytes(text, byte_level="ByteLevel" in types)
         super().__init__("json", pieces, control, _special_id("bos_token", config, vocab, file_name),
                          _special_id("eos_token", config, vocab, file_name), dummy_prefix="Strip" in types)
         self._data = data
@@ -60,14 +59,11 @@ class JsonTokenizer(Tokenizer):
         return {"tokenizer.json": self._data, "tokenizer_config.json": json.dumps(config, indent=1).encode()}
 
 
-def _types(stage: Any) -> set[str]:
-    """The types of a stage and of all stages inside it."""
-    if isinstance(stage, list):
-        return set().union(*map(_types, stage))
-    if not isinstance(stage, dict):
+def _types(decoder: dict[str, Any] | None) -> set[str]:
+    """The type of a decoder and of those in its sequence."""
+    if decoder is None:
         return set()
-    inside = [_types(value) for value in stage.values() if isinstance(value, list)]
-    return {stage["type"]}.union(*inside) if "type" in stage else set().union(*inside)
+    return {decoder["type"]}.union(*map(_types, decoder.get("decoders", [])))
 
 
 _BYTE_OF = {character: byte for byte, character in enumerate(byte_characters())}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from sentencepiece import SentencePieceTrainer
 
 from mixtral.errors import UsageError
-from mixtral.tokenizer.base import Tokenizer
+from mixtral.tokenizer.base import Tokenizer, check_text
 from mixtral.tokenizer.mistral import SentencePieceTokenizer
 
 # The control tokens that a version's chat format uses, in the order of Mistral's file; <unk>, <s>, </s> come before.
@@ -18,7 +18,7 @@ CONTROL = {
     "v3": ["[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
            "[/TOOL_RESULTS]", "[IMG]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]"],
 }
-LONGEST_LINE = 1 << 16  # bytes; the trainer leaves out longer lines
+LONGEST_LINE = 1 << 14  # characters; longer lines are cut, because the trainer would leave them out
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, version: str = "v3", name: str = "own") -> Tokenizer:
@@ -33,29 +33,28 @@ def train_bpe(texts: Iterable[str], vocab_size: int, version: str = "v3", name: 
     if vocab_size < smallest:
         raise UsageError(f"vocab_size {vocab_size} is too small: bytes and control tokens of {version} need {smallest}")
     lines = _lines(texts)
-    first = next(lines, None)
-    if first is None:
+    if not lines:
         raise UsageError("cannot train a tokenizer: the corpus is empty; give it at least one line of text")
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=_chain(first, lines), model_writer=model, vocab_size=vocab_size, model_type="bpe",
+            sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size, model_type="bpe",
             control_symbols=CONTROL[version], pad_id=-1, byte_fallback=True, split_digits=True,
             normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-            character_coverage=0.99995, max_sentence_length=LONGEST_LINE, num_threads=os.cpu_count() or 1,
+            character_coverage=0.99995, max_sentence_length=4 * LONGEST_LINE, num_threads=os.cpu_count() or 1,
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).split("] ")[-1].strip() or str(error)
+        reason = str(error).removeprefix("INTERNAL: ").partition("] ")[2].partition("\n")[0] or str(error)
         raise UsageError(f"cannot train a tokenizer of {vocab_size} pieces on this corpus: {reason}") from error
     return SentencePieceTokenizer(model.getvalue(), f"{name}.model.{version}")
 
 
-def _lines(texts: Iterable[str]) -> Iterator[str]:
+def _lines(texts: Iterable[str]) -> list[str]:
     """Lines that are not blank: line ends are byte tokens, as in Mistral's vocabularies."""
-    return (line for text in texts for line in text.split("\n") if line.strip())
-
-
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
+    lines = []
+    for text in texts:
+        check_text(text)
+        lines += [line[i : i + LONGEST_LINE] for line in text.split("\n") if line.strip()
+                  for i in range(0, len(line), LONGEST_LINE)]
+    return lines
