@@ -45,7 +45,7 @@ class Attention(nn.Module):
     def forward(
         self, x_TD: Tensor, angles: tuple[Tensor, Tensor], batch: Packed, layer: int, cache: KVCache | None
     ) -> Tensor:
-        """x [T, D] -> [T, D]. `angles` are the rotary cos and sin of the batch's positions; `layer` indexes the cache."""
+        """x [T, D] -> [T, D]. `angles` are the rotary cos and sin of the batch's positions; `layer` is the cache's."""
         qkv = self.wqkv(x_TD).unflatten(1, (self.n_kv_heads, -1, self.head_dim))
         q_THC = kernels.rotary(qkv[:, :, :-2].flatten(1, 2), *angles)
         k_TGC = kernels.rotary(qkv[:, :, -2], *angles)

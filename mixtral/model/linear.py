@@ -1,4 +1,4 @@
-"""Linear: a bias-free projection whose product goes through the kernels table. Adapted and quantised forms replace it."""
+"""Linear: a bias-free projection whose product goes through the kernels table. Adapted, quantised forms replace it."""
 
 from __future__ import annotations
 

@@ -29,4 +29,5 @@ class Packed(NamedTuple):
         tokens = torch.tensor([t for s in sequences for t in s], dtype=torch.int64, device=device)
         positions = [p for n, first in zip(lengths, starts, strict=True) for p in range(first, first + n)]
         cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return cls(tokens, torch.tensor(positions, dtype=torch.int64, device=device), cu_seqlens, max(lengths, default=0))
+        positions_T = torch.tensor(positions, dtype=torch.int64, device=device)
+        return cls(tokens, positions_T, cu_seqlens, max(lengths, default=0))

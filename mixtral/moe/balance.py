@@ -21,6 +21,11 @@ def assignment_share(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     return counts / counts.sum().clamp(min=1)
 
 
+def _mean(values_T: Tensor) -> Tensor:
+    """Mean over tokens; 0, not NaN, when none counts."""
+    return values_T.sum(0) / max(1, len(values_T))
+
+
 def load_balance(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     """E * sum over experts of f * p for one layer (arXiv 2101.03961, equation 4).
 
@@ -31,13 +36,13 @@ def load_balance(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
         mask_T: bool, the tokens that count (padding does not). Packed batches need none.
     """
     scores_TE = routing.scores_TE if mask_T is None else routing.scores_TE[mask_T]
-    return scores_TE.shape[1] * (assignment_share(routing, mask_T) @ scores_TE.mean(0))
+    return scores_TE.shape[1] * (assignment_share(routing, mask_T) @ _mean(scores_TE))
 
 
 def z_loss(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     """Mean over tokens of (logsumexp of the router's logits) squared (arXiv 2202.08906, equation 5)."""
     logits_TE = routing.logits_TE if mask_T is None else routing.logits_TE[mask_T]
-    return logits_TE.logsumexp(-1).square().mean()
+    return _mean(logits_TE.logsumexp(-1).square())
 
 
 def load_balance_hf(routings: Sequence[Routing], mask_T: Tensor | None = None) -> Tensor:
@@ -50,4 +55,4 @@ def load_balance_hf(routings: Sequence[Routing], mask_T: Tensor | None = None) -
     pooled = Routing(*(torch.cat(parts) for parts in zip(*routings, strict=True)))
     mask = None if mask_T is None else mask_T.repeat(len(routings))
     scores_TE = pooled.scores_TE if mask is None else pooled.scores_TE[mask]
-    return n_experts * k * (assignment_share(pooled, mask) @ scores_TE.mean(0))
+    return n_experts * k * (assignment_share(pooled, mask) @ _mean(scores_TE))

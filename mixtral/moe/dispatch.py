@@ -35,7 +35,7 @@ class Dispatcher(Protocol):
 
 
 class LocalDispatcher:
-    """All experts in this process: a stable sort of the assignments by expert. Static shapes, no host synchronisation."""
+    """All experts in this process, by a stable sort of the assignments. Static shapes, no host synchronisation."""
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         n_experts, k = routing.logits_TE.shape[1], routing.experts_TK.shape[1]

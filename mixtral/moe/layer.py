@@ -21,7 +21,9 @@ class MoE(nn.Module):
         self.experts = experts
         self.dispatcher: Dispatcher = LocalDispatcher() if dispatcher is None else dispatcher
 
-    def forward(self, x_TD: Tensor, replay: Tensor | None = None, k: int | Tensor | None = None) -> tuple[Tensor, Routing]:
+    def forward(
+        self, x_TD: Tensor, replay: Tensor | None = None, k: int | Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
         """-> (output [T, D], Routing). `replay` [T, K] and `k` as in Router.forward."""
         routing = self.router(x_TD, replay, k)
         y_TD = self.experts.decode(x_TD, routing)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mixtral.errors import UsageError
+
 
 class Routing(NamedTuple):
     """One layer's routing: all that losses, statistics, plots, caches and prefetch need."""
@@ -53,7 +55,9 @@ class Router(nn.Module):
 
         Args:
             replay: int64 [T, K]; take these experts and compute logits and weights anew, so that gradients flow.
-            k: experts a token takes in this call: a number, or int64 [T] for each token its own.
+            k: experts a token takes in this call: a number, or int64 [T] for each token its own (0: none).
+
+        Raises UsageError when a number `k` is not one of 1..E.
         """
         logits_TE = nn.functional.linear(x_TD.float(), self.weight.float())
         experts_TK = self._choose(logits_TE, k) if replay is None else replay
@@ -61,16 +65,20 @@ class Router(nn.Module):
         return Routing(logits_TE, logits_TE.softmax(-1), weights_TK, experts_TK)
 
     def _choose(self, logits_TE: Tensor, k: int | Tensor | None) -> Tensor:
+        n_experts = logits_TE.shape[1]
         if not isinstance(k, Tensor):
-            return choose_experts(logits_TE, min(k or self.experts_per_token, logits_TE.shape[1]))
-        most = int(k.max()) if k.numel() else 1
+            k = self.experts_per_token if k is None else k
+            if not 1 <= k <= n_experts:
+                raise UsageError(f"router: k must lie in 1..{n_experts} (the experts), not {k}")
+            return choose_experts(logits_TE, k)
+        most = min(max(1, int(k.max())), n_experts) if k.numel() else 1  # one place at least, if none is used
         experts_TK = choose_experts(logits_TE, most)
         unused_TK = torch.arange(most, device=k.device) >= k[:, None]
         return experts_TK.masked_fill(unused_TK, -1)
 
 
 def choice_weights(logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
-    """Softmax over the chosen logits -> fp32 [T, K]; unused places (-1) weigh 0, and so does a token without experts."""
+    """Softmax over the chosen logits -> fp32 [T, K]; unused places (-1) and tokens without experts weigh 0."""
     unused_TK = experts_TK < 0
     chosen_TK = logits_TE.gather(1, experts_TK.clamp(min=0)).masked_fill(unused_TK, float("-inf"))
     chosen_TK = chosen_TK.masked_fill(unused_TK.all(-1, keepdim=True), 0.0)  # a row of -inf alone would give NaN

@@ -1,0 +1,59 @@
+"""What one layer's routing says about its experts: numbers to log, pure functions of Routing.
+
+Legend: T tokens, E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixtral.moe.balance import assignment_share
+from mixtral.moe.router import Routing
+
+
+class LayerStats(NamedTuple):
+    """One layer, one batch."""
+
+    load: list[float]  # share of assignments of each expert, summing to 1
+    max_over_mean: float  # 1 at balance, E when one expert takes everything
+    gini: float  # 0 at balance, (E - 1) / E when one expert takes everything
+    entropy: float  # of the router's scores, mean over tokens, as a share of ln E: 1 undecided, 0 certain
+    repeats: float  # share of consecutive tokens with the same first choice (arXiv 2401.04088, table 5); 1/E by chance
+
+
+def gini(load_E: Tensor) -> float:
+    """Gini coefficient of a distribution over experts: mean absolute difference over twice the mean."""
+    n = load_E.numel()
+    differences = (load_E[:, None] - load_E[None, :]).abs().sum()
+    return float(differences / (2 * n * load_E.sum().clamp(min=1e-12)))
+
+
+def score_entropy(routing: Routing) -> float:
+    """Entropy of normalised scores, mean over tokens, divided by its maximum ln E."""
+    p_TE = routing.scores_TE / routing.scores_TE.sum(-1, keepdim=True)
+    return float(torch.special.entr(p_TE).sum(-1).mean() / torch.tensor(float(p_TE.shape[1])).log())
+
+
+def first_choice_repeats(routing: Routing, cu_seqlens: Tensor) -> float:
+    """Share of neighbouring tokens of one sequence that have the same first choice; 0 when there are no neighbours."""
+    first_T = routing.experts_TK[:, 0]
+    same = first_T[1:] == first_T[:-1]
+    inside = torch.ones(len(same), dtype=torch.bool, device=same.device)
+    inside[(cu_seqlens[1:-1] - 1).to(same.device, torch.int64)] = False
+    return float((same & inside).sum() / inside.sum().clamp(min=1))
+
+
+@torch.no_grad()
+def layer_stats(routing: Routing, cu_seqlens: Tensor) -> LayerStats:
+    """All of LayerStats for one layer's routing of a packed batch."""
+    load_E = assignment_share(routing)
+    return LayerStats(
+        load=[round(x, 6) for x in load_E.tolist()],
+        max_over_mean=float(load_E.max() * load_E.numel()),
+        gini=gini(load_E),
+        entropy=score_entropy(routing),
+        repeats=first_choice_repeats(routing, cu_seqlens),
+    )

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from naive import routing
+from torch import Tensor
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from mixtral.moe import Routing
+from mixtral.moe.balance import assignment_share, load_balance, load_balance_hf, z_loss
+
+
+def _random(tokens: int = 50, n_experts: int = 8, k: int = 2) -> Routing:
+    torch.manual_seed(tokens)
+    logits = (torch.randn(tokens, n_experts) * 2).requires_grad_()
+    return Routing(logits, logits.softmax(-1), *logits.softmax(-1).topk(k))
+
+
+def _balanced(n_experts: int, k: int) -> list[list[int]]:
+    return [[(t + i) % n_experts for i in range(k)] for t in range(n_experts)]
+
+
+@pytest.mark.parametrize("n_experts, k", [(4, 1), (8, 2), (5, 3), (7, 7), (64, 6)])
+def test_one_at_balance_whatever_the_sizes(n_experts: int, k: int) -> None:
+    assert load_balance(routing(_balanced(n_experts, k), n_experts=n_experts)).item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("n_experts, k", [(4, 1), (8, 2), (5, 3), (7, 7)])
+def test_experts_over_k_at_collapse(n_experts: int, k: int) -> None:
+    collapsed = routing([list(range(k))] * 10, n_experts=n_experts)
+    assert load_balance(collapsed).item() == pytest.approx(n_experts / k)
+
+
+def test_uneven_by_hand() -> None:
+    """Three tokens, three experts, two each: f = (3, 2, 1) / 6, p = (0.5, 0.3, 0.2)."""
+    scores = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.4, 0.2, 0.4]])
+    uneven = routing([[0, 1], [0, 1], [0, 2]], scores, 3)
+    torch.testing.assert_close(assignment_share(uneven), torch.tensor([3.0, 2.0, 1.0]) / 6)
+    assert load_balance(uneven).item() == pytest.approx(3 * (0.5 * 3 + 0.3 * 2 + 0.2 * 1) / 6)
+
+
+def test_gradients_by_hand() -> None:
+    """d/dscore[t, e] = E f_e / T; through softmax: score[t, e] * (that - its mean under the token's scores)."""
+    made = _random(tokens=6, n_experts=4)
+    by_score, by_logit = torch.autograd.grad(load_balance(made), [made.scores_TE, made.logits_TE])
+    share = torch.bincount(made.experts_TK.flatten(), minlength=4) / 12
+    torch.testing.assert_close(by_score, (4 * share / 6).expand(6, 4))
+    slope = 4 * share / 6
+    scores = made.scores_TE.detach()
+    torch.testing.assert_close(by_logit, scores * (slope - (scores @ slope)[:, None]))
+
+
+def test_descending_it_moves_probability_off_the_busy_experts() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]] * 8, requires_grad=True)
+    made = Routing(logits, logits.softmax(-1), *logits.softmax(-1).topk(2))
+    (grad,) = torch.autograd.grad(load_balance(made), logits)
+    assert (grad[:, :2].sum(-1) > 0).all() and (grad[:, 2:] < 0).all()
+
+
+def test_unused_places_do_not_count() -> None:
+    made = routing([[0, 1], [2, -1], [-1, -1]])
+    torch.testing.assert_close(assignment_share(made), torch.tensor([1.0, 1.0, 1.0, 0.0]) / 3)
+
+
+def test_each_layer_collapsed_on_experts_of_its_own_is_seen_per_layer_alone() -> None:
+    """transformers 28255, 31464: pooled over layers, such a model has exactly the value of a balanced one."""
+    layers = [routing([[2 * layer, 2 * layer + 1]] * 16, n_experts=8) for layer in range(4)]
+    assert [load_balance(layer).item() for layer in layers] == pytest.approx([4.0] * 4)
+    assert load_balance_hf(layers).item() == pytest.approx(2.0)
+    same = [routing([[0, 1]] * 16, n_experts=8)] * 4
+    assert load_balance_hf(same).item() == pytest.approx(8.0)
+    balanced = [routing(_balanced(8, 2), n_experts=8)] * 4
+    assert load_balance_hf(balanced).item() == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("n_experts, k", [(8, 2), (5, 3), (4, 1)])
+def test_hf_form_equals_transformers(n_experts: int, k: int) -> None:
+    layers = [_shifted(_random(24, n_experts, k), i, k) for i in range(3)]
+    logits = tuple(layer.logits_TE for layer in layers)
+    want = load_balancing_loss_func(logits, n_experts, k)
+    torch.testing.assert_close(load_balance_hf(layers), want)
+    mask = (torch.arange(24).view(2, 12) % 12) < torch.tensor([[12], [7]])
+    want = load_balancing_loss_func(logits, n_experts, k, attention_mask=mask.long())
+    got = load_balance_hf(layers, mask.flatten())
+    torch.testing.assert_close(got, want)
+    got_grads, want_grads = torch.autograd.grad(got, logits), torch.autograd.grad(want, logits)
+    for got_grad, want_grad in zip(got_grads, want_grads, strict=True):
+        torch.testing.assert_close(got_grad, want_grad)
+
+
+def _shifted(made: Routing, by: int, k: int) -> Routing:
+    logits = (made.logits_TE.detach() + by * torch.linspace(-1, 1, made.logits_TE.shape[1])).requires_grad_()
+    return Routing(logits, logits.softmax(-1), *logits.softmax(-1).topk(k))
+
+
+def _padded(made: Routing, at: Tensor) -> tuple[Routing, Tensor]:
+    """`made` spread over the places of mask `at`, with rubbish tokens, all on expert 0, between."""
+    parts = []
+    for value in made:
+        wide = torch.zeros(len(at), value.shape[1], dtype=value.dtype)
+        wide[:, 0] = 9
+        wide[at] = value.detach()
+        parts.append(wide)
+    parts[3][~at] = 0
+    return Routing(*parts), at
+
+
+def test_padding_changes_no_value() -> None:
+    """transformers 28505, 29363."""
+    made = _random(30)
+    padded, mask = _padded(made, torch.arange(50) % 5 < 3)
+    for loss in (load_balance, z_loss, lambda r, m=None: load_balance_hf([r, r], m)):
+        torch.testing.assert_close(loss(padded, mask), loss(made).detach())
+        assert not torch.isclose(loss(padded), loss(made))  # the rubbish would have shown
+
+
+@pytest.mark.parametrize("mask", [None, torch.zeros(3, dtype=torch.bool)])
+def test_nothing_that_counts_is_zero_not_nan(mask: Tensor | None) -> None:
+    made = _random(3)
+    if mask is None:
+        made = Routing(*(value[:0] for value in made))
+    for loss in (load_balance, z_loss, lambda r, m: load_balance_hf([r, r], m)):
+        assert loss(made, mask).item() == 0.0
+
+
+def test_z_loss_by_hand() -> None:
+    logits = torch.tensor([[0.0, 0.0], [1.0, 1.0 + torch.tensor(3.0).log()]], requires_grad=True)
+    value = z_loss(Routing(logits, logits.softmax(-1), *logits.softmax(-1).topk(1)))
+    first, second = torch.tensor(2.0).log(), 1 + torch.tensor(4.0).log()
+    torch.testing.assert_close(value, (first**2 + second**2) / 2)
+    (grad,) = torch.autograd.grad(value, logits)
+    want = torch.stack((first * torch.tensor([0.5, 0.5]), second * torch.tensor([0.25, 0.75])))
+    torch.testing.assert_close(grad, want)  # 2 / T * logsumexp * softmax

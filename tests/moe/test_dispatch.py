@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from naive import routing
+
+from mixtral.moe import LocalDispatcher, Routing
+
+EXPERTS = 5
+
+
+@st.composite
+def choices(draw: st.DrawFn) -> list[list[int]]:
+    """Each token's experts, all different, then -1 for the places it does not use."""
+    k, tokens = draw(st.integers(1, EXPERTS)), draw(st.integers(1, 12))
+    taken = st.lists(st.integers(0, EXPERTS - 1), max_size=k, unique=True)
+    return [(some + [-1] * k)[:k] for some in draw(st.lists(taken, min_size=tokens, max_size=tokens))]
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(choices())
+def test_laws(choice: list[list[int]]) -> None:
+    x = torch.arange(len(choice) * 2.0).view(-1, 2)
+    dispatched = LocalDispatcher().dispatch(x, routing(choice, n_experts=EXPERTS))
+    flat = [e for experts in choice for e in experts]
+    order = dispatched.order_N.tolist()
+    assert sorted(order) == list(range(len(flat)))  # a permutation of the assignments,
+    assert dispatched.place_TK.flatten()[dispatched.order_N].tolist() == list(range(len(flat)))  # its inverse,
+    kept = [n for n in order if flat[n] >= 0]
+    assert order[: len(kept)] == kept  # the dropped at the end,
+    assert [(flat[n], n) for n in kept] == sorted((flat[n], n) for n in kept)  # grouped by expert, stable
+    assert dispatched.counts_E.tolist() == [flat.count(e) for e in range(EXPERTS)]
+    assert torch.equal(dispatched.rows_ND, x[torch.tensor(order) // len(choice[0])])
+    assert dispatched.counts_E.dtype == torch.int64
+
+
+@settings(deadline=None, max_examples=50, derandomize=True)
+@given(choices())
+def test_combine_undoes_dispatch(choice: list[list[int]]) -> None:
+    """With experts that return their rows, a token comes back times the sum of its weights: 1, or 0 when dropped."""
+    x = torch.randn(len(choice), 3)
+    dispatcher, route = LocalDispatcher(), routing(choice, n_experts=EXPERTS)
+    dispatched = dispatcher.dispatch(x, route)
+    want = x * route.weights_TK.sum(-1, keepdim=True)
+    torch.testing.assert_close(dispatcher.combine(dispatched.rows_ND, dispatched), want)
+
+
+def test_no_tokens() -> None:
+    one = routing([[0, 1]], n_experts=EXPERTS)
+    empty = Routing(*(t[:0] for t in one))
+    dispatcher = LocalDispatcher()
+    dispatched = dispatcher.dispatch(torch.empty(0, 3), empty)
+    assert dispatched.counts_E.tolist() == [0] * EXPERTS
+    assert dispatcher.combine(dispatched.rows_ND, dispatched).shape == (0, 3)
