@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import small
+import torch
+from torch import Tensor
+
+from mixtral import kernels
+from mixtral.config import ModelConfig
+from mixtral.model import Mixtral, Packed, initialise
+
+
+@pytest.fixture(params=small.SHAPES)
+def config(request: pytest.FixtureRequest) -> ModelConfig:
+    return small.config(**small.SHAPES[request.param])
+
+
+def _loss_and_gradients(model: Mixtral, batch: Packed, backend: str) -> dict[str, Tensor]:
+    targets = small.targets(batch, model.config.vocab_size)
+    with kernels.use_backend(backend):
+        loss = model(batch, targets=targets).loss
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+    return {"loss": loss.detach(), **dict(zip((n for n, _ in model.named_parameters()), grads, strict=True))}
+
+
+@pytest.mark.parametrize("lengths", [(7,), (1,), (5, 5), (4, 1, 9)], ids=str)
+def test_torch_equals_reference_in_loss_and_every_gradient(config: ModelConfig, lengths: tuple[int, ...]) -> None:
+    model, batch = small.model(config), small.batch(config.vocab_size, *lengths)
+    fast, slow = (_loss_and_gradients(model, batch, backend) for backend in ("torch", "reference"))
+    assert fast["loss"].item() == pytest.approx(slow["loss"].item(), rel=1e-6)
+    for name, want in slow.items():
+        assert (fast[name] - want).abs().max() <= 2e-5 * want.abs().max() + 1e-7, name
+
+
+@pytest.mark.parametrize("size", [(64, 32, 1), (512, 64, 4), (3000, 128, 2)], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"n_experts": 1, "experts_per_token": 1}], ids=str)
+def test_a_fresh_model_has_the_loss_of_a_uniform_guess(size: tuple[int, int, int], changes: dict[str, int]) -> None:
+    vocab, dim, layers = size
+    shape = small.config(vocab_size=vocab, dim=dim, n_layers=layers, head_dim=16, ffn_dim=2 * dim, **changes)
+    model = initialise(Mixtral(shape), torch.Generator().manual_seed(0))
+    batch = small.batch(vocab, 100, 100)
+    with torch.no_grad():
+        loss = model(batch, targets=small.targets(batch, vocab)).loss
+    assert loss.item() == pytest.approx(math.log(vocab), rel=0.02)
+
+
+def test_initialisation_is_what_it_says_and_repeats() -> None:
+    shape = small.config(vocab_size=400, dim=64, n_layers=8, ffn_dim=100, head_dim=32, init_std=0.03)
+    models = [initialise(Mixtral(shape), torch.Generator().manual_seed(5)) for _ in range(2)]
+    for (name, weight), again in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(weight, again), name
+        if weight.dim() == 1:
+            assert (weight == 1).all()
+            continue
+        std = 0.03 / 4 if name.endswith((".wo.weight", ".w2")) else 0.1 / 8 if name == "output.weight" else 0.03
+        assert weight.std().item() == pytest.approx(std, rel=0.15), name
+
+
+def test_targets_give_the_cross_entropy_of_the_logits(config: ModelConfig) -> None:
+    model, batch = small.model(config), small.batch(config.vocab_size, 4, 1, 9)
+    targets = small.targets(batch, config.vocab_size)
+    with_targets, without = model(batch, targets=targets), model(batch)
+    assert with_targets.logits is None and without.loss is None
+    assert without.logits.dtype == torch.float32
+    torch.testing.assert_close(with_targets.loss, torch.nn.functional.cross_entropy(without.logits, targets))
+
+
+def test_rows_are_those_of_all_logits(config: ModelConfig) -> None:
+    model, batch = small.model(config), small.batch(config.vocab_size, 4, 1, 9)
+    rows = torch.tensor([13, 3, 4, 3])
+    torch.testing.assert_close(model(batch, rows=rows).logits, model(batch).logits[rows], rtol=1e-5, atol=1e-5)
+
+
+def test_one_routing_a_sparse_layer_and_none_for_a_dense_one(config: ModelConfig) -> None:
+    routing = small.model(config)(small.batch(config.vocab_size, 5)).routing
+    assert len(routing) == (config.n_layers if config.is_sparse else 0)
+    for layer in routing:
+        assert layer.experts_TK.shape == (5, config.experts_per_token)
+        assert layer.logits_TE.shape == (5, config.n_experts)
+
+
+def test_sequences_do_not_see_each_other(config: ModelConfig) -> None:
+    """Bit for bit. The choice is replayed: another choice would change the shapes of the products, hence roundings."""
+    model, batch = small.model(config), small.batch(config.vocab_size, 4, 3, 5)
+    with torch.no_grad():
+        before = model(batch)
+        replay = [layer.experts_TK for layer in before.routing] or None
+        before = model(batch, replay=replay)
+        changed = batch.tokens_T.clone()
+        changed[4:7] = (changed[4:7] + 1) % config.vocab_size
+        after = model(batch._replace(tokens_T=changed), replay=replay)
+    others = [0, 1, 2, 3, 7, 8, 9, 10, 11]
+    assert torch.equal(before.logits[others], after.logits[others])
+    assert (before.logits[4:7] != after.logits[4:7]).any(-1).all()
+
+
+def test_a_packed_sequence_equals_itself_alone(config: ModelConfig) -> None:
+    model, batch = small.model(config), small.batch(config.vocab_size, 4, 3, 5)
+    with torch.no_grad():
+        alone = model(Packed.of([batch.tokens_T[4:7].tolist()])).logits
+        torch.testing.assert_close(model(batch).logits[4:7], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_later_tokens_do_not_reach_back(config: ModelConfig) -> None:
+    model, batch = small.model(config), small.batch(config.vocab_size, 8)
+    with torch.no_grad():
+        whole = model(batch).logits
+        part = model(Packed.of([batch.tokens_T[:5].tolist()])).logits
+    torch.testing.assert_close(whole[:5], part, rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_bounds_what_a_token_reads() -> None:
+    """Two layers of window 3 reach back 4 positions and no further."""
+    model = small.model(small.config(sliding_window=3, n_experts=1, experts_per_token=1))
+    batch = small.batch(50, 9)
+    with torch.no_grad():
+        before = model(batch).logits[8]
+        for place, reaches in ((3, False), (4, True)):
+            changed = batch.tokens_T.clone()
+            changed[place] = (changed[place] + 1) % 50
+            assert torch.equal(model(batch._replace(tokens_T=changed)).logits[8], before) != reaches
+
+
+@pytest.mark.parametrize("lengths", [(), (0,), (3, 0, 2)], ids=str)
+def test_empty_batches_and_sequences(config: ModelConfig, lengths: tuple[int, ...]) -> None:
+    model, batch = small.model(config), small.batch(config.vocab_size, *lengths)
+    out = model(batch)
+    assert out.logits.shape == (sum(lengths), config.vocab_size)
+    model(batch, targets=small.targets(batch, config.vocab_size)).loss.backward()
+    if sum(lengths):
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_replaying_a_model_repeats_loss_and_gradients() -> None:
+    shape = small.config()
+    model, batch = small.model(shape), small.batch(50, 6, 8)
+    targets = small.targets(batch, 50)
+    first = model(batch, targets=targets)
+    again = model(batch, targets=targets, replay=[layer.experts_TK for layer in first.routing])
+    assert torch.equal(first.loss, again.loss)
+    grads = [torch.autograd.grad(out.loss, list(model.parameters())) for out in (first, again)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_replay_takes_the_choice_it_is_given() -> None:
+    model, batch = small.model(small.config()), small.batch(50, 6)
+    choice = [torch.tensor([[0, 3]] * 6), torch.tensor([[2, -1]] * 6)]
+    routing = model(batch, replay=choice).routing
+    assert all(torch.equal(layer.experts_TK, want) for layer, want in zip(routing, choice, strict=True))
+
+
+def test_forward_leaves_no_state_behind(config: ModelConfig) -> None:
+    model = small.model(config)
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    model(small.batch(config.vocab_size, 5), targets=torch.zeros(5, dtype=torch.int64)).loss.backward()
+    assert not list(model.buffers())
+    assert attributes == {name: set(vars(module)) for name, module in model.named_modules()}
+
+
+def test_bf16_is_close_to_fp32_on_the_same_choice(config: ModelConfig) -> None:
+    batch = small.batch(config.vocab_size, 20)
+    targets = small.targets(batch, config.vocab_size)
+    low = small.model(config, std=0.2).bfloat16()
+    high = small.model(config, std=0.2)
+    high.load_state_dict(low.state_dict())  # the same, already rounded, weights
+    exact = high(batch, targets=targets)
+    out = low(batch, targets=targets, replay=[layer.experts_TK for layer in exact.routing] or None)
+    assert out.loss.dtype == torch.float32
+    assert out.loss.item() == pytest.approx(exact.loss.item(), rel=0.01)
+    grads = [torch.autograd.grad(o.loss, list(m.parameters())) for o, m in ((out, low), (exact, high))]
+    for (name, _), got, want in zip(low.named_parameters(), *grads, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert (got.float() - want).norm() <= 0.06 * want.norm(), name
