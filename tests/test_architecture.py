@@ -25,8 +25,9 @@ ROWS = {
     "lm analysis surgery": 6,
     "train eval": 7,
     "recipes server": 8,
-    "cli": 9,
-    "__init__ __main__": 10,
+    "commands": 9,
+    "cli": 10,
+    "__init__ __main__": 11,
 }
 ROW_OF = {name: row for names, row in ROWS.items() for name in names.split()}
 
