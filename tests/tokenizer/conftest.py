@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import random
 import sysconfig
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import mistral_common
 import pytest
 
 from mixtral.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from mixtral.tokenizer.mistral import TekkenTokenizer
 
 FILES = Path(mistral_common.__file__).parent / "data"
 NAMES = {
@@ -26,10 +28,19 @@ ALPHABET = " \t\n\r\0ab=-.1é\u0301\u200d\u3000中日本🙂👩👧[]INSTREF/0x
 
 @functools.cache
 def tokenizer_named(name: str) -> Tokenizer:
-    """One of NAMES, or "own": 1,000 pieces learnt from a few sources of the standard library."""
+    """One of NAMES; "own": 1,000 pieces learnt from a few sources of the standard library; or "small-tekken"."""
+    if name == "small-tekken":
+        return TekkenTokenizer(_small_tekken(), "tekken.json")
     if name != "own":
         return load_tokenizer(FILES / NAMES[name])
     return train_bpe([(STDLIB / file).read_text() for file in ("ast.py", "json/decoder.py", "textwrap.py")], 1000)
+
+
+def _small_tekken() -> bytes:
+    """The first 10,000 pieces of the real file: it takes seconds to read, to write, and to read again as a whole."""
+    tekken = json.loads((FILES / NAMES["tekken"]).read_bytes())
+    tekken["config"]["default_vocab_size"] = 11_000
+    return json.dumps({**tekken, "vocab": tekken["vocab"][:10_000]}).encode()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from mixtral.errors import MixtralError, UsageError
 from mixtral.tokenizer import Tokenizer
 from tests.tokenizer.conftest import tokenizer_named
 
-EVERY = ["v1", "v3", "tekken", "own"]
+EVERY = ["v1", "v3", "small-tekken", "own"]
 TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="▁"))
 
 
@@ -99,7 +99,7 @@ def test_lone_surrogates(own: Tokenizer) -> None:
             encode("a\ud800b")
 
 
-@pytest.mark.parametrize("name", ["own", "tekken"])
+@pytest.mark.parametrize("name", ["own", "small-tekken"])
 def test_a_tokenizer_travels_to_another_process(name: str) -> None:
     tokenizer = tokenizer_named(name)
     assert tokenizer.mistral is not None
