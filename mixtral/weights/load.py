@@ -30,7 +30,8 @@ class TensorFile(Protocol):
     path: Path
     headers: dict[str, Header]
 
-    def stream(self) -> Iterator[tuple[str, Tensor]]: ...
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor in turn, valid until the next is asked for."""
 
 
 def detect_format(folder: str | Path) -> Format:
@@ -70,7 +71,7 @@ def load_state(
     for file in files:
         for name, tensor in file.stream():
             if name == output:
-                copy_of_embedding = tensor  # compared below: the embedding itself may still be to come
+                copy_of_embedding = tensor.clone()  # compared below: the embedding itself may still be to come
                 continue
             view = found[name].view(state[found[name].ours])
             view.copy_(tensor.reshape(view.shape))

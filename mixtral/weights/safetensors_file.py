@@ -81,11 +81,12 @@ class SafetensorsFile:
             raise WeightsError(f"{self.path}: {what}: the header promises {end:,} bytes of tensors, {size:,} are there")
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor in turn, in memory of its own; only dtypes of `DTYPES` may be asked for."""
+        """Each tensor in turn, all in one buffer: valid until the next. Only dtypes of `DTYPES` may be streamed."""
+        buffer = torch.empty(max((last - first for _, (_, first, last) in self._ranges), default=0), dtype=torch.uint8)
         with self.path.open("rb") as file:
+            file.seek(self._start)
             for name, (head, first, last) in self._ranges:
-                raw = torch.empty(last - first, dtype=torch.uint8)
-                file.seek(self._start + first)
+                raw = buffer[: last - first]
                 _read_into(file, raw.numpy().data, self.path)
                 assert head.dtype is not None  # whoever streams has refused the others by name
                 yield name, raw.view(head.dtype).view(head.shape)
@@ -105,8 +106,12 @@ def write_safetensors(path: Path, entries: Iterable[Entry]) -> None:
     with path.open("xb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for entry in entries:
-            tensor = entry.make().to("cpu", entry.dtype).contiguous()
-            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+            file.write(_bytes(entry))
+
+
+def _bytes(entry: Entry) -> memoryview:
+    tensor = entry.make().to("cpu", entry.dtype).contiguous()
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _read_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Any], int]:

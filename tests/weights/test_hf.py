@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from weight_states import CONFIGS, assert_same, random_state
 
 from mixtral.config_formats import read_config
 from mixtral.weights import detect_format, load_state, save_hf
-
-transformers = pytest.importorskip("transformers")
 
 COMMON = {"vocab_size": 13, "hidden_size": 24, "intermediate_size": 12, "num_hidden_layers": 2, "head_dim": 4}
 CASES: dict[str, tuple[dict[str, Any], bool]] = {  # config, fused

@@ -1,0 +1,54 @@
+"""Conversion in every direction, with the tokenizer's files, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from weight_states import CONFIGS, DENSE, SPARSE, assert_same, random_state
+
+from mixtral.config_formats import read_config
+from mixtral.errors import ConfigError, UsageError
+from mixtral.weights import convert, detect_format, load_state, save_hf, save_mistral
+
+BESIDE = ("tokenizer.model", "tokenizer.model.v3", "tekken.json", "tokenizer.json", "tokenizer_config.json",
+          "special_tokens_map.json", "generation_config.json", "chat_template.jinja")  # fmt: skip
+
+
+@pytest.mark.parametrize("to", ["hf", "mistral"])
+@pytest.mark.parametrize("save", [save_hf, save_mistral])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_direction(name: str, save: object, to: str, tmp_path: Path) -> None:
+    config = CONFIGS[name]
+    state = random_state(config, torch.bfloat16)
+    save(state, config, tmp_path / "src")  # type: ignore[operator]
+    convert(tmp_path / "src", tmp_path / "dst", to)
+    assert detect_format(tmp_path / "dst") == to
+    assert read_config(tmp_path / "dst") == config
+    assert_same(load_state(tmp_path / "dst", config), state)
+
+
+def test_files_beside_the_weights(tmp_path: Path) -> None:
+    save_hf(random_state(DENSE), DENSE, tmp_path / "src")
+    for name in (*BESIDE, "README.md", "optimizer.pt"):
+        (tmp_path / "src" / name).write_text(name)
+    (tmp_path / "src" / "chat_templates").mkdir()
+    convert(tmp_path / "src", tmp_path / "dst", "mistral")
+    written = {path.name for path in (tmp_path / "dst").iterdir()}
+    assert written == {*BESIDE, "params.json", "consolidated.safetensors"}
+    assert all((tmp_path / "dst" / name).read_text() == name for name in BESIDE)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"unknown format 'mistrall'; did you mean 'mistral'\?"):
+        convert(tmp_path, tmp_path / "dst", "mistrall")
+    with pytest.raises(ConfigError, match="nowhere: no such file or folder"):
+        convert(tmp_path / "nowhere", tmp_path / "dst", "hf")
+    save_hf(random_state(SPARSE), SPARSE, tmp_path / "src")
+    with pytest.raises(UsageError, match="src: exists already"):
+        convert(tmp_path / "src", tmp_path / "src", "mistral")
+    (tmp_path / "src" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(Exception, match="not a safetensors file"):
+        convert(tmp_path / "src", tmp_path / "dst", "mistral")
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]

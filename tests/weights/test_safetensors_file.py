@@ -1,0 +1,126 @@
+"""Our reader and writer against the safetensors package, and every kind of damage."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from mixtral.errors import WeightsError
+from mixtral.weights import safetensors_file
+from mixtral.weights.safetensors_file import DTYPES, Entry, Header, SafetensorsFile, write_safetensors
+
+TENSORS = {
+    "b": torch.randn(3, 5).bfloat16(),
+    "a": torch.randn(2, 2, 2),
+    "scalar": torch.tensor(3.5),
+    "empty": torch.zeros(0, 4, dtype=torch.float16),
+    "d": torch.randn(7, dtype=torch.float64),
+    "h": torch.randn(3).half(),
+}
+
+
+def test_reads_what_the_package_writes(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "x", metadata={"anything": "goes"})
+    file = SafetensorsFile(tmp_path / "x")
+    expected = {name: (tensor.dtype, tensor.shape) for name, tensor in TENSORS.items()}
+    assert {name: (head.dtype, head.shape) for name, head in file.headers.items()} == expected
+    read = {name: tensor.clone() for name, tensor in file.stream()}
+    assert read.keys() == TENSORS.keys()
+    assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in TENSORS.items())
+
+
+def test_writes_what_the_package_reads(tmp_path: Path) -> None:
+    entries = [Entry(n, t.dtype, tuple(t.shape), lambda t=t: t) for n, t in TENSORS.items()]
+    write_safetensors(tmp_path / "x", entries)
+    assert sum(entry.nbytes for entry in entries) < (tmp_path / "x").stat().st_size
+    with safe_open(tmp_path / "x", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert list(file.keys()) == sorted(TENSORS)
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in TENSORS.items())
+    with pytest.raises(FileExistsError):
+        write_safetensors(tmp_path / "x", entries)
+
+
+def test_casts_on_writing(tmp_path: Path) -> None:
+    strided = torch.randn(4, 3).T
+    write_safetensors(tmp_path / "x", [Entry("w", torch.bfloat16, (3, 4), lambda: strided)])
+    assert torch.equal(dict(SafetensorsFile(tmp_path / "x").stream())["w"], strided.bfloat16())
+
+
+def test_a_foreign_dtype_is_a_header_without_one(tmp_path: Path) -> None:
+    save_file({"q": torch.ones(3, dtype=torch.int8)}, tmp_path / "x")
+    assert SafetensorsFile(tmp_path / "x").headers == {"q": Header(None, "I8", (3,))}
+    assert torch.int8 not in DTYPES.values()
+
+
+def pack(header: object, data: int = 0) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(data)
+
+
+def entry(first: int, last: int, shape: object = (2,), **more: Any) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": shape, "data_offsets": [first, last], **more}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a safetensors file, or cut off inside its header (0 bytes)"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "not a safetensors file, or cut off inside"),
+        (b"<!DOCTYPE html>" * 100, "not a safetensors file, or cut off inside its header (1,500 bytes)"),
+        (pack({"a": entry(0, 8)})[:20], "not a safetensors file, or cut off inside its header (20 bytes)"),
+        (pack(b"{no json"), "not a safetensors file, or a damaged one: bad header"),
+        (pack(b'{"a": "\xff"}'), "not a safetensors file, or a damaged one: bad header"),
+        (pack([1]), "not a safetensors file, or a damaged one: bad header (no JSON object)"),
+        (pack({"a": {"dtype": "F32"}}), "not a safetensors file, or a damaged one: bad header ('shape')"),
+        (pack({"a": entry(0, 8, [-2])}, 8), "bad header (sizes must be non-negative integers)"),
+        (pack({"a": entry(0, 8)}, 7), "truncated: the header promises 8 bytes of tensors, 7 are there"),
+        (pack({"a": entry(0, 8)}, 9), "damaged: the header promises 8 bytes of tensors, 9 are there"),
+        (pack({"a": entry(0, 12)}, 12), "damaged: the byte range of a does not fit its shape and place"),
+        (pack({"a": entry(0, 8), "b": entry(4, 12)}, 12), "damaged: the byte range of b does not fit"),
+        (pack({"a": entry(0, 8), "b": entry(12, 20)}, 20), "damaged: the byte range of b does not fit"),
+        (pack({"a": entry(0, 8, [1 << 40])}, 8), "damaged: the byte range of a does not fit"),
+    ],
+)
+def test_damage(content: bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(WeightsError) as error:
+        SafetensorsFile(file)
+    assert str(error.value).startswith(f"{file}: ") and message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="cannot be read: No such file or directory"):
+        SafetensorsFile(tmp_path / "x")
+
+
+def test_cut_off_after_it_was_opened(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "x")
+    file = SafetensorsFile(tmp_path / "x")
+    (tmp_path / "x").write_bytes((tmp_path / "x").read_bytes()[:-1])
+    with pytest.raises(WeightsError, match="truncated while it was being read"):
+        list(file.stream())
+
+
+def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system may hand over less than was asked for; here at most 3 bytes at a time."""
+
+    class Slow:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def readinto(self, buffer: memoryview) -> int:
+            return int(self.file.readinto(buffer[:3]))
+
+    whole = safetensors_file._read_into
+    monkeypatch.setattr(safetensors_file, "_read_into", lambda file, buffer, path: whole(Slow(file), buffer, path))
+    save_file(TENSORS, tmp_path / "x")
+    assert all(torch.equal(tensor, TENSORS[name]) for name, tensor in SafetensorsFile(tmp_path / "x").stream())
