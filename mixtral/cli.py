@@ -1,0 +1,133 @@
+"""The command line: which function serves which subcommand, and how a failure is told. No logic of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+import os
+import sys
+import textwrap
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.exceptions import TyperException
+
+import mixtral
+from mixtral.commands.chat import chat
+from mixtral.commands.convert import convert
+from mixtral.commands.doctor import doctor
+from mixtral.commands.generate import generate
+from mixtral.commands.info import info
+from mixtral.errors import MixtralError
+
+COMMANDS: tuple[Callable[..., None], ...] = (
+    doctor,
+    info,
+    generate,
+    chat,
+    convert,
+)
+
+_log = logging.getLogger("mixtral")  # its level tells whether --verbose was given
+
+app = typer.Typer(
+    name="mixtral",
+    help="Sparse mixture-of-experts language models: train, run and study them.",
+    epilog="Each command has its own help with examples: mixtral COMMAND --help.",
+    rich_markup_mode=None,
+    add_completion=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mixtral {mixtral.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _global_options(
+    context: typer.Context,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show logs, warnings of libraries, and the traceback of internal errors.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What comes before the command; without a command, the help."""
+    del version  # its callback has answered
+    _log.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def _is_verbose() -> bool:
+    return _log.level == logging.DEBUG
+
+
+def _prepare() -> None:
+    """Settings of the process that every command wants; done once a command is sure to run, as torch loads slowly."""
+    from mixtral import runtime
+
+    verbose = _is_verbose()
+    runtime.setup_logging(verbose)
+    runtime.set_threads()
+    if not verbose:
+        logging.getLogger().addHandler(logging.NullHandler())  # else Python prints other libraries' warnings itself
+        warnings.simplefilter("ignore")
+
+
+def _register(function: Callable[..., None]) -> None:
+    """Make a function a command of its name. What its docstring says after "Examples:" ends the help, line by line."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **options: Any) -> None:
+        _prepare()
+        function(*args, **options)
+
+    text, _, examples = inspect.cleandoc(function.__doc__ or "").partition("Examples:\n")
+    epilog = "\b\nExamples:\n" + textwrap.indent(examples, "  ")  # \b: keep the lines as they are
+    app.command(function.__name__, help=text, epilog=epilog)(run)
+
+
+for _command in COMMANDS:
+    _register(_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (by default the process's own) and return the exit code: 0, 1 failure, 2 misuse, 130 Ctrl-C.
+
+    Whatever goes wrong is told in one line on standard error.
+    """
+    _log.setLevel(logging.WARNING)
+    try:
+        code = typer.main.get_command(app).main(arguments, prog_name="mixtral", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except MixtralError as error:
+        return _fail(str(error), error.exit_code)
+    except TyperException as error:  # an unknown command or option, a value of the wrong type
+        return _fail(error.format_message(), 2)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader has left, as `head` does: nobody is there to be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if _is_verbose():
+            traceback.print_exc()
+        kind = type(error).__name__
+        return _fail(f"internal error: {kind}: {error}; `mixtral --verbose COMMAND ...` shows where", 1)
+
+
+def _fail(message: str, exit_code: int) -> int:
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()  # what was printed before comes first
+    print("mixtral: " + " ".join(message.split()), file=sys.stderr)
+    return exit_code

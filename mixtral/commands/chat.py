@@ -1,0 +1,6 @@
+def chat() -> None:
+    """x
+
+    Examples:
+    mixtral chat
+    """

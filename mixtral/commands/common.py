@@ -1,0 +1,86 @@
+"""What several commands share: consoles, sizes as people read them, and loading a model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mixtral.lm import LM
+    from mixtral.tokenizer import Tokenizer
+
+ModelOption = Annotated[str, typer.Option("--model", metavar="DIR", help="Model folder, of Hugging Face or Mistral.")]
+DtypeOption = Annotated[
+    str, typer.Option(metavar="NAME", help="bf16, fp32 or fp16; auto: the file's, or fp32 where bf16 is slow.")
+]
+DeviceOption = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:N; auto: a GPU when there is one.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead.")]
+
+
+def console(stderr: bool = False) -> Console:
+    """A rich console that leaves text as it is: no markup, no colouring of numbers, no emoji codes."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
+def say(text: str) -> None:
+    """A remark to the person at the terminal, on standard error, out of the way of the output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """A spinner on standard error while the block runs; nothing where that is not a terminal."""
+    with console(stderr=True).status(what):
+        yield
+
+
+def load_model(folder: str, dtype: str, device: str) -> tuple[LM, Tokenizer]:
+    """The model of a folder and its tokenizer. Raises UsageError when it came without one, and as mixtral.load does."""
+    from mixtral import lm
+    from mixtral.errors import UsageError
+
+    with working(f"reading {folder}"):
+        model = lm.load(folder, dtype=dtype, device=device)
+    if model.tokenizer is None:
+        raise UsageError(f"{folder}: no tokenizer; tekken.json, a *.model file or tokenizer.json is wanted beside the weights")
+    return model, model.tokenizer
+
+
+def show_routing(layers: list[list[float]], title: str) -> None:
+    """Print the routing table with what its colours and columns mean."""
+    from mixtral.analysis import routing_table
+
+    out = console()
+    out.print(routing_table(layers, title, out.options.ascii_only))
+    out.print("Bars: an expert's share of the layer's tokens; half full is the fair share.")
+    out.print("max, min: the largest and the smallest share, as multiples of the fair one.")
+
+
+def bytes_text(n_bytes: float) -> str:
+    """Such as 86.99 GiB or 128 KiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024:
+            break
+        n_bytes /= 1024
+    else:
+        unit = "TiB"
+    return f"{n_bytes:.0f} {unit}" if unit in ("B", "KiB") else f"{n_bytes:.2f} {unit}"
+
+
+def rate_text(per_second: float, unit: str) -> str:
+    """Such as 45.2 GB/s or 1.05 TFLOP/s: powers of a thousand, as rates are told."""
+    for prefix in ("", "k", "M", "G"):
+        if per_second < 1000:
+            break
+        per_second /= 1000
+    else:
+        prefix = "T"
+    return f"{per_second:.3g} {prefix}{unit}"

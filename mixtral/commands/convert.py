@@ -1,0 +1,6 @@
+def convert() -> None:
+    """x
+
+    Examples:
+    mixtral convert
+    """

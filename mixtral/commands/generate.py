@@ -1,0 +1,6 @@
+def generate() -> None:
+    """x
+
+    Examples:
+    mixtral generate
+    """
