@@ -67,6 +67,8 @@ class LM:
         """
         if _is_one(prompt):
             return self.generate([prompt], **sampling)[0]
+        if not isinstance(prompt, Sequence):
+            raise UsageError(f"prompt: a text, token ids, or a list of those is wanted, not {type(prompt).__name__}")
         texts = [isinstance(p, str) for p in prompt]
         ids = [self._ids(p) for p in prompt]
         done = generate(self.model, ids, _params(sampling), tokenizer=self.tokenizer)
@@ -176,10 +178,10 @@ def _params(sampling: dict[str, Any]) -> SamplingParams:
 
 
 def _is_one(prompt: object) -> bool:
-    """Whether this is one prompt (a text, or token ids) rather than a list of prompts."""
-    if isinstance(prompt, Tensor):
-        return prompt.dim() == 1
-    return isinstance(prompt, str) or (isinstance(prompt, Sequence) and all(isinstance(t, int) for t in prompt))
+    """Whether this is one prompt (a text, or token ids) rather than a list of prompts; an empty list holds none."""
+    if isinstance(prompt, str | Tensor):
+        return True
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and all(isinstance(t, int) for t in prompt)
 
 
 def _as_list(token_ids: object) -> list[int]:

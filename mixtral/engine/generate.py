@@ -18,7 +18,7 @@ from torch import Tensor
 from mixtral.config import ModelConfig
 from mixtral.engine.kv_cache import FullCache, make_cache
 from mixtral.engine.sampling import SamplingParams, make_generator, sample
-from mixtral.engine.text import TextOutput
+from mixtral.engine.text_output import TextOutput
 from mixtral.errors import MixtralError, UsageError
 from mixtral.model import Mixtral, Packed
 from mixtral.moe import Routing

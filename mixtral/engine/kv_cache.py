@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mixtral.config import ModelConfig
+from mixtral.errors import ConfigError
 from mixtral.model import KeysValues, Packed
 
 _FIRST_SLOTS = 64  # the smallest buffer; below it growing costs more than the memory it saves
@@ -96,7 +97,7 @@ class RollingCache(FullCache):
         capacity: int = 0,
     ) -> None:  # fmt: skip
         if config.sliding_window is None:
-            raise ValueError("a rolling cache needs a config with a sliding_window")
+            raise ConfigError("rolling cache: this config has no sliding_window; use FullCache")
         self.limit = self.window = config.sliding_window
         super().__init__(config, n_sequences, dtype, device, capacity)
 

@@ -1,0 +1,211 @@
+"""The plain loop: batches equal single runs, decoding equals prefill, streams equal results, and where it ends."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixtral.engine import FullCache, SamplingParams, generate, stream
+from mixtral.errors import MixtralError, UsageError
+from mixtral.model import Mixtral, Packed
+from mixtral.tokenizer import Tokenizer, train_bpe
+from tests.engine.models import CONFIG, WINDOW, make_model, random_tokens
+
+MODELS = {
+    "full": make_model(),
+    "window": make_model(sliding_window=WINDOW),
+    "dense": make_model(n_experts=1, experts_per_token=1),
+}
+MODEL = MODELS["full"]
+GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
+PROMPTS = [random_tokens(n, seed=n) for n in (5, 1, 23, 12)]
+
+
+@functools.cache
+def own_tokenizer() -> Tokenizer:
+    """So small that a random model's text is full of bytes that are no characters, alone."""
+    return train_bpe(["the cat sat on the mat\n" * 20], vocab_size=300)
+
+
+@functools.cache
+def text_model() -> Mixtral:
+    return make_model(seed=3, vocab_size=300)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("chunk", [None, 1, WINDOW, 9])
+def test_a_batch_equals_each_prompt_alone_in_any_chunks(name: str, chunk: int | None) -> None:
+    together = generate(MODELS[name], PROMPTS, GREEDY, prefill_chunk=chunk)
+    for prompt, batched in zip(PROMPTS, together, strict=True):
+        [alone] = generate(MODELS[name], [prompt], GREEDY)
+        assert batched.tokens == alone.tokens and len(alone.tokens) == 12
+        torch.testing.assert_close(batched.logprobs, alone.logprobs, rtol=0, atol=1e-4)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    name=st.sampled_from(sorted(MODELS)),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    chunk=st.none() | st.integers(1, 45),
+    temperature=st.sampled_from([0.0, 1.0]),
+)
+def test_decode_logprobs_and_routing_equal_one_prefill(
+    name: str, lengths: list[int], chunk: int | None, temperature: float
+) -> None:
+    """What the cached loop says of each token is what one uncached pass over the whole text says."""
+    prompts = [random_tokens(n, seed=i) for i, n in enumerate(lengths)]
+    params = SamplingParams(max_tokens=6, temperature=temperature, seed=1, ignore_eos=True)
+    model = MODELS[name]
+    done = generate(model, prompts, params, prefill_chunk=chunk, keep_routing=True)
+    for prompt, out in zip(prompts, done, strict=True):
+        whole = model(Packed.of([prompt + out.tokens[:-1]]))
+        wanted = whole.logits.log_softmax(-1)[len(prompt) - 1 :].gather(1, torch.tensor(out.tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(out.logprobs), wanted, rtol=0, atol=1e-4)
+        if temperature == 0:
+            assert out.tokens == whole.logits[len(prompt) - 1 :].argmax(-1).tolist()
+        assert len(out.routing) == len(whole.routing)
+        for ours, theirs in zip(out.routing, whole.routing, strict=True):
+            assert torch.equal(ours.experts_TK, theirs.experts_TK)
+            torch.testing.assert_close(ours.logits_TE, theirs.logits_TE, rtol=0, atol=1e-4)
+
+
+def test_streams_equal_results_and_come_token_by_token() -> None:
+    params = [SamplingParams(max_tokens=n, temperature=1.0, seed=2, ignore_eos=True) for n in (3, 9, 1, 6)]
+    done = generate(MODEL, PROMPTS, params)
+    pieces = list(stream(MODEL, PROMPTS, params))
+    for i, out in enumerate(done):
+        mine = [p for p in pieces if p.sequence == i]
+        assert [p.token for p in mine] == out.tokens and [p.logprob for p in mine] == out.logprobs
+        assert [p.finish_reason for p in mine] == [None] * (len(mine) - 1) + ["length"]
+    assert [p.sequence for p in pieces[:7]] == [0, 1, 2, 3, 0, 1, 3]  # the third prompt asked for one token
+
+
+def test_a_prompt_still_being_read_does_not_hold_up_the_others() -> None:
+    order = [p.sequence for p in stream(MODEL, [PROMPTS[2], PROMPTS[0]], GREEDY, prefill_chunk=6)]
+    assert order[:4] == [1, 1, 1, 0]  # 23 tokens take four chunks, 5 take one
+
+
+def test_seeds_reproduce_and_differ() -> None:
+    def tokens(seed: int | None, n: int = 1) -> list[list[int]]:
+        params = SamplingParams(max_tokens=20, temperature=1.0, seed=seed, ignore_eos=True)
+        return [g.tokens for g in generate(MODEL, [PROMPTS[0]] * n, params)]
+
+    assert tokens(1) == tokens(1) != tokens(2)
+    assert tokens(None) != tokens(None)
+    first, second = tokens(1, n=2)
+    assert [first] == tokens(1) and first != second  # the same prompt twice gives two texts, the first as if alone
+
+
+def test_a_given_cache_is_used() -> None:
+    model = MODELS["window"]
+    cache = FullCache(model.config, len(PROMPTS), torch.float32, capacity=40)
+    rolling = [g.tokens for g in generate(model, PROMPTS, GREEDY)]
+    assert [g.tokens for g in generate(model, PROMPTS, GREEDY, cache=cache)] == rolling
+    assert cache.lengths == []  # all finished and dropped
+
+
+# -- where it ends -----------------------------------------------------------------------------------------------------
+
+
+def test_the_end_token_ends_it() -> None:
+    [free] = generate(MODEL, [PROMPTS[0]], GREEDY)
+    at = next(i for i, t in enumerate(free.tokens) if t not in free.tokens[:i] and i > 2)
+    model = make_model(eos_id=free.tokens[at])
+    [out] = generate(model, [PROMPTS[0]], SamplingParams(max_tokens=12))
+    assert out.tokens == free.tokens[: at + 1] and out.finish_reason == "stop"
+    [ignored] = generate(model, [PROMPTS[0]], GREEDY)
+    assert ignored.tokens == free.tokens and ignored.finish_reason == "length"
+    [none] = generate(make_model(eos_id=None), [PROMPTS[0]], SamplingParams(max_tokens=12))
+    assert none.tokens == free.tokens
+
+
+def test_the_end_of_the_context_ends_it() -> None:
+    [out] = generate(make_model(context=20), [random_tokens(17)], SamplingParams(max_tokens=100, ignore_eos=True))
+    assert len(out.tokens) == 3 and out.finish_reason == "length"
+
+
+def test_text_grows_as_it_streams_and_equals_decoding() -> None:
+    own, model = own_tokenizer(), text_model()
+    prompt = own.encode("the cat")
+    params = SamplingParams(max_tokens=60, temperature=1.0, seed=0, ignore_eos=True)
+    [out] = generate(model, [prompt], params, tokenizer=own)
+    pieces = list(stream(model, [prompt], params, tokenizer=own))
+    assert "".join(p.text for p in pieces) == out.text
+    assert own.decode(prompt + out.tokens) == own.decode(prompt) + out.text
+
+
+@pytest.mark.parametrize("start", range(3))
+def test_a_stop_string_across_tokens(start: int) -> None:
+    """A string cut from the middle of two tokens' text ends the text just before it."""
+    own, model = own_tokenizer(), text_model()
+    params = SamplingParams(max_tokens=40, temperature=1.0, seed=4, ignore_eos=True)
+    [free] = generate(model, [own.encode("the cat")], params, tokenizer=own)
+    texts = [p.text for p in stream(model, [own.encode("the cat")], params, tokenizer=own)]
+    first = [i for i in range(len(texts) - 1) if texts[i] and texts[i + 1]][start]
+    stop = texts[first][-1] + texts[first + 1][0]
+    wanted = free.text[: free.text.index(stop)]
+    stopping = SamplingParams(max_tokens=40, temperature=1.0, seed=4, ignore_eos=True, stop=(stop, "never seen"))
+    [out] = generate(model, [own.encode("the cat")], stopping, tokenizer=own)
+    assert out.text == wanted and out.finish_reason == "stop"
+    assert out.tokens == free.tokens[: len(out.tokens)]
+    shown = [p.text for p in stream(model, [own.encode("the cat")], stopping, tokenizer=own)]
+    assert "".join(shown) == wanted
+
+
+def test_the_tokenizers_end_token_counts_too() -> None:
+    """A Mistral folder's configuration names no end token; its tokenizer does."""
+    [free] = generate(make_model(vocab_size=300, eos_id=None), [PROMPTS[0]], GREEDY)
+    own = copy.copy(own_tokenizer())
+    own.eos_id = free.tokens[2]
+    params = SamplingParams(max_tokens=12)
+    [out] = generate(make_model(vocab_size=300, eos_id=None), [PROMPTS[0]], params, tokenizer=own)
+    assert out.tokens == free.tokens[: free.tokens.index(own.eos_id) + 1] and out.finish_reason == "stop"
+
+
+def test_padding_of_the_vocabulary_is_never_drawn() -> None:
+    own, model = own_tokenizer(), make_model(vocab_size=310)
+    assert own.vocab_size < 310
+    model.output_weight[own.vocab_size :] = 100 * model.output_weight[:1]
+    assert any(t >= own.vocab_size for g in generate(model, PROMPTS, GREEDY) for t in g.tokens)
+    assert all(t < own.vocab_size for g in generate(model, PROMPTS, GREEDY, tokenizer=own) for t in g.tokens)
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", [generate, stream])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": [[5], []]}, "prompt 1: empty; at least one token is needed"),
+        ({"prompts": [[5] * 129]}, "prompt 0: 129 tokens do not fit the model's context of 128"),
+        ({"prompts": [[5] * 128]}, "prompt 0: 128 tokens fill the model's context; none is left for an answer"),
+        ({"prompts": [[5, 97]]}, "prompt 0: token id 97 is out of range; the model knows ids 0 to 96"),
+        ({"prompts": [[-1, 3]]}, "prompt 0: token id -1 is out of range"),
+        ({"params": [GREEDY, GREEDY]}, "params: 2 given for 1 prompts"),
+        ({"params": SamplingParams(stop=("x",))}, "stop: stop strings need a tokenizer"),
+        ({"prefill_chunk": 0}, "prefill_chunk: must be a positive number of tokens, not 0"),
+        ({"cache": FullCache(CONFIG, 2, torch.float32)}, "cache: must be empty and for 1 sequences"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(call: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        call(MODEL, **{"prompts": [[5]], "params": GREEDY, **arguments})
+    assert message in str(error.value)
+
+
+def test_logits_that_are_not_finite_are_an_error_not_a_token() -> None:
+    model = make_model()
+    model.norm.weight[0] = float("nan")
+    with pytest.raises(MixtralError, match=r"logits are not finite in torch\.float32"):
+        generate(model, [[5]], GREEDY)
+
+
+def test_no_prompts_give_no_texts() -> None:
+    assert generate(MODEL, [], GREEDY) == []

@@ -1,0 +1,71 @@
+"""Stop strings and streaming text, however the text is cut into pieces."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mixtral.engine.text_output import StopStrings, TextOutput
+from mixtral.tokenizer import Tokenizer, train_bpe
+
+LETTERS = st.text("ab", max_size=12)
+
+
+def cut_at_stop(text: str, stops: list[str]) -> tuple[str, bool]:
+    """The definition: go through the text; where a stop string ends first, cut before the longest that ends there."""
+    for end in range(len(text) + 1):
+        ending = [s for s in stops if text[:end].endswith(s)]
+        if ending:
+            return text[: end - max(map(len, ending))], True
+    return text, False
+
+
+@given(st.lists(LETTERS, max_size=8), st.lists(st.text("ab", min_size=1, max_size=5), max_size=3))
+def test_stop_strings_equal_the_definition(pieces: list[str], stops: list[str]) -> None:
+    finder, shown = StopStrings(stops), ""
+    stopped = False
+    for piece in pieces:
+        text, stopped = finder.push(piece)
+        shown += text
+        if stopped:
+            break
+    shown += finder.flush()
+    assert (shown, stopped) == cut_at_stop("".join(pieces), stops)
+
+
+def test_only_what_could_begin_a_stop_string_is_held_back() -> None:
+    finder = StopStrings(["END", "\n\n"])
+    assert finder.push("one\n") == ("one", False)
+    assert finder.push("two E") == ("\ntwo ", False)
+    assert finder.push("N") == ("", False)
+    assert finder.push("S") == ("ENS", False)
+    assert finder.push("...END...") == ("...", True)
+    assert finder.flush() == ""
+
+
+def test_without_stop_strings_nothing_is_held_back() -> None:
+    assert StopStrings([]).push("text") == ("text", False)
+
+
+def tokenizer() -> Tokenizer:
+    """With no merges worth the name: every character of other scripts is several byte tokens."""
+    return train_bpe(["the cat sat on the mat\n" * 20], vocab_size=300)
+
+
+def test_text_never_shows_half_a_character() -> None:
+    own = tokenizer()
+    text = "cat 猫 🐈 sat"
+    output, pieces = TextOutput(own, [own.bos_id], ()), []
+    for token in own.encode(text, bos=False):
+        pieces.append(output.push(token)[0])
+        assert text.startswith("".join(pieces))
+    assert "".join(pieces) + output.end() == text
+    assert "" in pieces  # some tokens were indeed parts of a character
+
+
+def test_an_unfinished_character_ends_as_a_replacement_and_may_complete_a_stop_string() -> None:
+    own = tokenizer()
+    ids = own.encode("cat 猫", bos=False)[:-1]
+    for stop, wanted in (((), "cat \ufffd"), (("t \ufffd",), "ca")):
+        output = TextOutput(own, [own.bos_id], stop)
+        assert "".join(output.push(token)[0] for token in ids) + output.end() == wanted

@@ -1,0 +1,271 @@
+"""LM against transformers, both ways, over the shapes that differ; and LM's own promises and errors.
+
+Weights are drawn at scale 0.2, so that attention and routing are far from uniform and mistakes show.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mixtral
+from mixtral.config import ModelConfig
+from mixtral.errors import ConfigError, UsageError, WeightsError
+from mixtral.lm import LM, load
+from mixtral.model import Mixtral, initialise
+from mixtral.tokenizer import Tokenizer, train_bpe
+
+transformers = pytest.importorskip("transformers")
+
+TOKENS = 64
+
+
+def make_peer(sparse: bool = True, *, heads: int = 8, kv: int = 2, **changes: Any) -> Any:
+    """A tiny random transformers model, fp32."""
+    shape = dict(
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=heads,
+        num_key_value_heads=kv, head_dim=8, max_position_embeddings=256, rope_theta=1e4, sliding_window=None,
+        tie_word_embeddings=False, eos_token_id=2, attn_implementation="eager",
+    )  # fmt: skip
+    kind = (transformers.MixtralConfig, transformers.MixtralForCausalLM) if sparse else (
+        transformers.MistralConfig, transformers.MistralForCausalLM)  # fmt: skip
+    peer = kind[1](kind[0](**{**shape, **changes})).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            spread = torch.randn(parameter.shape, generator=generator) * 0.2
+            parameter.copy_(spread if parameter.dim() > 1 else 1 + spread)
+    return peer
+
+
+def tokens(n: int = TOKENS, seed: int = 0) -> list[int]:
+    return torch.randint(3, 256, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """The largest difference, relative to the largest logit."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@torch.no_grad()
+def assert_agree(lm: LM, peer: Any) -> None:
+    """Logits and router logits within 1e-5, 64 greedy tokens the same."""
+    ids = tokens()
+    sparse = lm.config.is_sparse
+    theirs = peer(torch.tensor([ids]), **({"output_router_logits": True} if sparse else {}))
+    assert distance(lm.logits(ids), theirs.logits[0]) < 1e-5
+    if sparse:
+        routing = lm.routing(ids)
+        assert len(routing) == len(theirs.router_logits) == lm.config.n_layers
+        for ours, router_logits in zip(routing, theirs.router_logits, strict=True):
+            assert distance(ours.logits_TE, router_logits.reshape(ours.logits_TE.shape)) < 1e-5
+    prompt = ids[:20]
+    peer.generation_config.eos_token_id = None  # min_new_tokens would forbid the end token, and change the text
+    greedy = dict(max_new_tokens=64, do_sample=False, pad_token_id=0)
+    continued = peer.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, 20), **greedy)[0, 20:].tolist()
+    assert lm.generate(prompt, max_tokens=64, ignore_eos=True) == continued
+
+
+CASES = {  # every value of each axis, and the pairs where code paths meet
+    "E4 K1": dict(num_local_experts=4, num_experts_per_tok=1),
+    "E4 K2, window": dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=16),
+    "E4 K3, tied": dict(num_local_experts=4, num_experts_per_tok=3, tie_word_embeddings=True),
+    "E5 K1, window, tied, 6/3": dict(
+        num_local_experts=5, num_experts_per_tok=1, sliding_window=16, tie_word_embeddings=True, heads=6, kv=3),
+    "E5 K2": dict(num_local_experts=5, num_experts_per_tok=2),
+    "E5 K3, 6/3": dict(num_local_experts=5, num_experts_per_tok=3, heads=6, kv=3),
+    "E8 K1, 6/3": dict(num_local_experts=8, num_experts_per_tok=1, heads=6, kv=3),
+    "E8 K2": dict(num_local_experts=8, num_experts_per_tok=2),
+    "E8 K2, tied, 3 layers": dict(
+        num_local_experts=8, num_experts_per_tok=2, tie_word_embeddings=True, num_hidden_layers=3),
+    "E8 K3, window": dict(num_local_experts=8, num_experts_per_tok=3, sliding_window=16),
+    "dense": dict(sparse=False),
+    "dense, window, 6/3": dict(sparse=False, sliding_window=16, heads=6, kv=3),
+    "dense, tied": dict(sparse=False, tie_word_embeddings=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_transformers_both_ways(case: str, tmp_path: Path) -> None:
+    peer = make_peer(**CASES[case])
+    peer.save_pretrained(tmp_path / "theirs")
+    lm = load(tmp_path / "theirs", dtype="fp32", device="cpu")
+    assert_agree(lm, peer)
+    if lm.config.is_sparse:
+        peer.save_pretrained(tmp_path / "fused", save_original_format=False)
+        fused = load(tmp_path / "fused", dtype="fp32", device="cpu")
+        assert torch.equal(fused.logits(tokens()), lm.logits(tokens()))
+    lm.save(tmp_path / "ours")
+    back = type(peer).from_pretrained(tmp_path / "ours", dtype=torch.float32, attn_implementation="eager").eval()
+    assert distance(lm.logits(tokens()), back(torch.tensor([tokens()])).logits[0].detach()) < 1e-5
+
+
+def test_the_end_token_ends_both(tmp_path: Path) -> None:
+    """transformers and we stop at the same token, and both return it."""
+    greedy = dict(max_new_tokens=20, do_sample=False, pad_token_id=0, attention_mask=torch.ones(1, 20))
+    peer, prompt = make_peer(eos_token_id=None), torch.tensor([tokens(20)])
+    free = peer.generate(prompt, **greedy)[0, 20:].tolist()
+    end = next(t for i, t in enumerate(free) if i > 3 and t not in free[:i])
+    peer = make_peer(eos_token_id=end)
+    peer.save_pretrained(tmp_path / "theirs")
+    wanted = peer.generate(prompt, **greedy)[0, 20:].tolist()
+    assert wanted == free[: free.index(end) + 1]
+    assert load(tmp_path / "theirs", dtype="fp32", device="cpu").generate(tokens(20), max_tokens=20) == wanted
+
+
+# -- the rest of LM, on a model of our own -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own_tokenizer() -> Tokenizer:
+    return train_bpe(["the cat sat on the mat, and the dog sat on the cat.\n" * 20], vocab_size=300)
+
+
+def make_lm(tokenizer: Tokenizer | None, **changes: Any) -> LM:
+    config = ModelConfig(
+        vocab_size=300, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48, n_experts=4,
+        experts_per_token=2, context=64,
+    )  # fmt: skip
+    return LM(initialise(Mixtral(config.replace(**changes)), torch.Generator().manual_seed(0)), tokenizer)
+
+
+@pytest.fixture
+def lm(own_tokenizer: Tokenizer) -> LM:
+    return make_lm(own_tokenizer)
+
+
+SAMPLED = dict(max_tokens=20, temperature=1.0, seed=0, ignore_eos=True)
+
+
+def test_text_gives_text_and_ids_give_ids(lm: LM) -> None:
+    assert lm.tokenizer is not None
+    ids = lm.tokenizer.encode("the cat")
+    text, numbers = lm.generate("the cat", **SAMPLED), lm.generate(ids, **SAMPLED)
+    assert lm.tokenizer.decode(ids + numbers) == "the cat" + text
+    assert "".join(lm.stream("the cat", **SAMPLED)) == text and list(lm.stream(ids, **SAMPLED)) == numbers
+    assert all(lm.stream("the cat", **SAMPLED))  # no empty pieces
+    assert lm.generate(torch.tensor(ids), **SAMPLED) == numbers
+    assert lm.generate(["the cat", "a dog sat"], **SAMPLED)[0] == text
+    assert lm.generate([ids, ids[:2]], **SAMPLED)[0] == numbers
+    assert lm.generate([], **SAMPLED) == []
+
+
+def test_stop_takes_one_string_or_several(lm: LM) -> None:
+    text = lm.generate("the cat", **SAMPLED)
+    stop = text[3:5]
+    for form in (stop, [stop, "never seen"], (stop,)):
+        assert lm.generate("the cat", **SAMPLED, stop=form) == text[: text.index(stop)]
+
+
+def test_logits_and_routing(lm: LM) -> None:
+    ids = tokens(10)
+    logits = lm.logits(ids)
+    assert logits.shape == (10, 300) and logits.dtype == torch.float32 and not logits.requires_grad
+    logits += 1  # the caller's own, to change
+    assert torch.equal(lm.logits(torch.tensor(ids)) + 1, logits)
+    routing = lm.routing(ids)
+    assert len(routing) == 2 and routing[0].experts_TK.shape == (10, 2)
+
+
+def test_saving_and_loading_again_gives_the_same(lm: LM, tmp_path: Path) -> None:
+    lm.save(tmp_path / "new")
+    again = mixtral.load(tmp_path / "new", dtype="fp32", device="cpu")
+    assert again.config == lm.config
+    assert torch.equal(again.logits(tokens(9)), lm.logits(tokens(9)))
+    assert again.generate("the cat", **SAMPLED) == lm.generate("the cat", **SAMPLED)
+    assert lm.tokenizer is not None
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "new").encode("the cat sat")
+    assert ids == lm.tokenizer.encode("the cat sat")
+    with pytest.raises(UsageError, match="exists already"):
+        lm.save(tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("stored", "fast_bf16", "asked", "wanted"),
+    [
+        (torch.bfloat16, True, None, torch.bfloat16),
+        (torch.bfloat16, False, None, torch.float32),
+        (torch.bfloat16, False, "auto", torch.float32),
+        (torch.float32, True, "auto", torch.float32),  # the file's: nothing is rounded unasked
+        (torch.float32, True, "bf16", torch.bfloat16),
+        (torch.bfloat16, False, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_the_dtype_of_a_loaded_model(
+    lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, fast_bf16: bool,
+    asked: str | torch.dtype | None, wanted: torch.dtype,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("mixtral.lm.has_fast_bf16", lambda _device: fast_bf16)
+    lm.model.to(stored)
+    lm.save(tmp_path / "m")
+    again = load(tmp_path / "m", dtype=asked, device="cpu")
+    assert {p.dtype for p in again.model.parameters()} == {wanted} == {again.dtype}
+    assert not any(p.requires_grad for p in again.model.parameters()) and not again.model.training
+    assert len(again.generate([5, 6], max_tokens=3, ignore_eos=True)) == 3
+
+
+def test_a_file_of_mixed_dtypes_is_loaded_in_the_one_most_weights_have(
+    lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mixtral.lm.has_fast_bf16", lambda _device: True)
+    lm.model.to(torch.bfloat16)
+    lm.model.norm.float()
+    lm.save(tmp_path / "m")
+    again = load(tmp_path / "m", device="cpu")
+    assert {p.dtype for p in again.model.parameters()} == {torch.bfloat16}
+
+
+def test_without_a_tokenizer_token_ids_still_work(tmp_path: Path) -> None:
+    make_lm(None).save(tmp_path / "m")
+    bare = load(tmp_path / "m", device="cpu")
+    assert bare.tokenizer is None
+    assert len(bare.generate([5, 6], max_tokens=3, ignore_eos=True)) == 3
+    for call in (bare.generate, bare.stream):
+        with pytest.raises(UsageError, match="came without a tokenizer; give token ids instead of text"):
+            call("the cat")
+
+
+def test_bad_requests(lm: LM) -> None:
+    for call, argument, message in [
+        (lm.generate, "the cat " * 100, "do not fit the model's context of 64"),
+        (lm.generate, [[]], "prompt 0: empty"),
+        (lm.generate, 7, "prompt: a text, token ids, or a list of those is wanted, not int"),
+        (lm.generate, ["the", 5], "token ids: a list of integers is wanted, not int"),
+        (lm.stream, ["the cat"], "stream takes one prompt"),
+        (lm.logits, "the cat", "token ids: a list of integers is wanted, not str; lm.tokenizer.encode"),
+        (lm.logits, [], "token_ids: empty"),
+        (lm.logits, [3] * 65, "token_ids: 65 tokens do not fit the model's context of 64"),
+        (lm.routing, [300], "token_ids: token id 300 is out of range"),
+    ]:  # fmt: skip
+        with pytest.raises(UsageError) as error:
+            call(argument)
+        assert message in str(error.value)
+    with pytest.raises(UsageError, match="unknown option 'temprature'; did you mean 'temperature'"):
+        lm.generate("the cat", temprature=1.0)
+
+
+def test_a_dense_model_routes_nothing() -> None:
+    dense = make_lm(None, n_experts=1, experts_per_token=1)
+    with pytest.raises(UsageError, match="this model is dense"):
+        dense.routing([3, 4])
+
+
+def test_loading_what_is_not_there(tmp_path: Path, lm: LM) -> None:
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        load(tmp_path / "nothing")
+    lm.save(tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match="no weights that can be read"):
+        load(tmp_path / "m")
+    with pytest.raises(UsageError, match="dtype: unknown name 'fp7'"):
+        load(tmp_path / "m", dtype="fp7")
+
+
+def test_the_package_itself_offers_load_and_lm() -> None:
+    assert mixtral.load is load and mixtral.LM is LM
+    with pytest.raises(AttributeError, match="module 'mixtral' has no attribute 'lode'"):
+        _ = mixtral.lode
