@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 T = TypeVar("T")
-BARE_NAME_CLUES = {"[SYSTEM_PROMPT]": "v7", "[INST]": "v3"}  # a control token that only this version and later have
+VERSIONS = ("v1", "v2", "v3", "v7", "v11", "v13", "v15")  # mistral-common's, which takes long to import
+BARE_NAME_CLUES = {"[SYSTEM_PROMPT]": "v7", "[INST]": "v3"}  # the first control token found decides; v2 reads as v3
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -103,14 +104,12 @@ class TekkenTokenizer(Tokenizer):
 
 def _spm_version(file_name: str, control: dict[int, str]) -> str:
     """As mistral-common reads it: own.model.v3, tokenizer.model.v7m1. A bare .model is told by its control tokens."""
-    from mistral_common.tokens.tokenizers.base import TokenizerVersion
-
     suffix = file_name.rpartition(".model")[2]
     if not suffix:
         return next((version for name, version in BARE_NAME_CLUES.items() if name in control.values()), "v1")
     version = suffix.removeprefix(".").partition("m")[0]
-    if version not in TokenizerVersion.__members__:
-        known = ", ".join(f".model.{name}" for name in TokenizerVersion.__members__)
+    if version not in VERSIONS:
+        known = ", ".join(f".model.{name}" for name in VERSIONS)
         raise UsageError(f"{file_name}: unknown tokenizer version {version!r}; the name must end in .model or {known}")
     return version
 

@@ -6,10 +6,11 @@ import io
 import json
 
 import pytest
+from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from sentencepiece import SentencePieceTrainer
 
 from mixtral.errors import MixtralError, UsageError
-from mixtral.tokenizer.mistral import SentencePieceTokenizer, TekkenTokenizer
+from mixtral.tokenizer.mistral import VERSIONS, SentencePieceTokenizer, TekkenTokenizer
 from tests.tokenizer.conftest import FILES, NAMES, tokenizer_named
 
 
@@ -42,6 +43,10 @@ def test_a_bare_name_is_told_by_its_control_tokens(name: str, version: str) -> N
     data = (FILES / NAMES[name]).read_bytes()
     tokenizer = SentencePieceTokenizer(data, "tokenizer.model")
     assert (tokenizer.version, tokenizer.file_name) == (version, f"tokenizer.model.{version}")
+
+
+def test_the_versions_are_mistral_commons() -> None:
+    assert list(VERSIONS) == list(TokenizerVersion.__members__)
 
 
 def test_an_unknown_version() -> None:
