@@ -1,0 +1,184 @@
+"""The texts behind the name of a source: built-in corpora, data sets, and paths."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+import sysconfig
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mixtral.data.debian import debian_files, language_of, read_debian
+from mixtral.data.readers import SUFFIXES, BadInput, checked_text, pieces, read_texts
+from mixtral.errors import DataError, UsageError
+
+# Left out of the built-in corpora: tests, generated tables, bundled wheels. They are long and teach little.
+EXCLUDED_FOLDERS = frozenset({
+    "test", "tests", "idle_test", "encodings", "lib2to3", "pydoc_data", "site-packages", "dist-packages",
+    "__pycache__", "ensurepip",
+})
+EXCLUDED_FILES = re.compile(r"_sysconfigdata.*|entities\.py|stringprep\.py|.*_pb2\.py|_?test_.*|.*_test\.py")
+MAX_SOURCE_BYTES = 400_000  # a longer source file is nearly always a generated table
+
+# Generators of reasoning-gym that are left out: they need 0.1 s and more for one task, or draw from Python sets, so
+# that the same seed gives other tasks in another process.
+SLOW_TASKS = frozenset({
+    "knight_swap", "futoshiki", "sokoban", "puzzle24", "intermediate_integration", "quantum_lock", "sudoku",
+    "zebra_puzzles", "arc_agi",
+})
+UNSTABLE_TASKS = frozenset({
+    "countdown", "isomorphic_strings", "list_functions", "polynomial_multiplication", "ransom_note",
+    "word_ladder",
+})
+LEFT_OUT_TASKS = SLOW_TASKS | UNSTABLE_TASKS | {"composite"}  # composite is made of other generators
+TASKS_AT_A_TIME = 16  # of one generator, before the next one's turn
+
+
+class File(NamedTuple):
+    """One file of a source. `text` is set where the file only stands for a text that it holds."""
+
+    name: str  # relative, so that order and domain do not depend on where the folder lies
+    path: Path
+    domain: str
+    text: str | None = None
+
+
+def texts(name: str, field: str, seed: int, bad: BadInput) -> Iterator[tuple[str, str]]:
+    """(text, domain) of every document of the source called `name`."""
+    if name == "reasoning-gym":
+        yield from _reasoning_gym(seed)
+    elif name.startswith("hf:"):
+        yield from _hugging_face(name, field, bad)
+    elif name == "debian":
+        for file in list_files(name):
+            for piece in pieces(read_debian(file.path, bad)):
+                yield piece, file.domain
+    else:
+        if name in ("stdlib", "packages"):
+            bad = BadInput(skip=True)  # nobody can mend a file of an installed package
+        for file in list_files(name):
+            for text in [file.text] if file.text else read_texts(file.path, field, bad):
+                yield text, file.domain
+
+
+def fingerprint(name: str) -> str:
+    """Changes when the texts behind a name change: from names, sizes and times of files, or a package's version.
+
+    A data set `hf:NAME` is taken not to change under its name.
+    """
+    if name == "reasoning-gym":
+        return f"reasoning-gym {_version('reasoning-gym')}"
+    if name.startswith("hf:"):
+        return name
+    digest = hashlib.sha256()
+    for file in list_files(name):
+        status = file.path.stat()
+        digest.update(f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def list_files(name: str) -> list[File]:
+    """The files of a source, ordered by a hash of their relative names: a slice by `max_bytes` is a fair sample."""
+    if name == "stdlib":
+        files = _stdlib()
+    elif name == "packages":
+        folders = {Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")}
+        files = [file for folder in sorted(folders) for file in _python_files(folder)]
+    elif name == "debian":
+        files = [File(str(path), path, language_of(str(path))) for path in debian_files()]
+    else:
+        files = _path_files(Path(name).expanduser())
+    return sorted(files, key=lambda file: (hashlib.sha256(file.name.encode()).digest(), file.name))
+
+
+def _stdlib() -> list[File]:
+    """Sources as "code"; the language reference that `help()` shows as "prose".
+
+    Docstrings are not taken out as prose of their own: they are in the sources, and a text that stood in two documents
+    could be trained on in one and held out in the other.
+    """
+    from pydoc_data import topics
+
+    path = Path(str(topics.__file__))
+    prose = [File(f"pydoc_data/{key}", path, "prose", text) for key, text in topics.topics.items()]
+    return [*_python_files(Path(sysconfig.get_path("stdlib"))), *prose]
+
+
+def _python_files(folder: Path) -> list[File]:
+    files = []
+    for path in folder.rglob("*.py"):
+        name = path.relative_to(folder)
+        if EXCLUDED_FILES.fullmatch(path.name) or not EXCLUDED_FOLDERS.isdisjoint(name.parts[:-1]):
+            continue
+        # An empty __init__.py is no fault here, as an empty file that a user names would be.
+        if 0 < path.stat().st_size <= MAX_SOURCE_BYTES:
+            files.append(File(name.as_posix(), path, "code"))
+    return files
+
+
+def _path_files(path: Path) -> list[File]:
+    if path.is_file():
+        return [File(path.name, path, path.stem)]
+    if not path.is_dir():
+        raise UsageError(
+            f"{path}: no such file or folder; a source is a path, stdlib, packages, reasoning-gym, debian or hf:NAME"
+        )
+    files = []
+    for found in path.rglob("*"):
+        name = found.relative_to(path)
+        if found.suffix in SUFFIXES and found.is_file() and not any(part.startswith(".") for part in name.parts):
+            files.append(File(name.as_posix(), found, name.parts[0] if len(name.parts) > 1 else path.name))
+    if not files:
+        raise DataError(f"{path}: no text in this folder; looked for {' '.join(sorted(SUFFIXES))}")
+    return files
+
+
+def _reasoning_gym(seed: int) -> Iterator[tuple[str, str]]:
+    """Tasks with their answers, each generator in turn, without end.
+
+    The same seed gives the same tasks; an evaluation takes another seed.
+    """
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise UsageError('reasoning-gym is not installed: pip install "mixtral[data]"') from error
+    for turn in count():
+        for task in sorted(set(DATASETS) - LEFT_OUT_TASKS):
+            # Task i of a set is drawn with seed + i, so the turns of one seed must lie TASKS_AT_A_TIME apart.
+            first = seed * 1_000_003 + turn * TASKS_AT_A_TIME
+            for item in reasoning_gym.create_dataset(task, size=TASKS_AT_A_TIME, seed=first):
+                yield f"{item['question']}\n{item['answer']}", task
+
+
+def _hugging_face(name: str, field: str, bad: BadInput) -> Iterator[tuple[str, str]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UsageError(f'{name}: the datasets library is not installed: pip install "mixtral[data]"') from error
+    target, _, config = name.removeprefix("hf:").partition(":")
+    try:
+        rows: Any = (
+            datasets.load_from_disk(target)
+            if Path(target).is_dir()
+            else datasets.load_dataset(target, config or None, split="train")
+        )
+        rows = rows["train"] if isinstance(rows, dict) else rows
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{name}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    if field not in rows.column_names:
+        raise DataError(f"{name}: no column {field!r}; this data set has: {', '.join(rows.column_names)}")
+    for row, record in zip(count(1), rows.select_columns([field]), strict=False):
+        if (text := checked_text(record[field], f"column {field!r}", f"{name}, row {row}", bad)) is not None:
+            yield text, target
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return f"missing, Python {sys.version_info.major}.{sys.version_info.minor}"

@@ -1,0 +1,173 @@
+"""Training batches cut from prepared tokens: a pure function of the data, the seed and the step.
+
+**The stream.** All documents of an epoch, in an order drawn from the seed and the epoch, laid end to end; then the next
+epoch's. Row g of the run holds the `context` tokens of the stream from g * context on, so every token is an input
+exactly once an epoch, wherever rows and batches end. What a checkpoint must keep of the data is the step alone.
+
+**Boundaries.** Attention sees a document's tokens inside its row, nothing else: a sequence starts at each document's
+BOS and at each row. A document that a row cuts goes on in the next row as a new sequence, its positions from 0 again.
+A token's target is the next token of its document, across the row's end too; a document's last token has none.
+
+**Mixture.** Without weights every document comes once an epoch. With weights w, an epoch still holds as many tokens as
+all sources have together, and source i gets the share w_i / sum(w) of them: it is walked through again and again in
+ever new orders, each epoch going on where the last one stopped. So a small source with a large weight repeats within
+an epoch, and of a large source with a small weight every document is seen before one is seen twice. The shares hold to
+within one document.
+
+Legend: T tokens, M documents.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixtral.data.store import NO_TARGET, Documents, TokenData
+from mixtral.errors import UsageError
+from mixtral.model.packed import Packed
+
+
+class TrainBatch(NamedTuple):
+    """Packed inputs and, for each, the token that follows in its document."""
+
+    batch: Packed
+    targets_T: Tensor  # int64, NO_TARGET (-100) at the last token of each document
+
+
+class Loader:
+    """Batches of `rows` rows of `context` tokens.
+
+    Raises UsageError for sizes out of range, DataError when the split is empty.
+    """
+
+    def __init__(self, data: TokenData, rows: int, context: int, seed: int = 0, split: str = "train") -> None:
+        for name, value in (("rows", rows), ("context", context)):
+            if value < 1:
+                raise UsageError(f"loader: {name} must be at least 1, not {value}")
+        self.data = data
+        self.rows = rows
+        self.context = context
+        self.stream = Stream(data.documents(split), data.weights, seed)
+
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> TrainBatch:
+        """Part `part` of `parts` of the batch of a step: an equal share of its rows, in order."""
+        if self.rows % parts or not 0 <= part < parts:
+            raise UsageError(f"loader: {self.rows} rows cannot give part {part} of {parts} equal parts")
+        rows = self.rows // parts
+        first = (step * self.rows + part * rows) * self.context
+        return self._pack(self.stream, first, first + rows * self.context)
+
+    def epoch(self, step: int) -> int:
+        """The epoch in which a step's first token lies, from 0."""
+        return self.stream.epoch_at(step * self.rows * self.context)
+
+    def val_batches(self, max_tokens: int) -> list[TrainBatch]:
+        """The first `max_tokens` tokens of the held-out documents, in an order that no seed changes.
+
+        Documents come once, unweighted; the last batch and its last row may be shorter.
+        """
+        if max_tokens < 1:
+            raise UsageError(f"loader: max_tokens must be at least 1, not {max_tokens}")
+        documents = self.data.documents("val")
+        stream = Stream(documents, [None] * len(self.data.weights), seed=0)
+        stop = min(max_tokens, int(documents.length_M.sum()))
+        size = self.rows * self.context
+        return [self._pack(stream, first, min(first + size, stop)) for first in range(0, stop, size)]
+
+    def _pack(self, stream: Stream, first: int, stop: int) -> TrainBatch:
+        """The batch whose inputs are the stream's tokens `first` to `stop`, a row boundary every `context` tokens."""
+        tokens, begins = stream.read(first, stop + 1)
+        targets_T = np.where(begins[1:], NO_TARGET, tokens[1:])
+        begins_T = begins[:-1]
+        begins_T[:: self.context] = True
+        starts = np.flatnonzero(begins_T)
+        lengths = np.diff(starts, append=stop - first)
+        positions_T = np.arange(stop - first) - np.repeat(starts, lengths)
+        cu_seqlens = np.append(starts, stop - first).astype(np.int32)
+        packed = Packed(
+            torch.from_numpy(tokens[:-1]),
+            torch.from_numpy(positions_T),
+            torch.from_numpy(cu_seqlens),
+            int(lengths.max()),
+        )
+        return TrainBatch(packed, torch.from_numpy(targets_T))
+
+
+class _Epoch(NamedTuple):
+    order_M: np.ndarray  # the documents, in order
+    ends_M: np.ndarray  # where each ends in the whole stream
+
+
+class Stream:
+    """The endless stream of tokens; see the top of this file."""
+
+    def __init__(self, documents: Documents, weights: list[float | None], seed: int) -> None:
+        self.documents = documents
+        self.seed = seed
+        sizes = np.bincount(documents.source_M, weights=documents.length_M, minlength=len(weights))
+        self.sizes = [int(size) for size in sizes]  # tokens of each source
+        self.quotas = epoch_quotas(self.sizes, weights)
+        self.epoch_ends: list[int] = []  # in tokens, of the epochs planned so far
+        self.current: tuple[int, _Epoch] | None = None
+
+    def read(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens int64, whether a document begins there) from position `first` to `stop`."""
+        begins = np.zeros(stop - first, dtype=bool)
+        pieces = []
+        position = first
+        while position < stop:
+            order_M, ends_M = self._epoch(self.epoch_at(position))
+            for place in range(int(np.searchsorted(ends_M, position, side="right")), len(order_M)):
+                document, end = int(order_M[place]), int(ends_M[place])
+                begin = end - int(self.documents.length_M[document])
+                if begin >= position:
+                    begins[begin - first] = True
+                pieces.append(self.documents.tokens(document)[position - begin : stop - begin])
+                position = min(end, stop)
+                if position == stop:
+                    break
+        return np.concatenate(pieces).astype(np.int64), begins
+
+    def epoch_at(self, position: int) -> int:
+        while not self.epoch_ends or self.epoch_ends[-1] <= position:
+            self._epoch(len(self.epoch_ends))
+        return int(np.searchsorted(self.epoch_ends, position, side="right"))
+
+    def _epoch(self, epoch: int) -> _Epoch:
+        """Plan an epoch; the last one planned is kept, as steps follow each other."""
+        if self.current is None or self.current[0] != epoch:
+            order_M = self._order(epoch)
+            start = self.epoch_ends[epoch - 1] if epoch else 0
+            ends_M = start + np.cumsum(self.documents.length_M[order_M])
+            if epoch == len(self.epoch_ends):
+                self.epoch_ends.append(int(ends_M[-1]) if len(ends_M) else start)
+            self.current = epoch, _Epoch(order_M, ends_M)
+        return self.current[1]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The documents of an epoch: of each source those that begin in its quota's stretch, all shuffled together."""
+        chosen = [np.empty(0, np.int64)]
+        for source, (size, quota) in enumerate(zip(self.sizes, self.quotas, strict=True)):
+            if not quota:
+                continue
+            mine = np.flatnonzero(self.documents.source_M == source)
+            start, stop = epoch * quota, (epoch + 1) * quota
+            for walk in range(start // size, -(-stop // size)):
+                order = np.random.default_rng([self.seed, 1, source, walk]).permutation(mine)
+                lengths = self.documents.length_M[order]
+                begins = walk * size + np.cumsum(lengths) - lengths
+                chosen.append(order[(begins >= start) & (begins < stop)])
+        return np.random.default_rng([self.seed, 2, epoch]).permutation(np.concatenate(chosen))
+
+
+def epoch_quotas(sizes: list[int], weights: list[float | None]) -> list[int]:
+    """Tokens of each source in one epoch, from its tokens and weight; the rule stands at the top of this file."""
+    given = [weight or 0.0 for weight in weights]
+    if not any(given):
+        return sizes
+    # A source that has no training text takes no share.
+    live = [weight if size else 0.0 for size, weight in zip(sizes, given, strict=True)]
+    return [max(1, round(sum(sizes) * weight / sum(live))) if weight else 0 for weight in live]

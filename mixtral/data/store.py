@@ -1,0 +1,196 @@
+"""Prepared token data on disk: a folder of memory-mapped shards and an index that tells what they are.
+
+    index.json                    what went in, which tokenizer, counts, and a record of every shard
+    SPLIT-NNNNN-KEY.npy           tokens of whole documents end to end, uint16 or uint32; each is BOS + text + EOS
+    SPLIT-NNNNN-KEY.docs.npy      int64 [documents, 3]: tokens, source, domain
+    SPLIT-NNNNN-KEY.json          the shard's record, written last: a shard without it is not finished
+
+KEY is a digest of what the shard is made from, so a shard is never overwritten by another one, and the folder's old
+content stays whole until index.json is replaced.
+
+Legend: N tokens, M documents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from mixtral.errors import DataError
+
+FORMAT = 1  # raised when the layout of the folder changes
+NO_TARGET = -100  # torch's cross-entropy ignores this target
+
+
+class Encoder(Protocol):
+    """What the data needs of a tokenizer."""
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode_batch(self, texts: Sequence[str], bos: bool = True, eos: bool = False) -> list[list[int]]: ...
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The record of one shard."""
+
+    name: str
+    tokens: int
+    documents: int
+    text_bytes: int
+    files: dict[str, tuple[int, str]]  # file name: (bytes, sha256)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Shard:
+        files = {name: (int(size), str(digest)) for name, (size, digest) in values["files"].items()}
+        return cls(values["name"], values["tokens"], values["documents"], values["text_bytes"], files)
+
+    def check(self, folder: Path, contents: bool) -> None:
+        """DataError unless every file is there in its full size and, with `contents`, with its checksum."""
+        for name, (size, digest) in self.files.items():
+            path = folder / name
+            if not path.is_file():
+                raise DataError(f"{path}: a shard of the prepared data is missing; prepare the data again")
+            if path.stat().st_size != size:
+                raise DataError(f"{path}: {path.stat().st_size} bytes instead of {size}; prepare the data again")
+            if contents and sha256(path) != digest:
+                raise DataError(f"{path}: damaged, its checksum differs from the recorded one; prepare the data again")
+
+
+@dataclass(frozen=True)
+class Index:
+    """What index.json holds."""
+
+    inputs: dict[str, Any]  # everything that the shards depend on; equal inputs, equal shards
+    weights: list[float | None]  # of the sources, in order
+    domains: list[str]
+    shards: dict[str, list[Shard]]  # split: its shards, in order
+    skipped: int = 0  # faulty inputs
+    duplicates: int = 0  # documents that an earlier one equals
+    format: int = field(default=FORMAT)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def read(cls, folder: Path) -> Index:
+        """DataError when the folder holds no index that this version understands."""
+        path = folder / "index.json"
+        try:
+            values = json.loads(path.read_text())
+            if values["format"] != FORMAT:
+                raise DataError(f"{path}: format {values['format']}, not {FORMAT}; prepare the data again")
+            values["shards"] = {
+                split: [Shard.from_dict(shard) for shard in shards] for split, shards in values["shards"].items()
+            }
+            return cls(**values)
+        except FileNotFoundError:
+            raise DataError(f"{folder}: no prepared data here (index.json is missing)") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}: not an index of prepared data ({error}); prepare the data again") from error
+
+
+class Documents(NamedTuple):
+    """All documents of a split: document m is `shards[shard_M[m]][first_M[m] : first_M[m] + length_M[m]]`."""
+
+    shards: list[np.ndarray]  # memory-mapped tokens
+    shard_M: np.ndarray
+    first_M: np.ndarray
+    length_M: np.ndarray  # tokens, BOS and EOS counted
+    source_M: np.ndarray  # index into the sources
+    domain_M: np.ndarray  # index into `domains`
+
+    def tokens(self, document: int) -> np.ndarray:
+        first = self.first_M[document]
+        tokens: np.ndarray = self.shards[self.shard_M[document]][first : first + self.length_M[document]]
+        return tokens
+
+
+class TokenData:
+    """Opened token data. `train` and `val` are its two splits."""
+
+    def __init__(self, folder: Path, tokenizer: Encoder, verify: bool = False) -> None:
+        """Open a prepared folder; sizes are checked always, checksums with `verify`.
+
+        Raises DataError for a missing, damaged or incomplete folder, and for one made with another tokenizer.
+        """
+        self.folder = folder
+        self.index = Index.read(folder)
+        made_with = self.index.inputs["tokenizer"]
+        if made_with != tokenizer.fingerprint:
+            raise DataError(
+                f"{folder}: prepared with tokenizer {made_with[:12]}, not with this {tokenizer.fingerprint[:12]}; "
+                "prepare the data again, or load the tokenizer it was made with"
+            )
+        for shards in self.index.shards.values():
+            for shard in shards:
+                shard.check(folder, contents=verify)
+        self.train = self._documents("train")
+        self.val = self._documents("val")
+
+    @property
+    def weights(self) -> list[float | None]:
+        return self.index.weights
+
+    @property
+    def domains(self) -> list[str]:
+        return self.index.domains
+
+    def _documents(self, split: str) -> Documents:
+        shards, tables = [], [np.empty((0, 3), np.int64)]
+        for record in self.index.shards[split]:
+            shards.append(np.load(self.folder / f"{record.name}.npy", mmap_mode="r"))
+            tables.append(np.load(self.folder / f"{record.name}.docs.npy"))
+        shard_M = np.repeat(np.arange(len(shards)), np.array([len(table) for table in tables[1:]], np.int64))
+        first_M = np.concatenate([np.cumsum(table[:, 0]) - table[:, 0] for table in tables])
+        length_M, source_M, domain_M = np.concatenate(tables).T
+        return Documents(shards, shard_M, first_M, length_M, source_M, domain_M)
+
+    def documents(self, split: str) -> Documents:
+        """DataError when the split is empty."""
+        documents = {"train": self.train, "val": self.val}[split]
+        if not len(documents.length_M):
+            raise DataError(f"{self.folder}: no {split} documents; give more text, or another share for validation")
+        return documents
+
+    def pairs(self, split: str) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(inputs_N, targets_N) of each shard of a split: int64, NO_TARGET at the last token of each document."""
+        documents = self.documents(split)
+        pairs = []
+        for number, tokens in enumerate(documents.shards):
+            inputs_N = np.asarray(tokens, dtype=np.int64)
+            targets_N = np.append(inputs_N[1:], NO_TARGET)
+            here = documents.shard_M == number
+            targets_N[documents.first_M[here] + documents.length_M[here] - 1] = NO_TARGET
+            pairs.append((inputs_N, targets_N))
+        return pairs
+
+    def summary(self) -> dict[str, Any]:
+        """Counts to show: documents, tokens and bytes of text by split, skipped, duplicates, tokens by source."""
+        splits = {
+            split: {
+                key: sum(getattr(shard, key) for shard in shards) for key in ("documents", "tokens", "text_bytes")
+            }
+            for split, shards in self.index.shards.items()
+        }
+        sources = [source["name"] for source in self.index.inputs["sources"]]
+        tokens = np.bincount(self.train.source_M, weights=self.train.length_M, minlength=len(sources))
+        by_source = [{"source": name, "train_tokens": int(n)} for name, n in zip(sources, tokens, strict=True)]
+        counts = {"skipped": self.index.skipped, "duplicates": self.index.duplicates}
+        return {**splits, **counts, "sources": by_source}
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
