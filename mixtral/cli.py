@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import io
 import logging
 import os
 import sys
@@ -106,6 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Whatever goes wrong is told in one line on standard error.
     """
     _log.setLevel(logging.WARNING)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a console that lacks a character gets "?" for it, not a failure
     try:
         code = typer.main.get_command(app).main(arguments, prog_name="mixtral", standalone_mode=False)
         sys.stdout.flush()

@@ -1,6 +1,112 @@
-def chat() -> None:
-    """x
+"""`mixtral chat`: a running text that the person and the model write in turn."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mixtral.commands.common import DeviceOption, DtypeOption, ModelOption, load_model, say, show_routing
+
+if TYPE_CHECKING:
+    from mixtral.engine import SamplingParams
+    from mixtral.lm import LM
+    from mixtral.tokenizer import Tokenizer
+
+COMMANDS = ("/reset", "/routing", "/quit")
+
+
+def chat(
+    model: ModelOption,
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="The most tokens of one answer.")] = 128,
+    temperature: Annotated[float, typer.Option(metavar="T", help="0: always the most probable token.")] = 0.8,
+    top_p: Annotated[float, typer.Option(metavar="P", help="Draw from the fewest tokens that reach P together.")] = 0.95,
+    seed: Annotated[int | None, typer.Option(metavar="S", help="The same seed and lines give the same text.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End an answer before this text.")] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Write a text in turn with a model.
+
+    For base models, which continue a text: each line you type goes on the end of the running text, and the model
+    continues it from there. Nothing is put around your words; the templates of Instruct models are not there yet.
+    When the text outgrows the context, its beginning is forgotten.
+
+    /reset starts anew, /routing shows which experts took the text, /quit or Ctrl-D leaves, Ctrl-C stops an answer.
 
     Examples:
-    mixtral chat
+    mixtral chat --model runs/demo/final
+    mixtral chat --model DIR --temperature 0.5 --max-tokens 60
+    mixtral chat --model DIR --stop "You:"
     """
+    from mixtral.engine import SamplingParams
+    from mixtral.errors import UsageError
+
+    params = SamplingParams(max_tokens, temperature, top_p=top_p, seed=seed, stop=tuple(stop or ()))
+    lm, tokenizer = load_model(model, dtype, device)
+    if max_tokens > lm.config.context - 2:
+        raise UsageError(f"--max-tokens {max_tokens}: leaves no room for a text in the context of {lm.config.context}")
+    with contextlib.suppress(ImportError):  # line editing for input(), where the system has it
+        import readline  # noqa: F401
+    say(f"The model continues what you write. {', '.join(COMMANDS)}; Ctrl-C stops an answer.")
+    Conversation(lm, tokenizer, params).run()
+
+
+class Conversation:
+    """The running text and the loop around it."""
+
+    def __init__(self, lm: LM, tokenizer: Tokenizer, params: SamplingParams) -> None:
+        self.lm, self.tokenizer, self.params = lm, tokenizer, params
+        self.text = ""
+
+    def run(self) -> None:
+        """Read lines until the input ends or /quit."""
+        while (line := self._read_line()) is not None:
+            if line == "/quit":
+                return
+            if line == "/reset":
+                self.text = ""
+                say("[a new text]")
+            elif line == "/routing":
+                self._routing()
+            elif line.startswith("/"):
+                say(f"[unknown command {line}; known: {', '.join(COMMANDS)}]")
+            elif line:
+                self._answer(line)
+
+    def _read_line(self) -> str | None:
+        """The next line; None when there is none. Ctrl-C gives an empty one."""
+        try:
+            return input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            say("")
+            return ""
+
+    def _ids(self) -> list[int]:
+        """The running text as the model gets it: cut at its beginning so that an answer fits the context."""
+        ids = self.tokenizer.encode(self.text)
+        room = self.lm.config.context - self.params.max_tokens
+        return ids if len(ids) <= room else [ids[0], *ids[len(ids) - room + 1 :]]
+
+    def _answer(self, line: str) -> None:
+        """Add a line to the text and let the model go on; Ctrl-C keeps what it has said so far."""
+        from mixtral.engine import stream
+
+        self.text = f"{self.text}\n{line}" if self.text else line
+        with contextlib.suppress(KeyboardInterrupt):
+            for piece in stream(self.lm.model, [self._ids()], self.params, tokenizer=self.tokenizer):
+                self.text += piece.text
+                print(piece.text, end="", flush=True)
+        print()
+
+    def _routing(self) -> None:
+        if not self.lm.config.is_sparse:
+            say("[this model is dense: it has no routing]")
+        elif not self.text:
+            say("[no text yet]")
+        else:
+            show_routing(self.lm, self._ids())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mixtral.lm import LM
+    from mixtral.moe import Routing
     from mixtral.tokenizer import Tokenizer
 
 ModelOption = Annotated[str, typer.Option("--model", metavar="DIR", help="Model folder, of Hugging Face or Mistral.")]
@@ -54,14 +55,30 @@ def load_model(folder: str, dtype: str, device: str) -> tuple[LM, Tokenizer]:
     return model, model.tokenizer
 
 
-def show_routing(layers: list[list[float]], title: str) -> None:
-    """Print the routing table with what its colours and columns mean."""
-    from mixtral.analysis import routing_table
+def loads(layers: Sequence[Routing]) -> list[list[float]]:
+    """Each layer's load: the share of its assignments that each expert got."""
+    from mixtral.moe.balance import assignment_share
 
-    out = console()
-    out.print(routing_table(layers, title, out.options.ascii_only))
-    out.print("Bars: an expert's share of the layer's tokens; half full is the fair share.")
-    out.print("max, min: the largest and the smallest share, as multiples of the fair one.")
+    return [assignment_share(layer).tolist() for layer in layers]
+
+
+def show_routing(lm: LM, tokens: Sequence[int]) -> None:
+    """Print the table of a text's loads and, in colour, the text by first choice at the first, middle and last layer."""
+    from mixtral.analysis import expert_legend, routing_table, tokens_by_expert
+
+    assert lm.tokenizer is not None
+    layers, out = lm.routing(tokens), console()
+    out.print()
+    out.print(routing_table(loads(layers), f"Routing of {len(tokens)} tokens", out.options.ascii_only))
+    out.print("\nBars: each expert's share of a layer's tokens, half full at the fair share.", style="dim")
+    out.print("max, min: the largest and smallest share, as multiples of the fair share.", style="dim")
+    if out.color_system is None:
+        return
+    decoder = lm.tokenizer.stream()
+    pieces = [decoder.add(token) for token in tokens]
+    for number in sorted({0, len(layers) // 2, len(layers) - 1}):
+        out.print(f"\nFirst choice at layer {number}:", expert_legend(lm.config.n_experts))
+        out.print(tokens_by_expert(pieces, layers[number].experts_TK[:, 0].tolist()))
 
 
 def bytes_text(n_bytes: float) -> str:

@@ -1,6 +1,149 @@
-def generate() -> None:
-    """x
+"""`mixtral generate`: continue a prompt, the text growing on standard output as it comes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mixtral.commands.common import (
+    DeviceOption, DtypeOption, ModelOption, console, load_model, loads, say, show_routing,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from mixtral.engine import Piece, SamplingParams
+    from mixtral.lm import LM
+
+
+def generate(
+    model: ModelOption,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text to continue; - reads it from standard input.")],
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="The most tokens to generate.")] = 256,
+    temperature: Annotated[float, typer.Option(metavar="T", help="0: always the most probable token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(metavar="N", help="Draw from the N most probable tokens.")] = None,
+    top_p: Annotated[float, typer.Option(metavar="P", help="Draw from the fewest tokens that reach P together.")] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(metavar="P", help="Drop tokens of less than P times the highest probability.")
+    ] = 0.0,
+    seed: Annotated[int | None, typer.Option(metavar="S", help="The same seed draws the same text.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be repeated.")] = None,
+    n: Annotated[int, typer.Option("--n", min=1, metavar="N", help="How many continuations, as one batch.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a continuation, a line each.")] = False,
+    routing: Annotated[bool, typer.Option("--routing", help="Show which experts took the tokens.")] = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Continue a prompt.
+
+    The text goes to standard output, speed and remarks to standard error. The models are base models: they continue a
+    text, and were not taught to follow instructions.
 
     Examples:
-    mixtral generate
+    mixtral generate --model runs/demo/final --prompt "def add(" --max-tokens 100
+    mixtral generate --model DIR --prompt "Once" --temperature 0.8 --seed 1 --routing
+    echo "To be or" | mixtral generate --model DIR --prompt - --json
     """
+    from mixtral.engine import SamplingParams
+    from mixtral.errors import UsageError
+
+    params = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, seed, tuple(stop or ()))
+    prompt = read_stdin() if prompt == "-" else prompt
+    lm, tokenizer = load_model(model, dtype, device)
+    if routing and not lm.config.is_sparse:
+        raise UsageError("--routing: this model is dense (one expert); only sparse models route their tokens")
+    ids = tokenizer.encode(prompt)
+    speed = Speed(len(ids))
+    if as_json:
+        samples = _continue(lm, ids, params, n, speed, show=False)
+        _print_json(lm, prompt, ids, samples, speed, routing)
+        return
+    if n == 1 and sys.stdout.isatty():
+        console().print(prompt, style="dim", end="", soft_wrap=True)
+    samples = _continue(lm, ids, params, n, speed, show=n == 1)
+    for number, sample in enumerate(samples, start=1):
+        print("" if n == 1 else f"--- {number} of {n} ---\n{sample.text}")
+    say(speed.text())
+    for sample in samples if routing else ():
+        show_routing(lm, [*ids, *sample.tokens])
+
+
+def _continue(lm: LM, ids: list[int], params: SamplingParams, n: int, speed: Speed, show: bool) -> list[Sample]:
+    """Generate `n` continuations of one prompt; `show` prints the text as it grows."""
+    from mixtral.engine import stream
+
+    samples = [Sample() for _ in range(n)]
+    for piece in stream(lm.model, [ids] * n, params, tokenizer=lm.tokenizer):
+        speed.count()
+        samples[piece.sequence].add(piece)
+        if show:
+            print(piece.text, end="", flush=True)
+    return samples
+
+
+def _print_json(lm: LM, prompt: str, ids: list[int], samples: Sequence[Sample], speed: Speed, routing: bool) -> None:
+    for sample in samples:
+        line: dict[str, Any] = {
+            "prompt": prompt,
+            "text": sample.text,
+            "tokens": sample.tokens,
+            "finish_reason": sample.finish_reason,
+            "prompt_tokens": len(ids),
+            "timing": speed.figures(),
+        }
+        if routing:
+            line["routing"] = loads(lm.routing([*ids, *sample.tokens]))
+        print(json.dumps(line))
+
+
+@dataclass
+class Sample:
+    """One continuation as it grows."""
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+
+    def add(self, piece: Piece) -> None:
+        self.tokens.append(piece.token)
+        self.text += piece.text
+        self.finish_reason = piece.finish_reason
+
+
+class Speed:
+    """Counts tokens against the clock, from the moment it is made. The first token ends the reading of the prompt."""
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self.prompt_tokens, self.tokens = prompt_tokens, 0
+        self._started = self._first = self._last = time.perf_counter()
+
+    def count(self) -> None:
+        self._last = time.perf_counter()
+        if self.tokens == 0:
+            self._first = self._last
+        self.tokens += 1
+
+    def figures(self) -> dict[str, float | None]:
+        """Seconds to the first token and from it to the last one; tokens a second after the first (None: only one)."""
+        decode = self._last - self._first
+        rate = (self.tokens - 1) / decode if decode > 0 else None
+        return {"prompt_seconds": self._first - self._started, "decode_seconds": decode, "tokens_per_second": rate}
+
+    def text(self) -> str:
+        figures = self.figures()
+        rate = f", then {figures['tokens_per_second']:.1f} tokens/s" if figures["tokens_per_second"] else ""
+        return f"[{self.tokens} tokens; prompt of {self.prompt_tokens} in {figures['prompt_seconds']:.2f} s{rate}]"
+
+
+def read_stdin() -> str:
+    """All of standard input, as UTF-8 text, without the line end that `echo` adds."""
+    from mixtral.errors import UsageError
+
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input: not UTF-8 text at byte {error.start}; the prompt must be text") from None
