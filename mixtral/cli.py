@@ -21,14 +21,18 @@ from typer.exceptions import TyperException
 import mixtral
 from mixtral.commands.chat import chat
 from mixtral.commands.convert import convert
+from mixtral.commands.demo import demo
 from mixtral.commands.doctor import doctor
 from mixtral.commands.generate import generate
 from mixtral.commands.info import info
+from mixtral.commands.train import train
 from mixtral.errors import MixtralError
 
 COMMANDS: tuple[Callable[..., None], ...] = (
+    demo,
     doctor,
     info,
+    train,
     generate,
     chat,
     convert,

@@ -36,6 +36,9 @@ class TrainBatch(NamedTuple):
     batch: Packed
     targets_T: Tensor  # int64, NO_TARGET (-100) at the last token of each document
 
+    def to(self, device: torch.device | str) -> TrainBatch:
+        return TrainBatch(self.batch.to(device), self.targets_T.to(device))
+
 
 class Loader:
     """Batches of `rows` rows of `context` tokens.

@@ -31,3 +31,7 @@ class Packed(NamedTuple):
         cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         positions_T = torch.tensor(positions, dtype=torch.int64, device=device)
         return cls(tokens, positions_T, cu_seqlens, max(lengths, default=0))
+
+    def to(self, device: torch.device | str) -> Packed:
+        """On `device`, but for `cu_seqlens`, which the host reads."""
+        return self._replace(tokens_T=self.tokens_T.to(device), positions_T=self.positions_T.to(device))

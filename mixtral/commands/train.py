@@ -1,0 +1,108 @@
+"""`mixtral train`: run a recipe, or go on with an interrupted run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mixtral.commands.common import JsonOption, console
+
+if TYPE_CHECKING:
+    from mixtral.train.config import TrainConfig
+    from mixtral.train.pretrain import Trained
+
+
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe's name, such as tiny.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="A new folder for the run.")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Go on with the run in this folder.")] = None,
+    max_steps: Annotated[int | None, typer.Option(metavar="N", help="Steps; the schedule fits itself to them.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="S", help="Of the weights and of the order of the data.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SOURCE", help="Text, JSONL, Parquet, a folder of them, or stdlib; may be repeated."),
+    ] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any other field; may be repeated.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print the resolved configuration and do nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a model from text: vocabulary, token shards, steps, checkpoints, and the finished model in DIR/final.
+
+    A source is a path or one of stdlib, packages, reasoning-gym, debian, hf:NAME, with options after "?" and a weight
+    after "=": notes.jsonl?field=body=0.3. The fields of --set are those that --show prints. Ctrl-C stops after the
+    step with a checkpoint.
+
+    Examples:
+    mixtral train tiny --out runs/tiny
+    mixtral train tiny --out runs/mine --data texts/ --max-steps 2000 --seed 1
+    mixtral train tiny --out runs/wide --set lr=2e-3 --set model.dim=384
+    mixtral train --resume runs/mine
+    """
+    from mixtral.errors import UsageError
+    from mixtral.train.pretrain import begin, pretrain, recorded_config
+    from mixtral.train.view import TerminalView
+
+    new = {"RECIPE": recipe, "--out": out, "--max-steps": max_steps, "--seed": seed, "--data": data, "--set": assignments}
+    if resume is not None:
+        if given := [name for name, value in new.items() if value]:
+            raise UsageError(f"--resume goes on with the run as it was begun; leave out {', '.join(given)}")
+        config, folder = recorded_config(resume), resume
+    else:
+        config, folder = configure(recipe, max_steps, seed, data, assignments), out
+    if show:
+        print(json.dumps(config.to_dict(), indent=1))
+        return
+    if folder is None:
+        raise UsageError("train: name a new folder with --out DIR")
+    if resume is None:
+        begin(config, folder)
+    trained = pretrain(folder, TerminalView(console(stderr=True)))
+    if as_json:
+        print(json.dumps(summary(trained)))
+    else:
+        print(_text(trained))
+
+
+def configure(
+    name: str | None, max_steps: int | None, seed: int | None, data: list[str] | None, assignments: list[str] | None
+) -> TrainConfig:
+    from mixtral.errors import UsageError
+    from mixtral.recipes import RECIPES, recipe
+    from mixtral.train.config import override
+
+    if name is None:
+        raise UsageError(f"train: name a recipe ({', '.join(RECIPES)}), or go on with a run: --resume DIR")
+    config = recipe(name)
+    given = {"steps": max_steps, "seed": seed, "data": tuple(data) if data else None}
+    return override(config.replace(**{k: v for k, v in given.items() if v is not None}), assignments or [])
+
+
+def summary(trained: Trained) -> dict[str, object]:
+    """A finished run in numbers."""
+    config, progress = trained.run.config, trained.run.progress
+    return {
+        "model": str(trained.folder),
+        "parameters": config.model.n_params(),
+        "active_parameters": config.model.n_active_params(),
+        "steps": progress.step,
+        "tokens": progress.step * config.tokens_per_step,
+        "start_cross_entropy": trained.start_loss,
+        "val_cross_entropy": trained.validation.cross_entropy,
+        "val_bits_per_byte": trained.validation.bits_per_byte,
+        "val_loads": trained.validation.loads,
+    }
+
+
+def _text(trained: Trained) -> str:
+    validation = trained.validation
+    return (
+        f"validation {trained.start_loss:.3f} -> {validation.cross_entropy:.3f} nats a token "
+        f"({validation.cross_entropy / trained.start_loss:.0%} of its start), {validation.bits_per_byte:.3f} bits a byte\n"
+        f"model: {trained.folder}\n"
+        f"try:   mixtral generate --model {trained.folder} --prompt 'def ' --temperature 0.7"
+    )

@@ -1,0 +1,18 @@
+"""Runnable training configurations as Python functions; the command line overrides any field of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mixtral.errors import ConfigError, did_you_mean
+from mixtral.recipes.tiny import tiny
+from mixtral.train.config import TrainConfig
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {"tiny": tiny}
+
+
+def recipe(name: str) -> TrainConfig:
+    """The recipe called `name`; an unknown name raises ConfigError with the nearest known one."""
+    if name not in RECIPES:
+        raise ConfigError(f"unknown recipe {name!r}; {did_you_mean(name, RECIPES)}")
+    return RECIPES[name]()

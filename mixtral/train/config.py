@@ -1,0 +1,134 @@
+"""TrainConfig: everything that decides a training run, validated when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from mixtral.config import ModelConfig
+from mixtral.errors import ConfigError, did_you_mean
+
+DTYPES = ("auto", "fp32", "bf16")
+SCHEDULES = ("cosine", "wsd")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. Raises ConfigError when a field is out of range.
+
+    A step's global batch is `rows` rows of `context` tokens, in `accumulation` equal parts.
+    """
+
+    model: ModelConfig
+    data: tuple[str, ...] = ("stdlib",)  # sources, each `NAME[?option=value][=WEIGHT]` (data/sources.py)
+    skip_bad: bool = False  # count unreadable inputs and go on, instead of stopping at the first
+    tokenizer: str | None = None  # a tokenizer file or folder; None: train one of model.vocab_size on the data
+    steps: int = 1000
+    rows: int = 8
+    context: int = 256
+    accumulation: int = 1
+    lr: float = 1e-3  # peak learning rate
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    warmup: float = 0.05  # share of the steps over which the rate rises linearly
+    cooldown: float = 0.2  # wsd alone: share of the steps over which the rate falls linearly at the end
+    final_lr: float = 0.1  # share of `lr` that is left at the end
+    weight_decay: float = 0.1  # on matrices; norms have none
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0  # largest global gradient norm; 0: none
+    load_balance: float = 0.01  # coefficient of moe.balance.load_balance, mean over layers; 0: off
+    z_loss: float = 0.001  # coefficient of moe.balance.z_loss, mean over layers; 0: off
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the computation; auto: bf16 where it is faster
+    device: str = "auto"  # auto: a GPU when there is one
+    seed: int = 0
+    val_every: int = 100  # steps between validations
+    val_tokens: int = 65536
+    save_every: int = 200  # steps between checkpoints
+    keep: int = 2  # checkpoints kept beside the best one
+    stats_every: int = 10  # steps between lines of routing statistics
+
+    def __post_init__(self) -> None:
+        for name in "steps rows context accumulation val_every val_tokens save_every keep stats_every".split():
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train: {name} must be at least 1, not {getattr(self, name)}")
+        for name in "lr warmup cooldown final_lr weight_decay clip load_balance z_loss".split():
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"train: {name} must not be negative, nor infinite, not {getattr(self, name)}")
+        for name in ("warmup", "cooldown", "final_lr"):
+            if getattr(self, name) > 1:
+                raise ConfigError(f"train: {name} is a share and must not be more than 1, not {getattr(self, name)}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"train: betas must be two numbers in [0, 1), not {self.betas}")
+        if self.rows % self.accumulation:
+            raise ConfigError(f"train: rows {self.rows} is not a multiple of accumulation {self.accumulation}")
+        if self.context > self.model.context:
+            raise ConfigError(f"train: context {self.context} is longer than the model's {self.model.context}")
+        for name, known in (("dtype", DTYPES), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"train: unknown {name} {getattr(self, name)!r}; {did_you_mean(getattr(self, name), known)}")
+        if not self.data:
+            raise ConfigError("train: data names no source; try 'stdlib', or a file or folder of text")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.rows * self.context
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """From `to_dict`, also after a passage through JSON."""
+        values = {**values, "model": ModelConfig.from_dict(values["model"])}
+        for name in ("data", "betas"):
+            values[name] = tuple(values[name])
+        return cls(**values)
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        return dataclasses.replace(self, **changes)
+
+
+def override(config: TrainConfig, assignments: Sequence[str]) -> TrainConfig:
+    """Apply `field=value` and `model.field=value`; ConfigError names an unknown field, or a value of the wrong type."""
+    changes: dict[str, Any] = {}
+    model_changes: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {assignment!r}: expected FIELD=VALUE, as in lr=1e-3 or model.dim=512")
+        of_model = name.startswith("model.")
+        types_of = typing.get_type_hints(ModelConfig if of_model else TrainConfig)
+        field = name.removeprefix("model.")
+        if field not in types_of or name == "model":
+            known = [f"model.{n}" for n in typing.get_type_hints(ModelConfig)] if of_model else [*types_of, "model.dim"]
+            raise ConfigError(f"--set {name}: unknown field; {did_you_mean(name, known)}")
+        (model_changes if of_model else changes)[field] = _parse(name, text, types_of[field])
+    return config.replace(model=config.model.replace(**model_changes), **changes)
+
+
+def _parse(name: str, text: str, kind: Any) -> Any:
+    """The value of `text` as a field of type `kind`."""
+    if get_origin(kind) in (typing.Union, types.UnionType):
+        if text.lower() in ("none", "null"):
+            return None
+        kind = next(k for k in get_args(kind) if k is not type(None))
+    if get_origin(kind) is tuple:
+        inner = get_args(kind)[0]
+        return tuple(_parse(name, part, inner) for part in text.split(","))
+    if kind is str or get_origin(kind) is Literal:
+        return text
+    try:
+        value = json.loads(text.lower())
+    except json.JSONDecodeError:
+        value = text
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)  # 1e6 steps
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"--set {name}={text}: expected {kind.__name__}")
+    return value

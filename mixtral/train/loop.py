@@ -1,0 +1,145 @@
+"""The loop: batches, steps, validations, checkpoints, metrics, in that order."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from mixtral.data.loader import Loader, TrainBatch
+from mixtral.errors import MixtralError
+from mixtral.model import Mixtral
+from mixtral.train.checkpoint import load_checkpoint, save_checkpoint
+from mixtral.train.config import TrainConfig
+from mixtral.train.metrics import MetricsLog
+from mixtral.train.optim import Optimizer
+from mixtral.train.step import StepResult, Validation, train_step, validate
+from mixtral.train.view import View
+
+
+class Interrupted(MixtralError):
+    """The user stopped the run; it can go on from the checkpoint just written."""
+
+    exit_code = 130
+
+
+@dataclass
+class Progress:
+    """How far a run has come: all the state there is besides weights and optimiser. Data order follows from `step`."""
+
+    step: int = 0
+    best_step: int | None = None  # the validated step with the lowest loss, if it was also saved
+    best_loss: float = math.inf
+    start_loss: float | None = None  # validation before the first step
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        return {**self.__dict__, "best_loss": None if math.isinf(self.best_loss) else self.best_loss}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, float | int | None]) -> Progress:
+        return cls(**{**values, "best_loss": math.inf if values["best_loss"] is None else values["best_loss"]})  # type: ignore[arg-type]
+
+
+@dataclass
+class Run:
+    """A training run in its folder."""
+
+    folder: Path
+    config: TrainConfig
+    model: Mixtral
+    optimizer: Optimizer
+    loader: Loader
+    val_batches: list[TrainBatch]
+    byte_lengths_V: torch.Tensor
+    view: View
+    progress: Progress = field(default_factory=Progress)
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint."""
+        self.progress = Progress.from_dict(load_checkpoint(checkpoint, self.optimizer))
+
+    def train(self) -> Validation:
+        """Run to `config.steps`; -> the last validation.
+
+        Raises Interrupted after the step at which Ctrl-C arrived, with a checkpoint of it written.
+        """
+        log = MetricsLog(self.folder, self.progress.step)
+        last = None
+        with self.view.live(self.config, self.progress.step), _deferred_interrupt() as interrupted:
+            if self.progress.step == 0:
+                last = self._validate(log)
+                self._save()
+            while self.progress.step < self.config.steps:
+                self._step(log)
+                step, end = self.progress.step, self.progress.step == self.config.steps
+                if end or step % self.config.val_every == 0:
+                    last = self._validate(log)
+                if end or step % self.config.save_every == 0 or interrupted.is_set():
+                    self._save()
+                if interrupted.is_set() and not end:
+                    raise Interrupted(f"stopped at step {step}; go on with: mixtral train --resume {self.folder}")
+        return last or validate(self.model, self.val_batches, self.byte_lengths_V)
+
+    def _step(self, log: MetricsLog) -> None:
+        begin = time.perf_counter()
+        config, step = self.config, self.progress.step
+        parts = [self.loader.batch(step, i, config.accumulation) for i in range(config.accumulation)]
+        stats = (step + 1) % config.stats_every == 0 or step + 1 == config.steps
+        result = train_step(self.model, self.optimizer, parts, config, step, stats)
+        seconds = time.perf_counter() - begin
+        self.progress.step += 1
+        log.write("metrics", _metrics_line(self.progress.step, result, config))
+        log.write("timings", {"step": self.progress.step, "seconds": round(seconds, 4),
+                              "tokens_per_second": round(config.tokens_per_step / seconds, 1)})  # fmt: skip
+        self.view.step(self.progress.step, result, config.tokens_per_step / seconds)
+
+    def _validate(self, log: MetricsLog) -> Validation:
+        result = validate(self.model, self.val_batches, self.byte_lengths_V)
+        step = self.progress.step
+        log.write("metrics", {"step": step, "val_cross_entropy": result.cross_entropy,
+                              "val_bits_per_byte": result.bits_per_byte, "val_loads": result.loads})  # fmt: skip
+        if self.progress.start_loss is None:
+            self.progress.start_loss = result.cross_entropy
+        if result.cross_entropy < self.progress.best_loss and step and step % self.config.save_every == 0:
+            self.progress.best_loss, self.progress.best_step = result.cross_entropy, step
+        self.view.validation(step, result)
+        return result
+
+    def _save(self) -> None:
+        save_checkpoint(self.folder, self.optimizer, dict(self.progress.to_dict()), self.config.keep)
+
+
+def _metrics_line(step: int, result: StepResult, config: TrainConfig) -> dict[str, object]:
+    line: dict[str, object] = {"step": step, "tokens": step * config.tokens_per_step}
+    line |= {name: value for name, value in result._asdict().items() if value is not None and name != "layers"}
+    if result.layers:
+        line["layers"] = [layer._asdict() for layer in result.layers]
+    return line
+
+
+@contextlib.contextmanager
+def _deferred_interrupt() -> Iterator[threading.Event]:
+    """Inside the block the first Ctrl-C sets the event, so that a step is never torn; the second one raises at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
+        yield event
+        return
+
+    def handler(signum: int, frame: types.FrameType | None) -> None:
+        if event.is_set():
+            signal.default_int_handler(signum, frame)
+        event.set()
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)

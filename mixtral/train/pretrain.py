@@ -1,0 +1,148 @@
+"""Pretraining from text to a finished model folder.
+
+    OUT/config.json      the resolved configuration, versions and hardware
+    OUT/tokenizer/       trained on the corpus, or a copy of the one given
+    OUT/data/            token shards
+    OUT/metrics.jsonl    results by step (OUT/timings.jsonl: times)
+    OUT/checkpoints/     everything needed to resume
+    OUT/final/           the model: weights, configuration, tokenizer; transformers loads it too
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from mixtral.data.loader import Loader
+from mixtral.data.readers import BadInput
+from mixtral.data.shards import prepare
+from mixtral.data.sources import Source, documents
+from mixtral.data.store import TokenData
+from mixtral.errors import ConfigError, DataError, UsageError
+from mixtral.files import atomic_folder, atomic_write
+from mixtral.hardware import cpu_count
+from mixtral.model import Mixtral, initialise
+from mixtral.runtime import choose_device, choose_dtype, environment, set_threads
+from mixtral.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from mixtral.train.checkpoint import latest_checkpoint
+from mixtral.train.config import TrainConfig
+from mixtral.train.loop import Run
+from mixtral.train.optim import Optimizer
+from mixtral.train.step import Validation
+from mixtral.train.view import View
+from mixtral.weights.save import write_hf
+
+TOKENIZER_CHARACTERS = 4_000_000  # of text are enough to learn a vocabulary from; more costs time and changes little
+
+
+class Trained(NamedTuple):
+    """A finished run."""
+
+    folder: Path  # the model
+    start_loss: float  # validation cross-entropy before the first step, nats a token
+    validation: Validation
+    run: Run
+
+
+def begin(config: TrainConfig, out: Path) -> None:
+    """Claim a new run's folder and record what it is to do. Raises UsageError when the folder is not empty."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} is not empty; choose another --out, or go on with: mixtral train --resume {out}")
+    record = {"train": config.to_dict(), "environment": environment()}
+    atomic_write(out / "config.json", json.dumps(record, indent=1))
+
+
+def recorded_config(out: Path) -> TrainConfig:
+    """The configuration of the run in `out`; UsageError when there is none."""
+    path = out / "config.json"
+    try:
+        return TrainConfig.from_dict(json.loads(path.read_text())["train"])
+    except FileNotFoundError as error:
+        raise UsageError(f"{out} is not a training run: it has no config.json") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not a training configuration: {error}") from error
+
+
+def pretrain(out: Path, view: View) -> Trained:
+    """Run, or go on with, the training run that `begin` recorded in `out`."""
+    config = recorded_config(out)
+    set_threads()
+    tokenizer = _tokenizer(config, out, view)
+    run = _run(config, tokenizer, _data(config, tokenizer, out, view), out, view)
+    validation = run.train()
+    final = save_final(run, tokenizer)
+    assert run.progress.start_loss is not None  # a run validates before its first step
+    return Trained(final, run.progress.start_loss, validation, run)
+
+
+def save_final(run: Run, tokenizer: Tokenizer) -> Path:
+    """Write the model, its tokenizer and its configuration to OUT/final, as transformers reads them."""
+    final = run.folder / "final"
+    with atomic_folder(final) as folder:
+        write_hf({n: p.detach() for n, p in run.optimizer.params.items()}, run.model.config, folder)
+        tokenizer.save(folder)
+        atomic_write(folder / "training.json", (run.folder / "config.json").read_text())
+    return final
+
+
+def _tokenizer(config: TrainConfig, out: Path, view: View) -> Tokenizer:
+    folder = out / "tokenizer"
+    if not folder.exists():
+        if config.tokenizer is None:
+            view.say(f"learning a vocabulary of {config.model.vocab_size} tokens from {', '.join(config.data)}")
+            tokenizer = train_bpe(_sample(config), config.model.vocab_size)
+        else:
+            tokenizer = load_tokenizer(config.tokenizer)
+        with atomic_folder(folder) as new:
+            tokenizer.save(new)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.model.vocab_size}; "
+            f"add --set model.vocab_size={tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+def _sources(config: TrainConfig) -> list[Source]:
+    return [Source.parse(spec) for spec in config.data]
+
+
+def _sample(config: TrainConfig) -> list[str]:
+    """The texts that a vocabulary is learnt from: every n-th document, so that all parts of the corpus are in it."""
+    bad = BadInput(config.skip_bad)
+    texts = [document.text for source in _sources(config) for document in documents(source, bad)]
+    if not texts:
+        raise DataError(f"{', '.join(config.data)}: no text to train on; give more")
+    return texts[:: max(1, round(sum(map(len, texts)) / TOKENIZER_CHARACTERS))]
+
+
+def _data(config: TrainConfig, tokenizer: Tokenizer, out: Path, view: View) -> TokenData:
+    view.say("tokenising the data")
+    data = prepare(_sources(config), tokenizer, out / "data", seed=config.seed, skip_bad=config.skip_bad,
+                   workers=cpu_count())  # fmt: skip
+    counts = data.summary()
+    view.say(
+        f"{counts['train']['tokens']:,} tokens to train on and {counts['val']['tokens']:,} held out, from "
+        f"{counts['train']['documents'] + counts['val']['documents']:,} documents; {counts['duplicates']:,} repeated "
+        f"and {counts['skipped']:,} unreadable ones left out"
+    )
+    return data
+
+
+def _run(config: TrainConfig, tokenizer: Tokenizer, data: TokenData, out: Path, view: View) -> Run:
+    device = choose_device(config.device)
+    model = initialise(Mixtral(config.model), torch.Generator().manual_seed(config.seed)).to(device)
+    loader = Loader(data, config.rows, config.context, config.seed)
+    run = Run(
+        folder=out, config=config, model=model,
+        optimizer=Optimizer(model, config, choose_dtype(config.dtype, device)), loader=loader,
+        val_batches=loader.val_batches(config.val_tokens),
+        byte_lengths_V=torch.from_numpy(tokenizer.byte_lengths()), view=view,
+    )  # fmt: skip
+    if (out / "checkpoints").exists():
+        run.resume(latest_checkpoint(out))
+    return run

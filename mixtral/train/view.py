@@ -1,0 +1,86 @@
+"""What one sees while training: a live panel on a terminal, plain lines elsewhere, nothing in scripts."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from mixtral.analysis.report import load_strip
+from mixtral.moe.stats import LayerStats
+from mixtral.train.config import TrainConfig
+from mixtral.train.step import StepResult, Validation
+
+LINE_SECONDS = 10  # between lines where there is no terminal
+
+
+class View:
+    """Told of everything that happens in a run; this one says nothing, for tests and scripts."""
+
+    def say(self, text: str) -> None:
+        """A line about what is going on."""
+
+    @contextlib.contextmanager
+    def live(self, config: TrainConfig, step: int) -> Iterator[None]:
+        """Around the loop, which starts after `step` steps."""
+        del config, step
+        yield
+
+    def step(self, step: int, result: StepResult, tokens_per_second: float) -> None:
+        """A step is done."""
+
+    def validation(self, step: int, result: Validation) -> None:
+        """A validation is done."""
+
+
+class TerminalView(View):
+    """A progress bar with losses, tokens/s and time left, and under it a load strip for each layer."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.layers: list[LayerStats] = []
+        self.next_line = 0.0
+        self.progress = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=console,
+        )
+        self.panel = Live(console=console, refresh_per_second=4, transient=True, get_renderable=self._render)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def live(self, config: TrainConfig, step: int) -> Iterator[None]:
+        self.progress.add_task("train", total=config.steps, completed=step, figures="")
+        with self.panel if self.console.is_terminal else contextlib.nullcontext():
+            yield
+
+    def step(self, step: int, result: StepResult, tokens_per_second: float) -> None:
+        self.layers = result.layers or self.layers
+        figures = f"loss {result.cross_entropy:.3f}  grad {result.grad_norm:.2f}  {tokens_per_second:,.0f} tok/s"
+        task = self.progress.tasks[0]
+        self.progress.update(task.id, completed=step, figures=figures)
+        if not self.console.is_terminal and time.monotonic() >= self.next_line:
+            self.next_line = time.monotonic() + LINE_SECONDS
+            left = "" if task.time_remaining is None else f"  {task.time_remaining:,.0f} s left"
+            self.say(f"step {step}/{task.total:.0f}  {figures}{left}")
+
+    def validation(self, step: int, result: Validation) -> None:
+        bits = f"{result.bits_per_byte:.4f} bits a byte"
+        self.say(f"step {step}: validation {result.cross_entropy:.4f} nats a token, {bits}")
+
+    def _render(self) -> Group:
+        rows = [
+            Text(f"  layer {i:<3} {load_strip(layer.load)}  max/mean {layer.max_over_mean:.2f}  entropy {layer.entropy:.2f}")
+            for i, layer in enumerate(self.layers)
+        ]
+        return Group(self.progress, *rows)
