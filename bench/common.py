@@ -1,0 +1,58 @@
+"""What the benchmarks share: timing in turn, ceilings of the machine, and how a result is shown and kept."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixtral.hardware import hardware_name, measure_matmul
+from mixtral.runtime import environment
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call, to the end of its work on a GPU."""
+    started = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def interleave(runs: Mapping[str, Callable[[], object]], repeats: int, warm_up: int = 1) -> dict[str, float]:
+    """Median seconds of each run, taken in turn (A B A B): a neighbour's load falls on all of them alike."""
+    for _ in range(warm_up):
+        for run in runs.values():
+            run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            times[name].append(seconds(run))
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def matrix_rate(dtype: torch.dtype, device: str = "cpu") -> float:
+    """FLOP/s of matrix products for work in `dtype`: its own rate, or fp32's where the processor only emulates it."""
+    return max(measure_matmul(dtype, device), measure_matmul(torch.float32, device))
+
+
+def publish(topic: str, result: dict[str, Any], keep: bool, device: str = "cpu") -> None:
+    """Print `result` as one JSON line, with all that it depends on; with `keep`, write it to bench/results too."""
+    now = datetime.datetime.now(datetime.UTC)
+    head = {"benchmark": topic, "date": now.isoformat(timespec="seconds"), "environment": environment(device)}
+    whole = {**head, **result}
+    print(json.dumps(whole))
+    if keep:
+        hardware = re.sub(r"[^a-z0-9]+", "-", hardware_name(device).lower()).strip("-")
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{topic}_{hardware}_{now.date()}.json"
+        path.write_text(json.dumps(whole, indent=1) + "\n")

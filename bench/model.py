@@ -1,0 +1,222 @@
+"""Forward pass and training step of the whole model against transformers with the same weights, in bf16 and fp32.
+
+transformers runs at its best here: each of its settings (experts loop or grouped products; bf16 weights or autocast) is
+tried on a part of the batch, and the fastest is measured in turn with ours. A training step is forward, loss, backward
+and fused AdamW. Ours in bf16 keeps fp32 master weights, as autocast does and bf16 weights alone do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from common import interleave, matrix_rate, publish, seconds
+from peer import EXPERTS, peer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from mixtral.config import ModelConfig
+from mixtral.model import Mixtral, Packed, initialise
+from mixtral.presets import small
+from mixtral.runtime import set_threads
+
+LENGTH = 512
+TRIAL = 128  # tokens of the batch that each of transformers' settings is tried on
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Step = Callable[[Tensor], Any]  # from token ids [B, S] to the loss, or to logits
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One row of the result: the same work by us and by transformers."""
+
+    task: str
+    dtype: str
+    setting: str  # of transformers, the fastest
+    tokens: int
+    ours: float  # tokens/s
+    theirs: float  # tokens/s
+    ratio: float
+    of_matrix_rate: float  # ours
+    theirs_of_matrix_rate: float
+    settings_tried: dict[str, float]  # seconds on the trial batch
+
+
+def pack(ids_BS: Tensor) -> tuple[Packed, Tensor]:
+    """Our form of a rectangular batch, and the targets that transformers derives from labels = ids."""
+    batch = Packed.of(ids_BS.tolist())
+    targets_BS = torch.full_like(ids_BS, -100)
+    targets_BS[:, :-1] = ids_BS[:, 1:]
+    return batch, targets_BS.flatten()
+
+
+# -- ours ------------------------------------------------------------------------------------------------------------
+
+
+def our_forward(model: Mixtral) -> Step:
+    @torch.no_grad()
+    def step(ids_BS: Tensor) -> Tensor | None:
+        return model(pack(ids_BS)[0]).logits
+
+    return step
+
+
+def our_training(model: Mixtral) -> Step:
+    params = list(model.parameters())
+    masters = [p if p.dtype == torch.float32 else p.detach().float() for p in params]
+    adamw = torch.optim.AdamW(masters, lr=1e-5, fused=True)
+
+    def step(ids_BS: Tensor) -> Tensor:
+        batch, targets = pack(ids_BS)
+        loss = model(batch, targets=targets).loss
+        loss.backward()
+        for p, master in zip(params, masters, strict=True):
+            if p is not master:
+                assert p.grad is not None
+                master.grad, p.grad = p.grad.float(), None
+        adamw.step()
+        adamw.zero_grad()
+        with torch.no_grad():
+            for p, master in zip(params, masters, strict=True):
+                if p is not master:
+                    p.copy_(master)
+        return loss.detach()
+
+    return step
+
+
+# -- transformers ----------------------------------------------------------------------------------------------------
+
+
+def their_forward(model: nn.Module, autocast: bool) -> Step:
+    @torch.no_grad()
+    def step(ids_BS: Tensor) -> Tensor:
+        with _autocast(autocast):
+            return model(input_ids=ids_BS, use_cache=False).logits
+
+    return step
+
+
+def their_training(model: nn.Module, autocast: bool) -> Step:
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step(ids_BS: Tensor) -> Tensor:
+        with _autocast(autocast):
+            loss = model(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss
+        loss.backward()
+        adamw.step()
+        adamw.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def _autocast(on: bool) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast("cpu", torch.bfloat16) if on else contextlib.nullcontext()
+
+
+def their_settings(dtype: str) -> list[tuple[str, str, bool]]:
+    """(dtype of the weights, experts implementation, autocast) to try."""
+    weights = [("fp32", False)] if dtype == "fp32" else [("bf16", False), ("fp32", True)]
+    return [(kept, experts, autocast) for kept, autocast in weights for experts in EXPERTS]
+
+
+def _title(kept: str, experts: str, autocast: bool) -> str:
+    return f"{experts}, {kept} weights" + (", bf16 autocast" if autocast else "")
+
+
+# -- the contest -----------------------------------------------------------------------------------------------------
+
+
+def make_ours(config: ModelConfig, dtype: str) -> Mixtral:
+    return initialise(Mixtral(config), torch.Generator().manual_seed(0)).to(DTYPES[dtype])
+
+
+def loss_difference(config: ModelConfig, dtype: str, ids_BS: Tensor) -> float:
+    """Our loss minus theirs on the same weights and tokens, before anything is timed."""
+    ours = make_ours(config, dtype)
+    theirs = peer(ours, DTYPES[dtype], "eager")
+    batch, targets = pack(ids_BS)
+    with torch.no_grad():
+        return (ours(batch, targets=targets).loss - theirs(input_ids=ids_BS, labels=ids_BS).loss).item()
+
+
+def contest(config: ModelConfig, task: str, dtype: str, ids_BS: Tensor, repeats: int) -> Contest:
+    training = task == "training step"
+    ours = make_ours(config, dtype)
+    make = their_training if training else their_forward
+    tried: dict[str, float] = {}
+    for kept, experts, autocast in their_settings(dtype):
+        step = make(peer(ours, DTYPES[kept], experts), autocast)
+        trial = ids_BS[:1, :TRIAL]
+        step(trial)
+        tried[_title(kept, experts, autocast)] = seconds(lambda step=step, trial=trial: step(trial))
+        print(f"{dtype} {task}: {_title(kept, experts, autocast)}: {list(tried.values())[-1]:.2f} s on the trial", file=sys.stderr)
+        del step
+        gc.collect()
+    fastest = min(tried, key=lambda name: tried[name])
+    kept, experts, autocast = next(s for s in their_settings(dtype) if _title(*s) == fastest)
+    their_step = make(peer(ours, DTYPES[kept], experts), autocast)
+    our_step = our_training(ours) if training else our_forward(ours)
+    runs = {"ours": lambda: our_step(ids_BS), "theirs": lambda: their_step(ids_BS)}
+    medians = interleave(runs, repeats)
+    print(f"{dtype} {task}: {medians}", file=sys.stderr)
+    tokens = ids_BS.numel()
+    fractions = {
+        name: config.flops_per_token(LENGTH, backward=training) * tokens / taken / matrix_rate(DTYPES[dtype])
+        for name, taken in medians.items()
+    }
+    return Contest(
+        task, dtype, fastest, tokens, tokens / medians["ours"], tokens / medians["theirs"],
+        medians["theirs"] / medians["ours"], fractions["ours"], fractions["theirs"], tried,
+    )  # fmt: skip
+
+
+def card(contests: list[Contest], losses: dict[str, float]) -> Table:
+    table = Table(title=f"mixtral against transformers {transformers.__version__}, same weights, tokens/s")
+    for column in ("task", "dtype", "tokens", "mixtral", "transformers", "ratio", "of matrix rate", "its best setting"):
+        table.add_column(column, justify="left" if column in ("task", "dtype", "its best setting") else "right")
+    for c in contests:
+        share = f"{c.of_matrix_rate:.0%} ({c.theirs_of_matrix_rate:.0%})"
+        speeds = (f"{c.ours:,.0f}", f"{c.theirs:,.0f}", f"{c.ratio:.2f}", share)
+        table.add_row(c.task, c.dtype, f"{c.tokens:,}", *speeds, c.setting)
+    table.caption = "our loss minus theirs: " + ", ".join(f"{dtype} {value:+.1e}" for dtype, value in losses.items())
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two layers and one repeat: does it run?")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each (default 3)")
+    parser.add_argument("--train-batch", type=int, default=4, help="sequences of 512 in a training step (default 4)")
+    parser.add_argument("--json-out", action="store_true", help="write bench/results/model_<hardware>_<date>.json")
+    args = parser.parse_args()
+    set_threads()
+    transformers.logging.set_verbosity_error()
+    config = small().replace(n_layers=2) if args.quick else small()
+    repeats = 1 if args.quick else args.repeats
+    generator = torch.Generator().manual_seed(1)
+    ids_BS = torch.randint(config.vocab_size, (max(4, args.train_batch), LENGTH), generator=generator)
+    losses = {dtype: loss_difference(config, dtype, ids_BS[:1]) for dtype in DTYPES}
+    contests = []
+    for dtype in DTYPES:
+        contests.append(contest(config, "forward", dtype, ids_BS[:4], repeats))
+        contests.append(contest(config, "training step", dtype, ids_BS[: args.train_batch], repeats))
+    Console(width=140).print(card(contests, losses))
+    result = {
+        "config": config.to_dict(), "length": LENGTH, "repeats": repeats, "transformers": transformers.__version__,
+        "loss_difference": losses, "rows": [vars(c) for c in contests],
+    }  # fmt: skip
+    publish("model", result, args.json_out)
+
+
+if __name__ == "__main__":
+    main()
