@@ -98,7 +98,8 @@ def _register(function: Callable[..., None]) -> None:
 
     text, _, examples = inspect.cleandoc(function.__doc__ or "").partition("Examples:\n")
     epilog = "\b\nExamples:\n" + textwrap.indent(examples, "  ")  # \b: keep the lines as they are
-    app.command(function.__name__, help=text, epilog=epilog)(run)
+    first_paragraph = " ".join(text.split("\n\n")[0].split())
+    app.command(function.__name__, help=text, short_help=first_paragraph, epilog=epilog)(run)
 
 
 for _command in COMMANDS:

@@ -81,8 +81,8 @@ def describe(name: str, config: ModelConfig, context: int | None, k: int | None)
         "active_share": config.n_active_params(taken) / config.n_params(),
         "experts_per_token": taken,
         "expert_parameters": config.n_layers * config.n_experts * config.expert_params,
+        "context": context,  # what the FLOPs are counted at
         "flops_per_token": {
-            "context": context,
             "forward": config.flops_per_token(context, k=taken),
             "forward_backward": config.flops_per_token(context, backward=True, k=taken),
         },
@@ -133,10 +133,10 @@ def _print(figures: dict[str, Any], config: ModelConfig) -> None:
     kind = f"sparse, {config.n_experts} experts a layer" if config.is_sparse else "dense"
     out.print(f"{figures['name']}: {kind}\n", style="bold")
     out.print(_summary(figures, config))
-    tokens = figures["flops_per_token"]["context"]
+    tokens = figures["context"]
     out.print(f"\nCompute for a token, mean over a context of {tokens:,}", style="bold")
     out.print(_compute(figures, config))
-    out.print("\nMemory: weights, and with a bf16 cache for one sequence", style="bold")
+    out.print(f"\nMemory: weights, and with the bf16 cache of one sequence of {tokens:,}", style="bold")
     out.print(_memory(figures))
     if config.is_sparse:
         out.print("\nAll experts must be in memory, whichever a token takes.")
@@ -181,16 +181,17 @@ def _compute(figures: dict[str, Any], config: ModelConfig) -> Table:
 def _memory(figures: dict[str, Any]) -> Table:
     from rich.table import Table
 
+    cache = figures["kv_bytes"][str(figures["context"])]
     table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
     table.add_column("precision")
-    for tokens in ("weights", *(f"+ {int(tokens):,}" for tokens in figures["kv_bytes"])):
-        table.add_column(tokens, justify="right")
+    table.add_column("weights", justify="right")
+    table.add_column("with cache", justify="right")
     for device, free in figures["machine"].items():
         table.add_column(f"in {bytes_text(free)} free ({device})")
     for precision, weights in figures["weight_bytes"].items():
-        totals = [weights + cache for cache in figures["kv_bytes"].values()]
-        fits = [_fits(weights, totals[-1], free) for free in figures["machine"].values()]
-        table.add_row(f"{precision}, {PRECISIONS[precision]:g} bits", *map(bytes_text, (weights, *totals)), *fits)
+        total = weights + cache
+        fits = [_fits(weights, total, free) for free in figures["machine"].values()]
+        table.add_row(f"{precision}, {PRECISIONS[precision]:g} bits", bytes_text(weights), bytes_text(total), *fits)
     return table
 
 

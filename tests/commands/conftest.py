@@ -1,0 +1,66 @@
+"""Commands are run in this process, through `main`, on a tiny model made once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from mixtral import cli
+from mixtral.config import ModelConfig
+from mixtral.lm import LM
+from mixtral.model import Mixtral, initialise
+from mixtral.tokenizer import train_bpe
+
+TEXT = ["To be, or not to be, that is the question:", "def add(a, b):\n    return a + b", "Whether 'tis nobler"] * 20
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Run `mixtral ARGUMENTS` at 80 columns; logging and threads of the test process stay as they are."""
+    monkeypatch.setattr(cli, "_prepare", lambda: None)
+    monkeypatch.setenv("COLUMNS", "80")
+    level = logging.getLogger("mixtral").level
+
+    def call(*arguments: str | Path) -> Outcome:
+        capsys.readouterr()
+        code = cli.main([str(argument) for argument in arguments])
+        return Outcome(code, *capsys.readouterr())
+
+    yield call
+    logging.getLogger("mixtral").setLevel(level)
+
+
+def config(**changes: object) -> ModelConfig:
+    shape = dict(vocab_size=320, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48, n_experts=4,
+                 experts_per_token=2, context=64, init_std=0.3)  # fmt: skip
+    return ModelConfig.from_dict({**shape, **changes})
+
+
+def make(folder: Path, **changes: object) -> Path:
+    model = initialise(Mixtral(config(**changes)), torch.Generator().manual_seed(0))
+    LM(model, train_bpe(TEXT, 320)).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("sparse") / "model")
+
+
+@pytest.fixture(scope="session")
+def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("dense") / "model", n_experts=1, experts_per_token=1)

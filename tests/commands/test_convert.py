@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Run
+
+from mixtral.config_formats import read_config
+from mixtral.lm import load
+
+
+def test_there_and_back(run: Run, folder: Path, tmp_path: Path) -> None:
+    there, back = tmp_path / "native", tmp_path / "hf"
+    code, out, _ = run("convert", folder, there, "--to", "mistral")
+    assert code == 0 and f"{there}/consolidated.safetensors  " in out and f"{there}/params.json  " in out
+    assert run("convert", there, back, "--to", "hf").code == 0
+    assert read_config(back).n_experts == 4
+    original = load(folder).model.state_dict()
+    for name, tensor in load(back).model.state_dict().items():
+        assert torch.equal(tensor, original[name]), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["{folder}", "out", "--to", "gguf"], 2, "unknown format 'gguf'; known: hf, mistral"),
+        (["missing", "out", "--to", "hf"], 2, "missing: no such file or folder"),
+        (["{folder}", "full", "--to", "hf"], 2, "full: exists already"),
+        (["{folder}", "file/out", "--to", "hf"], 1, "cannot write file/out: "),
+        (["{folder}", "out"], 2, "Missing option '--to'"),
+    ],
+)
+def test_failures(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str],
+                  code: int, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/kept").write_text("precious")
+    (tmp_path / "file").write_text("a file, where a folder is wanted")
+    got = run("convert", *(a.format(folder=folder) for a in arguments))
+    assert (got.code, got.out) == (code, "") and got.err.count("\n") == 1 and message in got.err
+    assert (tmp_path / "full/kept").read_text() == "precious" and not (tmp_path / "out").exists()

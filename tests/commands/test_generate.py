@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Run
+
+from mixtral.lm import load
+
+DRAW = ("--temperature", "1", "--max-tokens", "12")
+
+
+def test_greedy_text_is_the_library_s(run: Run, folder: Path) -> None:
+    code, out, err = run("generate", "--model", folder, "--prompt", "To be", "--max-tokens", "12")
+    assert code == 0 and out == load(folder).generate("To be", max_tokens=12) + "\n"
+    assert err.startswith("[12 tokens; prompt of ") and "tokens/s]" in err
+
+
+def test_a_seed_repeats(run: Run, folder: Path) -> None:
+    texts = [run("generate", "--model", folder, "--prompt", "To be", *DRAW, "--seed", s).out for s in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_json(run: Run, folder: Path) -> None:
+    code, out, err = run("generate", "--model", folder, "--prompt", "To be", "--json", "--max-tokens", "12", "--routing")
+    told = json.loads(out)
+    assert code == 0 and err == "" and told["prompt"] == "To be"
+    assert told["text"] == load(folder).generate("To be", max_tokens=12)
+    assert len(told["tokens"]) == 12 and told["finish_reason"] == "length" and told["prompt_tokens"] > 0
+    assert told["timing"]["tokens_per_second"] > 0
+    assert len(told["routing"]) == 2 and all(sum(load) == pytest.approx(1, abs=1e-5) for load in told["routing"])
+
+
+def test_several_continuations(run: Run, folder: Path) -> None:
+    command = ("generate", "--model", folder, "--prompt", "To be", *DRAW, "--seed", "1", "--n", "3")
+    texts = [json.loads(line)["text"] for line in run(*command, "--json").out.splitlines()]
+    assert len(set(texts)) == 3
+    out = run(*command).out
+    assert all(f"--- {i} of 3 ---\n{text}" in out for i, text in enumerate(texts, start=1))
+
+
+def test_stop_ends_the_text(run: Run, folder: Path) -> None:
+    whole = load(folder).generate("To be", max_tokens=12)
+    told = json.loads(
+        run("generate", "--model", folder, "--prompt", "To be", "--json", "--stop", whole[4:6], "--stop", "never").out)  # fmt: skip
+    assert told["finish_reason"] == "stop" and told["text"] == whole[: whole.index(whole[4:6])]
+
+
+def test_prompt_from_standard_input(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("To be\n"))
+    assert json.loads(run("generate", "--model", folder, "--prompt", "-", "--json").out)["prompt"] == "To be"
+
+
+def test_routing_table_follows_the_text(run: Run, folder: Path) -> None:
+    out = run("generate", "--model", folder, "--prompt", "To be", "--max-tokens", "4", "--routing").out
+    assert "Routing of " in out and out.index("layer 0 ") > 0
+    assert "First choice" not in out  # without colours that says nothing
+
+
+def test_routing_in_colour(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    out = run("generate", "--model", folder, "--prompt", "To be", "--max-tokens", "4", "--routing").out
+    assert "First choice at layer 0:" in out and "First choice at layer 1:" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "missing", "--prompt", "x"], "missing: no such file or folder"),
+        (["--model", ".", "--prompt", "x"], "config.json"),
+        (["--model", "{folder}", "--prompt", "to be " * 64], "do not fit the model's context of 64"),
+        (["--model", "{folder}", "--prompt", "x", "--temperature", "-1"], "temperature must be a number of at least 0"),
+        (["--model", "{folder}", "--prompt", "x", "--max-tokens", "0"], "max_tokens must be a positive integer"),
+        (["--model", "{folder}", "--prompt", "x", "--dtype", "bf17"], "unknown name 'bf17'; did you mean"),
+        (["--model", "{folder}", "--prompt", "x", "--device", "tpu"], "device: unknown name 'tpu'"),
+        (["--model", "{dense}", "--prompt", "x", "--routing"], "--routing: this model is dense"),
+        (["--model", "{bare}", "--prompt", "x"], "no tokenizer"),
+        (["--model", "{folder}"], "Missing option '--prompt'"),
+    ],
+)
+def test_misuse(run: Run, folder: Path, dense_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                arguments: list[str], message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((folder / name).read_bytes())
+    code, out, err = run("generate", *(a.format(folder=folder, dense=dense_folder, bare=bare) for a in arguments))
+    assert code == 2 and out == "" and err.count("\n") == 1 and message in err
+
+
+def test_standard_input_that_is_no_text(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff"), encoding="utf-8"))
+    code, _, err = run("generate", "--model", folder, "--prompt", "-")
+    assert code == 2 and "standard input: not UTF-8 text at byte 2" in err
+
+
+def test_a_truncated_file_is_a_failure(run: Run, folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes()[: -100 if file.suffix == ".safetensors" else None])
+    code, _, err = run("generate", "--model", tmp_path, "--prompt", "x")
+    assert code == 1 and "model.safetensors" in err and err.count("\n") == 1
