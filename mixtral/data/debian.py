@@ -19,7 +19,7 @@ PLACES = (
     "usr/share/libreoffice/help/*/text/**/*.html",  # libreoffice-help-*
 )
 
-_LANGUAGE = re.compile(r"[/.]([a-z]{2})(?:[-_][A-Za-z]{2})?(?=[/.])")
+_LANGUAGE = re.compile(r"/([a-z]{2})(?:[-_@]\w+)?(?=/)|\.([a-z]{2})(?:-[a-z]+)?\.html$")
 _INVISIBLE = frozenset({"script", "style", "head"})
 _BLOCKS = frozenset({
     "p", "br", "div", "li", "tr", "td", "th", "dt", "dd", "pre", "h1", "h2", "h3", "h4", "h5", "h6", "title",
@@ -36,7 +36,9 @@ _ROFF_ESCAPE = re.compile(
 )
 _ROFF_HEADINGS = frozenset({"SH", "SS", "Sh", "Ss"})
 _ROFF_BREAKS = frozenset({"PP", "P", "LP", "Pp", "sp"})
-_ROFF_TEXT = frozenset({"B", "I", "BR", "RB", "BI", "IB", "IR", "RI", "SM", "SB", "IP"})
+_ROFF_JOINED = frozenset({"BR", "RB", "BI", "IB", "IR", "RI"})  # two fonts in turn, no space between the arguments
+_ROFF_TEXT = frozenset({"B", "I", "SM", "SB", "IP"})
+_ROFF_ARGUMENT = re.compile(r'"([^"]*)"|((?:\\.|[^\s"])+)')
 
 
 def debian_files(root: Path = Path("/")) -> list[Path]:
@@ -52,7 +54,7 @@ def debian_files(root: Path = Path("/")) -> list[Path]:
 
 def language_of(name: str) -> str:
     """The language code in a file's name or in the name of a folder above it; English has none."""
-    found = _LANGUAGE.findall(name)
+    found = [folder or suffix for folder, suffix in _LANGUAGE.findall(name)]
     return found[-1] if found else "en"
 
 
@@ -110,12 +112,18 @@ def roff_text(source: str) -> str:
             continue
         request, _, rest = line[1:].strip().partition(" ")
         if request in _ROFF_HEADINGS:
-            lines += ["", _plain(rest).replace('"', "")]
+            lines += ["", _arguments(rest, " ")]
         elif request in _ROFF_BREAKS:
             lines.append("")
+        elif request in _ROFF_JOINED:
+            lines.append(_arguments(rest, ""))
         elif request in _ROFF_TEXT and rest:
-            lines.append(_plain(rest).replace('"', ""))
+            lines.append(_arguments(rest, " "))
     return "\n".join(lines)
+
+
+def _arguments(line: str, separator: str) -> str:
+    return separator.join(_plain(quoted or bare) for quoted, bare in _ROFF_ARGUMENT.findall(line))
 
 
 def _plain(line: str) -> str:

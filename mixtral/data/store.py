@@ -95,8 +95,8 @@ class Index:
                 split: [Shard.from_dict(shard) for shard in shards] for split, shards in values["shards"].items()
             }
             return cls(**values)
-        except FileNotFoundError:
-            raise DataError(f"{folder}: no prepared data here (index.json is missing)") from None
+        except OSError:
+            raise DataError(f"{folder}: no prepared data here (index.json cannot be read)") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: not an index of prepared data ({error}); prepare the data again") from error
 

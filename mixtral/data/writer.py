@@ -109,7 +109,7 @@ class ShardWriter:
         try:
             shard = Shard.from_dict(json.loads((self.folder / f"{name}.json").read_text()))
             shard.check(self.folder, contents=True)
-        except (FileNotFoundError, ValueError, KeyError, DataError):
+        except (OSError, ValueError, KeyError, DataError):
             return None
         return shard
 

@@ -1,0 +1,147 @@
+"""Source lines, built-in corpora, and the order of files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from mixtral.data.corpora import TASKS_AT_A_TIME, list_files
+from mixtral.data.readers import BadInput
+from mixtral.data.sources import Source, documents
+from mixtral.errors import DataError, UsageError
+
+
+@pytest.mark.parametrize(
+    ("spec", "source"),
+    [
+        ("stdlib", Source("stdlib")),
+        ("stdlib=0.7", Source("stdlib", 0.7)),
+        ("a.jsonl?field=body", Source("a.jsonl", field="body")),
+        ("a.jsonl?field=body=3e-1", Source("a.jsonl", 0.3, field="body")),
+        ("packages?max_bytes=900", Source("packages", max_bytes=900)),
+        ("reasoning-gym?max_bytes=900&seed=5=2", Source("reasoning-gym", 2.0, max_bytes=900, seed=5)),
+        ("hf:org/name:config=2", Source("hf:org/name:config", 2.0)),
+        ("/data/day=monday/a.txt", Source("/data/day=monday/a.txt")),
+    ],
+)
+def test_parse(spec: str, source: Source) -> None:
+    assert Source.parse(spec) == source
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("", "name is empty"),
+        ("stdlib=0", "weight must be a positive number"),
+        ("stdlib?max_bytes=0", "max_bytes must be a positive number"),
+        ("stdlib?max_bytes=many", "max_bytes must be a whole number, not 'many'"),
+        ("a.jsonl?fields=x", "unknown option 'fields'; did you mean 'field'"),
+    ],
+)
+def test_parse_refuses(spec: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Source.parse(spec)
+
+
+def test_stdlib_has_code_and_prose_but_no_tests() -> None:
+    files = list_files("stdlib")
+    assert {file.domain for file in files} == {"code", "prose"}
+    names = {file.name for file in files}
+    assert "json/decoder.py" in names and "pydoc_data/if" in names
+    assert not [name for name in names if "test" in name.split("/")[:-1]]
+    found = list(documents(Source("stdlib", max_bytes=600_000), BadInput()))
+    assert 600_000 <= sum(len(document.text.encode()) for document in found) < 700_000
+    assert {document.domain for document in found} == {"code", "prose"}  # a slice is a mixture too
+
+
+def test_packages() -> None:
+    found = list(documents(Source("packages", max_bytes=20_000), BadInput()))
+    assert found and {document.domain for document in found} == {"code"}
+
+
+def test_folder_order_and_domains_do_not_depend_on_where_it_lies(tmp_path: Path) -> None:
+    for name in ("x/one.txt", "x/two.md", "y/three.txt", "four.txt"):
+        (tmp_path / "a" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "a" / name).write_text(f"text of {name}")
+    (tmp_path / "a" / "image.png").write_bytes(b"\x89PNG")
+    (tmp_path / "a" / ".hidden.txt").write_text("hidden")
+    shutil.copytree(tmp_path / "a", tmp_path / "elsewhere" / "a")
+    first = list(documents(Source(str(tmp_path / "a")), BadInput()))
+    second = list(documents(Source(str(tmp_path / "elsewhere" / "a")), BadInput()))
+    assert [(d.text, d.domain) for d in first] == [(d.text, d.domain) for d in second]
+    assert {d.text: d.domain for d in first} == {
+        "text of x/one.txt": "x", "text of x/two.md": "x", "text of y/three.txt": "y", "text of four.txt": "a",
+    }  # fmt: skip
+
+
+def test_missing_path_and_folder_without_text(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nowhere: no such file or folder"):
+        list(documents(Source(str(tmp_path / "nowhere")), BadInput(skip=True)))
+    with pytest.raises(DataError, match="no text in this folder"):
+        list(documents(Source(str(tmp_path)), BadInput(skip=True)))
+
+
+def test_inputs_change_with_the_files(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    before = Source(str(path)).inputs()
+    assert Source(str(path), weight=2.0).inputs() == before
+    os.utime(path, ns=(1, 1))
+    assert Source(str(path)).inputs() != before
+    assert Source("hf:a").inputs() != Source("hf:b").inputs()
+    assert Source("reasoning-gym").inputs()["content"].startswith("reasoning-gym ")
+
+
+@pytest.mark.parametrize(("name", "module"), [("reasoning-gym", "reasoning_gym"), ("hf:x", "datasets")])
+def test_missing_extra_is_named(name: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UsageError, match=r'pip install "mixtral\[data\]"'):
+        list(documents(Source(name), BadInput()))
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UsageError, match=r'pip install "mixtral\[data\]"'):
+        list(documents(Source(str(path)), BadInput()))
+
+
+def test_reasoning_gym_is_seeded_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the library's two entry points in place of the library, which takes seconds to import."""
+
+    def create_dataset(task: str, size: int, seed: int) -> list[dict[str, object]]:
+        print("noise")
+        return [{"question": f"{task} {seed + item}?", "answer": seed + item} for item in range(size)]
+
+    library, factory = ModuleType("reasoning_gym"), ModuleType("reasoning_gym.factory")
+    library.create_dataset = create_dataset  # type: ignore[attr-defined]
+    factory.DATASETS = {"sums": None, "sudoku": None, "cubes": None}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "reasoning_gym", library)
+    monkeypatch.setitem(sys.modules, "reasoning_gym.factory", factory)
+    first, again, other = (
+        list(documents(Source("reasoning-gym", max_bytes=3_000, seed=seed), BadInput())) for seed in (1, 1, 2)
+    )
+    assert first == again
+    texts = [document.text for document in first]
+    assert len(set(texts)) == len(texts) > 2 * TASKS_AT_A_TIME and not set(first) & set(other)
+    assert texts[0] == "cubes 1000003?\n1000003"
+    assert {document.domain for document in first} == {"cubes", "sums"}
+
+
+def test_hugging_face_folder(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"text": ["one", "", "two"], "id": [1, 2, 3]}).save_to_disk(str(tmp_path / "set"))
+    name = f"hf:{tmp_path / 'set'}"
+    assert [d.text for d in documents(Source(name), BadInput())] == ["one", "two"]
+    with pytest.raises(DataError, match="no column 'body'; this data set has: text, id"):
+        list(documents(Source(name, field="body"), BadInput()))
+    with pytest.raises(DataError, match="row 1: column 'id' holds int"):
+        list(documents(Source(name, field="id"), BadInput()))
+    with pytest.raises(DataError, match="cannot be loaded"):
+        list(documents(Source(f"hf:{tmp_path}"), BadInput()))
