@@ -115,7 +115,8 @@ def _python_files(folder: Path) -> list[File]:
     files = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name not in EXCLUDED_FOLDERS]  # os.walk enters only what is left here
-        for path in (Path(place, name) for name in names if name.endswith(".py") and not EXCLUDED_FILES.fullmatch(name)):
+        sources = (name for name in names if name.endswith(".py") and not EXCLUDED_FILES.fullmatch(name))
+        for path in (Path(place, name) for name in sources):
             # An empty __init__.py is no fault here, as an empty file that a user names would be.
             if 0 < path.stat().st_size <= MAX_SOURCE_BYTES:
                 files.append(File(path.relative_to(folder).as_posix(), path, "code"))

@@ -1,4 +1,4 @@
-"""A tokenizer small enough to check by eye: token = byte + 3. In a module of its own so that worker processes find it."""
+"""A tokenizer small enough to check by eye: token = byte + 3. In its own module so that worker processes find it."""
 
 from __future__ import annotations
 

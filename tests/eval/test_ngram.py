@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def test_probabilities_sum_to_one_and_match_a_loop() -> None:
     rng = np.random.default_rng(0)
     chunks = [rng.integers(0, 12, size) for size in (50, 1, 400)]
     model = Bigram([pairs(list(chunk)) for chunk in chunks], vocab_size=15)
-    counted = Counter((int(a), int(b)) for chunk in chunks for a, b in zip(chunk, chunk[1:], strict=False))
+    counted = Counter((int(a), int(b)) for chunk in chunks for a, b in pairwise(chunk))
     for first in range(15):
         probabilities = model.probability(np.full(15, first), np.arange(15))
         assert probabilities.sum() == pytest.approx(1)
