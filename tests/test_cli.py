@@ -13,6 +13,7 @@ import mixtral
 from mixtral import cli
 from mixtral.errors import MixtralError, UsageError
 
+HINT = "`mixtral --verbose COMMAND ...` shows where"
 NAMES = [function.__name__ for function in cli.COMMANDS]
 
 
@@ -98,7 +99,7 @@ def test_misuse_is_one_line(arguments: list[str], message: str, capsys: pytest.C
     [
         (UsageError("a: wrong;\n  b is right"), 2, "mixtral: a: wrong; b is right\n"),
         (MixtralError("disk full"), 1, "mixtral: disk full\n"),
-        (ValueError("odd"), 1, "mixtral: internal error: ValueError: odd; `mixtral --verbose COMMAND ...` shows where\n"),
+        (ValueError("odd"), 1, f"mixtral: internal error: ValueError: odd; {HINT}\n"),
         (KeyboardInterrupt(), 130, ""),
         (EOFError(), 1, None),
     ],
@@ -116,7 +117,7 @@ def test_verbose_shows_the_traceback(fail_with: Callable[[BaseException], None],
                                      capsys: pytest.CaptureFixture[str]) -> None:
     fail_with(ValueError("odd"))
     assert cli.main(["--verbose", "fail"]) == 1
-    assert "Traceback" in (err := capsys.readouterr().err) and err.endswith("shows where\n")
+    assert "Traceback" in (err := capsys.readouterr().err) and err.endswith(f"{HINT}\n")
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

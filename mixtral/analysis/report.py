@@ -74,7 +74,7 @@ def _coloured_strip(load: Sequence[float], ascii_only: bool) -> Text:
 
 
 def tokens_by_expert(pieces: Sequence[str], experts: Sequence[int]) -> Text:
-    """The text of `pieces`, each on the colour of its expert (arXiv 2401.04088, figure 8); -1 (none) is not coloured."""
+    """The text of `pieces`, each on the colour of its expert (arXiv 2401.04088, figure 8); -1 (none) is left plain."""
     return Text.assemble(*((p, expert_style(e)) for p, e in zip(pieces, experts, strict=True)))
 
 

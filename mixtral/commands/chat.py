@@ -22,7 +22,7 @@ def chat(
     model: ModelOption,
     max_tokens: Annotated[int, typer.Option(metavar="N", help="The most tokens of one answer.")] = 128,
     temperature: Annotated[float, typer.Option(metavar="T", help="0: always the most probable token.")] = 0.8,
-    top_p: Annotated[float, typer.Option(metavar="P", help="Draw from the fewest tokens that reach P together.")] = 0.95,
+    top_p: Annotated[float, typer.Option(metavar="P", help="Draw from the fewest tokens that sum to P.")] = 0.95,
     seed: Annotated[int | None, typer.Option(metavar="S", help="The same seed and lines give the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End an answer before this text.")] = None,
     dtype: DtypeOption = "auto",

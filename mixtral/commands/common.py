@@ -51,7 +51,7 @@ def load_model(folder: str, dtype: str, device: str) -> tuple[LM, Tokenizer]:
     with working(f"reading {folder}"):
         model = lm.load(folder, dtype=dtype, device=device)
     if model.tokenizer is None:
-        raise UsageError(f"{folder}: no tokenizer; tekken.json, a *.model file or tokenizer.json is wanted beside the weights")
+        raise UsageError(f"{folder}: no tokenizer; tekken.json, a *.model file or tokenizer.json is wanted in it")
     return model, model.tokenizer
 
 
@@ -63,7 +63,7 @@ def loads(layers: Sequence[Routing]) -> list[list[float]]:
 
 
 def show_routing(lm: LM, tokens: Sequence[int]) -> None:
-    """Print the table of a text's loads and, in colour, the text by first choice at the first, middle and last layer."""
+    """Print the table of a text's loads; where there is colour, the text by first choice at three of the layers too."""
     from mixtral.analysis import expert_legend, routing_table, tokens_by_expert
 
     assert lm.tokenizer is not None
@@ -83,21 +83,17 @@ def show_routing(lm: LM, tokens: Sequence[int]) -> None:
 
 def bytes_text(n_bytes: float) -> str:
     """Such as 86.99 GiB or 128 KiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n_bytes < 1024:
-            break
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while n_bytes >= 1024 and len(units) > 1:
         n_bytes /= 1024
-    else:
-        unit = "TiB"
-    return f"{n_bytes:.0f} {unit}" if unit in ("B", "KiB") else f"{n_bytes:.2f} {unit}"
+        del units[0]
+    return f"{n_bytes:.0f} {units[0]}" if units[0] in ("B", "KiB") else f"{n_bytes:.2f} {units[0]}"
 
 
 def rate_text(per_second: float, unit: str) -> str:
     """Such as 45.2 GB/s or 1.05 TFLOP/s: powers of a thousand, as rates are told."""
-    for prefix in ("", "k", "M", "G"):
-        if per_second < 1000:
-            break
+    prefixes = ["", "k", "M", "G", "T", "P"]
+    while per_second >= 999.5 and len(prefixes) > 1:  # what would be rounded to 1000
         per_second /= 1000
-    else:
-        prefix = "T"
-    return f"{per_second:.3g} {prefix}{unit}"
+        del prefixes[0]
+    return f"{per_second:.3g} {prefixes[0]}{unit}"

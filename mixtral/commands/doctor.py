@@ -119,17 +119,18 @@ def _machine(report: dict[str, Any]) -> Table:
 
     environment = report["environment"]
     commit = f", commit {environment['commit'][:8]}" if environment["commit"] else ""
-    rates = report["matmul_flops_per_second"]
+    rates = ", ".join(f"{rate_text(rate, 'FLOP/s')} in {d}" for d, rate in report["matmul_flops_per_second"].items())
     table = Table.grid(padding=(0, 3, 0, 0))
     table.add_row("mixtral", environment["mixtral"] + commit + (", changed since" if environment["dirty"] else ""))
     table.add_row("device", f"{report['device']}: {environment['hardware']}")
     table.add_row("threads", str(environment["threads"]))
     table.add_row("memory", f"{bytes_text(report['memory_bytes'])} available")
     for gpu in report["gpus"]:
-        table.add_row("GPU", f"{gpu['name']}, {bytes_text(gpu['free_bytes'])} of {bytes_text(gpu['memory_bytes'])} free")
+        free = f"{bytes_text(gpu['free_bytes'])} of {bytes_text(gpu['memory_bytes'])} free"
+        table.add_row("GPU", f"{gpu['name']}, {free}")
     table.add_row("default dtype", f"{report['dtype']}: {report['dtype_reason']}")
     table.add_row("bandwidth", f"{rate_text(report['bandwidth_bytes_per_second'], 'B/s')} reading memory, measured now")
-    table.add_row("matrix rate", ", ".join(f"{rate_text(r, 'FLOP/s')} in {d}" for d, r in rates.items()) + ", measured now")
+    table.add_row("matrix rate", f"{rates}, measured now")
     return table
 
 

@@ -12,8 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mixtral.commands.common import (
-    DeviceOption, DtypeOption, ModelOption, console, load_model, loads, say, show_routing,
-)  # fmt: skip
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    console,
+    load_model,
+    loads,
+    say,
+    show_routing,
+)
 
 if TYPE_CHECKING:
     from mixtral.engine import Piece, SamplingParams
@@ -26,12 +33,12 @@ def generate(
     max_tokens: Annotated[int, typer.Option(metavar="N", help="The most tokens to generate.")] = 256,
     temperature: Annotated[float, typer.Option(metavar="T", help="0: always the most probable token.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(metavar="N", help="Draw from the N most probable tokens.")] = None,
-    top_p: Annotated[float, typer.Option(metavar="P", help="Draw from the fewest tokens that reach P together.")] = 1.0,
+    top_p: Annotated[float, typer.Option(metavar="P", help="Draw from the fewest tokens that sum to P.")] = 1.0,
     min_p: Annotated[
         float, typer.Option(metavar="P", help="Drop tokens of less than P times the highest probability.")
     ] = 0.0,
     seed: Annotated[int | None, typer.Option(metavar="S", help="The same seed draws the same text.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be repeated.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this; may be repeated.")] = None,
     n: Annotated[int, typer.Option("--n", min=1, metavar="N", help="How many continuations, as one batch.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a continuation, a line each.")] = False,
     routing: Annotated[bool, typer.Option("--routing", help="Show which experts took the tokens.")] = False,

@@ -22,7 +22,7 @@ USUAL_CONTEXT = 32768
 def info(
     name: Annotated[str, typer.Argument(metavar="NAME_OR_FOLDER", help="A preset, or a model folder.")],
     context: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Tokens of context to count with; default 32768, or the most.")
+        int | None, typer.Option(min=1, metavar="N", help="Tokens of context to count with; default: 32768 or less.")
     ] = None,
     k: Annotated[
         int | None, typer.Option("--k", metavar="K", help="Experts a token takes; default what the model is made for.")
@@ -50,7 +50,7 @@ def info(
 
 
 def find_config(name: str) -> ModelConfig:
-    """Of a preset or a model folder. Raises ConfigError when it is neither, or the folder's configuration is not ours."""
+    """Of a preset or a model folder. Raises ConfigError when it is neither, or the folder's configuration is bad."""
     from mixtral.config_formats import read_config
     from mixtral.presets import PRESETS, preset
 
@@ -154,7 +154,8 @@ def _summary(figures: dict[str, Any], config: ModelConfig) -> Table:
         table.add_row("active per token", f"{figures['active_parameters']:,}  {share}")
         table.add_row("in the experts", f"{experts:,}  {experts / total:.1%}")
     table.add_row("layers, width", f"{config.n_layers}, {config.dim:,}; feed-forward {config.ffn_dim:,}")
-    table.add_row("attention heads", f"{config.n_heads} of width {config.head_dim}, {config.n_kv_heads} key/value heads")
+    heads = f"{config.n_heads} of width {config.head_dim}, {config.n_kv_heads} for keys and values"
+    table.add_row("attention heads", heads)
     table.add_row("vocabulary", f"{config.vocab_size:,}")
     table.add_row("context", f"{config.context:,} tokens, " + (f"window {window:,}" if window else "no sliding window"))
     cache = ", ".join(f"{bytes_text(n)} at {int(tokens):,}" for tokens, n in figures["kv_bytes"].items())

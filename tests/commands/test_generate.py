@@ -24,7 +24,8 @@ def test_a_seed_repeats(run: Run, folder: Path) -> None:
 
 
 def test_json(run: Run, folder: Path) -> None:
-    code, out, err = run("generate", "--model", folder, "--prompt", "To be", "--json", "--max-tokens", "12", "--routing")
+    asked = ("--prompt", "To be", "--json", "--max-tokens", "12", "--routing")
+    code, out, err = run("generate", "--model", folder, *asked)
     told = json.loads(out)
     assert code == 0 and err == "" and told["prompt"] == "To be"
     assert told["text"] == load(folder).generate("To be", max_tokens=12)
@@ -43,8 +44,8 @@ def test_several_continuations(run: Run, folder: Path) -> None:
 
 def test_stop_ends_the_text(run: Run, folder: Path) -> None:
     whole = load(folder).generate("To be", max_tokens=12)
-    told = json.loads(
-        run("generate", "--model", folder, "--prompt", "To be", "--json", "--stop", whole[4:6], "--stop", "never").out)  # fmt: skip
+    asked = ("--prompt", "To be", "--json", "--stop", whole[4:6], "--stop", "never")
+    told = json.loads(run("generate", "--model", folder, *asked).out)
     assert told["finish_reason"] == "stop" and told["text"] == whole[: whole.index(whole[4:6])]
 
 
