@@ -159,7 +159,7 @@ def contest(config: ModelConfig, task: str, dtype: str, ids_BS: Tensor, repeats:
         trial = ids_BS[:1, :TRIAL]
         step(trial)
         tried[_title(kept, experts, autocast)] = seconds(lambda step=step, trial=trial: step(trial))
-        print(f"{dtype} {task}: {_title(kept, experts, autocast)}: {list(tried.values())[-1]:.2f} s on the trial", file=sys.stderr)
+        print(f"trial, {dtype} {task}: {list(tried.items())[-1]}", file=sys.stderr)
         del step
         gc.collect()
     fastest = min(tried, key=lambda name: tried[name])

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers.initialization import no_init_weights
 
 from mixtral.config import ModelConfig
 from mixtral.config_formats import to_hf
@@ -19,9 +20,10 @@ EXPERTS = ("eager", "grouped_mm")
 def peer(model: Mixtral, dtype: torch.dtype, experts: str) -> nn.Module:
     """A transformers model holding a copy of `model`'s weights in `dtype`; `experts` is its experts implementation."""
     config = MixtralConfig(**to_hf(model.config, str(dtype).removeprefix("torch.")))
-    made: nn.Module = AutoModelForCausalLM.from_config(
-        config, attn_implementation="sdpa", experts_implementation=experts, dtype=dtype
-    )
+    with no_init_weights():  # drawing numbers to overwrite them takes longer than the trial
+        made: nn.Module = AutoModelForCausalLM.from_config(
+            config, attn_implementation="sdpa", experts_implementation=experts, dtype=dtype
+        )
     made.load_state_dict(_state(model), strict=True)
     return made
 
