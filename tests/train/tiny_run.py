@@ -1,0 +1,90 @@
+"""A training run small enough to repeat in a fraction of a second."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixtral.config import ModelConfig
+from mixtral.data.loader import Loader
+from mixtral.data.store import TokenData
+from mixtral.model import Mixtral, initialise
+from mixtral.runtime import choose_dtype
+from mixtral.tokenizer import Tokenizer
+from mixtral.train.config import TrainConfig
+from mixtral.train.loop import Run
+from mixtral.train.optim import Optimizer
+from mixtral.train.step import StepResult, Validation
+from mixtral.train.view import View
+
+VOCABULARY = 320
+WORDS = "router expert token layer weight gate score load batch loss step norm head query key value".split()
+
+
+def texts() -> list[str]:
+    """Sixty documents of unequal length, the same ones everywhere: `choice` and `randrange` do not change in Python."""
+    draw = random.Random(7)
+    return [" ".join(draw.choice(WORDS) for _ in range(draw.randrange(5, 40))) + f".\nNo {i}\n" for i in range(60)]
+
+
+def model_config(**changes: Any) -> ModelConfig:
+    shape = dict(vocab_size=VOCABULARY, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48,
+                 n_experts=4, experts_per_token=2, rope_theta=1e4, context=64)  # fmt: skip
+    return ModelConfig.from_dict({**shape, **changes})
+
+
+def train_config(model: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:
+    fields = dict(model=model_config(**(model or {})), data=("unused",), steps=10, rows=4, context=32, lr=1e-2,
+                  dtype="fp32", device="cpu", val_every=4, val_tokens=256, save_every=4, stats_every=5)  # fmt: skip
+    return TrainConfig(**{**fields, **changes})
+
+
+def fresh_model(config: ModelConfig) -> Mixtral:
+    return initialise(Mixtral(config), torch.Generator().manual_seed(0))
+
+
+def fresh_optimizer(config: TrainConfig) -> tuple[Mixtral, Optimizer]:
+    model = fresh_model(config.model)
+    return model, Optimizer(model, config, choose_dtype(config.dtype, "cpu"))
+
+
+def make_run(folder: Path, config: TrainConfig, data: TokenData, tokenizer: Tokenizer, view: View | None = None) -> Run:
+    model, optimizer = fresh_optimizer(config)
+    loader = Loader(data, config.rows, config.context, config.seed)
+    return Run(folder=folder, config=config, model=model, optimizer=optimizer, loader=loader,
+               val_batches=loader.val_batches(config.val_tokens), view=view or View(),
+               byte_lengths_V=torch.from_numpy(tokenizer.byte_lengths()))  # fmt: skip
+
+
+class Watching(View):
+    """Keeps what it is told, and calls `after_step` with the number of each step."""
+
+    def __init__(self, after_step: Callable[[int], None] = lambda _: None) -> None:
+        self.after_step = after_step
+        self.said: list[str] = []
+        self.losses: list[float] = []
+        self.validations: list[tuple[int, Validation]] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def step(self, step: int, result: StepResult, tokens_per_second: float) -> None:
+        del tokens_per_second
+        self.losses.append(result.cross_entropy)
+        self.after_step(step)
+
+    def validation(self, step: int, result: Validation) -> None:
+        self.validations.append((step, result))
+
+
+def weights(model: Mixtral) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    """Bit-equal."""
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
