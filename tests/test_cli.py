@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -148,3 +150,12 @@ def test_other_libraries_are_quiet_unless_verbose() -> None:
     assert said() == ""
     verbose = said("--verbose")
     assert "a warning" in verbose and "a log line" in verbose
+
+
+def test_the_page_of_commands_is_complete_and_names_no_other_options(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parent.parent / "docs/commands.md").read_text()
+    assert re.findall(r"^## mixtral (\w+)$", page, re.MULTILINE) == NAMES
+    for name in (None, *NAMES):
+        cli.main([name, "--help"] if name else ["--help"])
+    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    assert set(re.findall(r"--[a-z-]+(?=[`\s])", page)) - known == set()

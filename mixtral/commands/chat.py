@@ -81,6 +81,8 @@ class Conversation:
         try:
             return input("> " if sys.stdin.isatty() else "")
         except EOFError:
+            if sys.stdin.isatty():
+                say("")  # Ctrl-D leaves the cursor behind the prompt
             return None
         except KeyboardInterrupt:
             say("")

@@ -76,8 +76,9 @@ def show_routing(lm: LM, tokens: Sequence[int]) -> None:
         return
     decoder = lm.tokenizer.stream()
     pieces = [decoder.add(token) for token in tokens]
+    out.print("\nThe text by each token's first choice:", expert_legend(lm.config.n_experts))
     for number in sorted({0, len(layers) // 2, len(layers) - 1}):
-        out.print(f"\nFirst choice at layer {number}:", expert_legend(lm.config.n_experts))
+        out.print(f"\nlayer {number}", style="bold")
         out.print(tokens_by_expert(pieces, layers[number].experts_TK[:, 0].tolist()))
 
 

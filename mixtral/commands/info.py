@@ -183,12 +183,12 @@ def _memory(figures: dict[str, Any]) -> Table:
     from rich.table import Table
 
     cache = figures["kv_bytes"][str(figures["context"])]
-    table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)  # 80 columns must hold a GPU too
     table.add_column("precision")
     table.add_column("weights", justify="right")
     table.add_column("with cache", justify="right")
     for device, free in figures["machine"].items():
-        table.add_column(f"in {bytes_text(free)} free ({device})")
+        table.add_column(f"{device}, {bytes_text(free)} free")
     for precision, weights in figures["weight_bytes"].items():
         total = weights + cache
         fits = [_fits(weights, total, free) for free in figures["machine"].values()]
@@ -199,4 +199,4 @@ def _memory(figures: dict[str, Any]) -> Table:
 def _fits(weights: int, with_cache: int, free: int) -> str:
     if with_cache <= free:
         return "fits"
-    return "fits with less cache" if weights < free else "does not fit"
+    return "fits, less cache" if weights < free else "does not fit"

@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Run
 
 from mixtral import hardware, kernels
@@ -62,3 +63,11 @@ def test_the_extras_are_the_packages() -> None:
     bare = {extra: tuple(r.split(">")[0] for r in wanted) for extra, wanted in project["optional-dependencies"].items()}
     assert bare == doctor.EXTRAS
     assert tuple(r.split(">")[0] for r in project["dependencies"]) == doctor.CORE
+
+
+def test_gpus_are_listed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"Card {index}")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (70 * 2**30, 80 * 2**30))
+    out = run("doctor").out
+    assert "Card 0, 70.00 GiB of 80.00 GiB free" in out and "Card 1" in out

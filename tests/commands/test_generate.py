@@ -57,13 +57,13 @@ def test_prompt_from_standard_input(run: Run, folder: Path, monkeypatch: pytest.
 def test_routing_table_follows_the_text(run: Run, folder: Path) -> None:
     out = run("generate", "--model", folder, "--prompt", "To be", "--max-tokens", "4", "--routing").out
     assert "Routing of " in out and out.index("layer 0 ") > 0
-    assert "First choice" not in out  # without colours that says nothing
+    assert "first choice" not in out  # without colours that says nothing
 
 
 def test_routing_in_colour(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     out = run("generate", "--model", folder, "--prompt", "To be", "--max-tokens", "4", "--routing").out
-    assert "First choice at layer 0:" in out and "First choice at layer 1:" in out
+    assert "first choice: " in out and all(f"layer {number}" in out for number in (0, 1))
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Run, config
 
+from mixtral import hardware
 from mixtral.commands import info
 
 
@@ -55,7 +57,7 @@ def test_dense_with_a_window(run: Run) -> None:
     assert "512.00 MiB at 32,768" in out  # the window's 4096 tokens alone
 
 
-@pytest.mark.parametrize(("free", "word"), [(0, "does not fit"), (12, "fits with less cache"), (18, "fits")])
+@pytest.mark.parametrize(("free", "word"), [(0, "does not fit"), (12, "fits, less cache"), (18, "fits")])
 def test_what_fits(run: Run, monkeypatch: pytest.MonkeyPatch, free: int, word: str) -> None:
     monkeypatch.setattr(info, "machine_memory", lambda: {"cpu": free * 2**20})
     monkeypatch.setattr(info, "find_config", lambda _: config(n_layers=64, context=4096))
@@ -92,3 +94,14 @@ def test_misuse(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argum
     code, out, err = run("info", *arguments)
     assert code == 2 and out == "" and err.count("\n") == 1
     assert err.startswith("mixtral: ") and message in err
+
+
+def test_a_gpu_is_asked_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (28 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(hardware, "available_memory_bytes", lambda: 2**30)
+    lines = run("info", "mixtral-8x7b").out.splitlines()
+    assert any("cpu, 1.00 GiB free  cuda, 28.00 GiB free" in line for line in lines)
+    int4 = next(line for line in lines if line.startswith("int4"))
+    assert int4.split()[-6:] == "does not fit fits, less cache".split()
+    assert max(map(len, lines)) <= 80
