@@ -170,10 +170,8 @@ def contest(config: ModelConfig, task: str, dtype: str, ids_BS: Tensor, repeats:
     medians = interleave(runs, repeats)
     print(f"{dtype} {task}: {medians}", file=sys.stderr)
     tokens = ids_BS.numel()
-    fractions = {
-        name: config.flops_per_token(LENGTH, backward=training) * tokens / taken / matrix_rate(DTYPES[dtype])
-        for name, taken in medians.items()
-    }
+    ideal = config.flops_per_token(LENGTH, backward=training) * tokens / matrix_rate(DTYPES[dtype])  # s
+    fractions = {name: ideal / taken for name, taken in medians.items()}
     return Contest(
         task, dtype, fastest, tokens, tokens / medians["ours"], tokens / medians["theirs"],
         medians["theirs"] / medians["ours"], fractions["ours"], fractions["theirs"], tried,
