@@ -106,14 +106,25 @@ def _draw(logits_V: Tensor, params: SamplingParams, generator: torch.Generator) 
 
 
 def kept(logits_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """The tokens that pass the filters: fp32 probabilities, not renormalised, and ids, most probable first."""
+    """The tokens that pass the filters: fp32 probabilities, not renormalised, and ids.
+
+    Sorted, the most probable first, when there is a filter; in the order of ids when there is none.
+    """
+    if params.top_k is None and params.top_p == 1 and params.min_p == 0:  # sorting a vocabulary would take milliseconds
+        return _probabilities(logits_V, params), torch.arange(len(logits_V), device=logits_V.device)
     ids = _candidates(logits_V, params.top_k)
-    logits = logits_V[ids].float()
-    probabilities = ((logits - logits[0]) / params.temperature).softmax(0)  # in this order no temperature overflows
+    probabilities = _probabilities(logits_V[ids], params)
     mass_before = probabilities.cumsum(0) - probabilities
-    passes = (mass_before < params.top_p) & (probabilities >= params.min_p * probabilities[0])
+    top_p = params.top_p if params.top_p < 1 else math.inf  # the sum rounds to 1 before the last tokens of a long tail
+    passes = (mass_before < top_p) & (probabilities >= params.min_p * probabilities[0])
     count = int(passes.sum().clamp(min=1))  # both tests fail for good once they fail: the survivors lie in front
     return probabilities[:count], ids[:count]
+
+
+def _probabilities(logits_V: Tensor, params: SamplingParams) -> Tensor:
+    logits_V = logits_V.float()
+    temperature = max(params.temperature, 1e-30)  # a smaller one is 0 in fp32, and 0 / 0 is no number
+    return ((logits_V - logits_V.amax()) / temperature).softmax(0)  # subtracted first, so that nothing overflows
 
 
 def _candidates(logits_V: Tensor, top_k: int | None) -> Tensor:
