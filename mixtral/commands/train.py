@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def train(
     recipe: Annotated[str | None, typer.Argument(help="A recipe's name, such as tiny.", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="A new folder for the run.")] = None,
-    resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Go on with the run in this folder.")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Go on with the run in this folder, or from one of its checkpoints.")] = None,
     max_steps: Annotated[int | None, typer.Option(metavar="N", help="Steps; the schedule fits itself to them.")] = None,
     seed: Annotated[int | None, typer.Option(metavar="S", help="Of the weights and of the order of the data.")] = None,
     data: Annotated[

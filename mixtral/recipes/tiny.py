@@ -7,7 +7,8 @@ from mixtral.train.config import TrainConfig
 
 
 def tiny() -> TrainConfig:
+    """1.2 M tokens; small batches, because so short a run needs updates more than it needs quiet gradients."""
     return TrainConfig(
-        model=preset("tiny"), data=("stdlib",), steps=600, rows=8, context=256, lr=3e-3,
-        load_balance=0.02, val_every=100, val_tokens=32768, save_every=200,
+        model=preset("tiny"), data=("stdlib?max_bytes=6000000",), steps=1200, rows=4, context=256, lr=3e-3,
+        load_balance=0.02, val_every=200, val_tokens=32768, save_every=400,
     )  # fmt: skip

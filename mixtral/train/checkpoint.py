@@ -1,9 +1,12 @@
 """Checkpoints: everything needed to go on as if nothing had happened, in one folder that is always whole.
 
     checkpoints/step_000200/
-        model.safetensors       fp32 weights, by our names
-        optimizer.safetensors   moments and step counts
-        state.json              step, best validation loss, and the sizes of the two files
+        model/        fp32 weights, by our names
+        optimizer/    moments and step counts, `KIND/NAME`
+        state.json    where the run is, and the size of every file
+
+Tensors go through torch.distributed.checkpoint with its safetensors storage, so several ranks can share a checkpoint
+and nothing in it is a pickle.
 """
 
 from __future__ import annotations
@@ -11,54 +14,90 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mixtral.errors import MixtralError, UsageError
 from mixtral.files import atomic_folder
 from mixtral.train.optim import Optimizer
 
-FILES = ("model.safetensors", "optimizer.safetensors")
 _NAME = re.compile(r"step_(\d+)")
+_PARTS = ("model", "optimizer")
 
 
-def save_checkpoint(folder: Path, optimizer: Optimizer, state: dict[str, Any], keep: int) -> Path:
-    """Write `checkpoints/step_N` under the run's `folder`, then drop all but the last `keep` and the best.
+class CheckpointWriter:
+    """Writes checkpoints of a run in the background: training waits only for the copy of the tensors.
 
-    `state` is JSON with at least `step` and `best_step` (None before the first validation). Raises MixtralError when the
-    disk is full or unwritable; earlier checkpoints are then untouched.
+    One is written at a time. A failure (a full disk) is kept for `failure`, never raised from the thread: the run can
+    go on, and earlier checkpoints are whole.
     """
-    path = folder / "checkpoints" / f"step_{state['step']:06d}"
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self._thread: threading.Thread | None = None
+        self._failure: str | None = None
+
+    def save(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """Copy everything, and write it as `checkpoints/step_N`; then drop all but the last `keep` and the best.
+
+        `state` is JSON with at least `step` and `best_step` (None before the first validation).
+        """
+        self.wait()
+        tensors = {"model": _copies(optimizer.params), "optimizer": _copies(optimizer.state())}
+        self._thread = threading.Thread(target=self._write, args=(tensors, state))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def failure(self) -> str | None:
+        """Why the last checkpoint could not be written, told once; None when it was, or still is being, written."""
+        failure, self._failure = self._failure, None
+        return failure
+
+    def _write(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        try:
+            write_checkpoint(self.folder / "checkpoints" / f"step_{state['step']:06d}", tensors, state)
+            for old in checkpoints(self.folder)[: -self.keep]:
+                if _step(old) != state["best_step"]:
+                    shutil.rmtree(old)
+        except Exception as error:  # whatever it is, it must reach the run, not die with the thread
+            self._failure = str(error)
+
+
+def write_checkpoint(path: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    """Write one checkpoint folder, or nothing: MixtralError when the disk is full or unwritable."""
     with atomic_folder(path) as temporary:
-        for name, tensors in zip(FILES, (optimizer.params, optimizer.state()), strict=True):
-            _save(tensors, temporary / name)
-        sizes = {name: (temporary / name).stat().st_size for name in FILES}
+        for part in _PARTS:
+            if tensors[part]:  # an optimiser has no state before its first step
+                _quietly(dcp.save, tensors[part], storage_writer=HuggingFaceStorageWriter(str(temporary / part)))
+        files = sorted(p for p in temporary.rglob("*") if p.is_file())
+        sizes = {str(p.relative_to(temporary)): p.stat().st_size for p in files}
         (temporary / "state.json").write_text(json.dumps({**state, "sizes": sizes}, indent=1))
-    for old in checkpoints(folder)[:-keep]:
-        if _step(old) != state["best_step"]:
-            shutil.rmtree(old)
-    return path
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
 
 
 def load_checkpoint(path: Path, optimizer: Optimizer) -> dict[str, Any]:
     """Put a checkpoint's weights and optimiser state in place; -> its `state`. Raises MixtralError when it is not whole."""
     try:
-        state = json.loads((path / "state.json").read_text())
+        state: dict[str, Any] = json.loads((path / "state.json").read_text())
         for name, size in state.pop("sizes").items():
             found = (path / name).stat().st_size
             if found != size:
-                raise MixtralError(f"checkpoint {path}: {name} has {found} bytes, {size} were written; use an earlier one")
-        optimizer.load(*(load_file(path / name) for name in FILES))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise MixtralError(f"checkpoint {path} cannot be read: {error}; use an earlier one") from error
+                raise MixtralError(f"checkpoint {path}: {name} has {found} bytes, not {size}; resume from an earlier one")
+        optimizer.load(_read(path / "model"), _read(path / "optimizer"))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise MixtralError(f"checkpoint {path} cannot be read ({error}); resume from an earlier one") from error
     return state
 
 
@@ -77,3 +116,27 @@ def latest_checkpoint(folder: Path) -> Path:
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
+
+
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+
+
+def _read(folder: Path) -> dict[str, Tensor]:
+    """All tensors of one part; none when it was never written."""
+    if not folder.exists():
+        return {}
+    reader = HuggingFaceStorageReader(str(folder))
+    tensors = {}
+    for name, entry in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata), name
+        tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    _quietly(dcp.load, tensors, storage_reader=reader)
+    return tensors
+
+
+def _quietly(function: Any, tensors: dict[str, Tensor], **options: Any) -> None:
+    """Save or load in this process alone, without the warning that it is alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        function(tensors, no_dist=True, **options)

@@ -15,6 +15,7 @@ from mixtral.errors import ConfigError, did_you_mean
 
 DTYPES = ("auto", "fp32", "bf16")
 SCHEDULES = ("cosine", "wsd")
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class TrainConfig:
     rows: int = 8
     context: int = 256
     accumulation: int = 1
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices inside the layers, AdamW for the rest
     lr: float = 1e-3  # peak learning rate
     schedule: Literal["cosine", "wsd"] = "cosine"
     warmup: float = 0.05  # share of the steps over which the rate rises linearly
@@ -49,6 +51,7 @@ class TrainConfig:
     val_tokens: int = 65536
     save_every: int = 200  # steps between checkpoints
     keep: int = 2  # checkpoints kept beside the best one
+    recompute: bool = False  # compute each layer again in the backward pass instead of keeping its activations
     stats_every: int = 10  # steps between lines of routing statistics
 
     def __post_init__(self) -> None:
@@ -67,9 +70,12 @@ class TrainConfig:
             raise ConfigError(f"train: rows {self.rows} is not a multiple of accumulation {self.accumulation}")
         if self.context > self.model.context:
             raise ConfigError(f"train: context {self.context} is longer than the model's {self.model.context}")
-        for name, known in (("dtype", DTYPES), ("schedule", SCHEDULES)):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"train: unknown {name} {getattr(self, name)!r}; {did_you_mean(getattr(self, name), known)}")
+        for name, known in (("dtype", DTYPES), ("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ConfigError(f"train: unknown {name} {value!r}; {did_you_mean(value, known)}")
+        if self.seed < 0:
+            raise ConfigError(f"train: seed must not be negative, not {self.seed}")
         if not self.data:
             raise ConfigError("train: data names no source; try 'stdlib', or a file or folder of text")
 
@@ -102,8 +108,9 @@ def override(config: TrainConfig, assignments: Sequence[str]) -> TrainConfig:
             raise ConfigError(f"--set {assignment!r}: expected FIELD=VALUE, as in lr=1e-3 or model.dim=512")
         of_model = name.startswith("model.")
         types_of = typing.get_type_hints(ModelConfig if of_model else TrainConfig)
+        types_of.pop("model", None)  # set field by field
         field = name.removeprefix("model.")
-        if field not in types_of or name == "model":
+        if field not in types_of:
             known = [f"model.{n}" for n in typing.get_type_hints(ModelConfig)] if of_model else [*types_of, "model.dim"]
             raise ConfigError(f"--set {name}: unknown field; {did_you_mean(name, known)}")
         (model_changes if of_model else changes)[field] = _parse(name, text, types_of[field])

@@ -17,7 +17,7 @@ import torch
 from mixtral.data.loader import Loader, TrainBatch
 from mixtral.errors import MixtralError
 from mixtral.model import Mixtral
-from mixtral.train.checkpoint import load_checkpoint, save_checkpoint
+from mixtral.train.checkpoint import CheckpointWriter, load_checkpoint
 from mixtral.train.config import TrainConfig
 from mixtral.train.metrics import MetricsLog
 from mixtral.train.optim import Optimizer
@@ -62,6 +62,9 @@ class Run:
     view: View
     progress: Progress = field(default_factory=Progress)
 
+    def __post_init__(self) -> None:
+        self.writer = CheckpointWriter(self.folder, self.config.keep)
+
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint."""
         self.progress = Progress.from_dict(load_checkpoint(checkpoint, self.optimizer))
@@ -74,7 +77,7 @@ class Run:
         log = MetricsLog(self.folder, self.progress.step)
         last = None
         with self.view.live(self.config, self.progress.step), _deferred_interrupt() as interrupted:
-            if self.progress.step == 0:
+            if self.progress.start_loss is None:
                 last = self._validate(log)
                 self._save()
             while self.progress.step < self.config.steps:
@@ -85,7 +88,9 @@ class Run:
                 if end or step % self.config.save_every == 0 or interrupted.is_set():
                     self._save()
                 if interrupted.is_set() and not end:
-                    raise Interrupted(f"stopped at step {step}; go on with: mixtral train --resume {self.folder}")
+                    self._finish_saving()
+                    raise Interrupted(f"stopped after step {step}; go on with: mixtral train --resume {self.folder}")
+            self._finish_saving()
         return last or validate(self.model, self.val_batches, self.byte_lengths_V)
 
     def _step(self, log: MetricsLog) -> None:
@@ -99,6 +104,7 @@ class Run:
         log.write("metrics", _metrics_line(self.progress.step, result, config))
         log.write("timings", {"step": self.progress.step, "seconds": round(seconds, 4),
                               "tokens_per_second": round(config.tokens_per_step / seconds, 1)})  # fmt: skip
+        self._tell_failure()
         self.view.step(self.progress.step, result, config.tokens_per_step / seconds)
 
     def _validate(self, log: MetricsLog) -> Validation:
@@ -114,7 +120,15 @@ class Run:
         return result
 
     def _save(self) -> None:
-        save_checkpoint(self.folder, self.optimizer, dict(self.progress.to_dict()), self.config.keep)
+        self.writer.save(self.optimizer, dict(self.progress.to_dict()))
+
+    def _finish_saving(self) -> None:
+        self.writer.wait()
+        self._tell_failure()
+
+    def _tell_failure(self) -> None:
+        if failure := self.writer.failure():
+            self.view.say(f"no checkpoint this time: {failure}; earlier ones are whole, the run goes on")
 
 
 def _metrics_line(step: int, result: StepResult, config: TrainConfig) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""AdamW over fp32 master weights, whatever dtype the model computes in."""
+"""AdamW, or Muon for the matrices, over fp32 master weights, whatever dtype the model computes in."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from mixtral.model import Mixtral
 from mixtral.train.config import TrainConfig
+from mixtral.train.muon import Muon
 
 
 class Optimizer:
-    """AdamW (arXiv 1711.05101) on fp32 masters.
+    """AdamW (arXiv 1711.05101) on fp32 masters; with `optimizer: muon`, Muon on the matrices inside the layers.
 
     In fp32 the masters are the model's own parameters. In bf16 the model holds bf16 copies, made once a step: gradients
     are added to the masters' in fp32 after each part of a batch, and the copies are refreshed after the step. Router
@@ -24,10 +25,7 @@ class Optimizer:
         if self.masters:
             _cast(model, dtype)
             self.model_params = dict(model.named_parameters())
-        decayed = [p for p in self.params.values() if p.dim() > 1]
-        others = [p for p in self.params.values() if p.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+        self.parts = _optimizers(self.params, config)
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -42,27 +40,34 @@ class Optimizer:
                 master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
                 self.model_params[name].grad = None
 
-    def clip_gradients(self) -> Tensor:
-        """Scale all gradients so that their global norm is at most `clip`; -> the norm before."""
-        return nn.utils.clip_grad_norm_(list(self.params.values()), self.clip or float("inf"))
+    def grad_norm(self) -> Tensor:
+        """The global norm of all gradients."""
+        return nn.utils.get_total_norm([p.grad for p in self.params.values() if p.grad is not None])
+
+    def clip_gradients(self, norm: Tensor) -> None:
+        """Scale all gradients, of global norm `norm`, so that it is at most `clip`."""
+        if self.clip:
+            nn.utils.clip_grads_with_norm_(list(self.params.values()), self.clip, norm)
 
     def step(self, lr: float) -> None:
         """One update with learning rate `lr`; gradients are gone afterwards."""
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = lr
+            part.step()
+            part.zero_grad(set_to_none=True)
         with torch.no_grad():
             for name, master in self.masters.items():
                 self.model_params[name].copy_(master)
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor needed to go on: masters' moments and step counts, named `exp_avg/NAME` and so on."""
+        names = {p: name for name, p in self.params.items()}
         return {
-            f"{key}/{name}": value
-            for name, p in self.params.items()
-            for key, value in self.adamw.state[p].items()
-            if isinstance(value, Tensor)
+            f"{kind}/{names[p]}": value
+            for part in self.parts
+            for p, state in part.state.items()
+            for kind, value in state.items()
         }
 
     def load(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
@@ -71,9 +76,32 @@ class Optimizer:
             for name, p in self.params.items():
                 p.copy_(weights[name])
                 self.model_params[name].copy_(p)
+        for part in self.parts:
+            part.state.clear()
+        owner = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
         for key, value in state.items():
             kind, _, name = key.partition("/")
-            self.adamw.state[self.params[name]][kind] = value
+            p = self.params[name]
+            # AdamW keeps its step counts where they were made, moments live beside their parameter
+            owner[p].state[p][kind] = value if value.dim() == 0 else value.to(p.device)
+
+
+def _optimizers(params: dict[str, Tensor], config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Who updates what: norms without decay; embedding, output and routers always by AdamW."""
+    by_muon = {
+        name: p
+        for name, p in params.items()
+        if config.optimizer == "muon" and name.startswith("layers.") and p.dim() > 1 and not name.endswith("router.weight")
+    }
+    by_adamw = [p for name, p in params.items() if name not in by_muon]
+    groups = [
+        {"params": [p for p in by_adamw if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in by_adamw if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)]
+    if by_muon:
+        parts.append(Muon(by_muon.values(), config.lr, config.weight_decay))
+    return parts
 
 
 def _cast(model: Mixtral, dtype: torch.dtype) -> None:

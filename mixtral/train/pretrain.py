@@ -23,14 +23,14 @@ from mixtral.data.sources import Source, documents
 from mixtral.data.store import TokenData
 from mixtral.errors import ConfigError, DataError, UsageError
 from mixtral.files import atomic_folder, atomic_write
-from mixtral.hardware import cpu_count
 from mixtral.model import Mixtral, initialise
 from mixtral.runtime import choose_device, choose_dtype, environment, set_threads
 from mixtral.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from mixtral.train.checkpoint import latest_checkpoint
+from mixtral.train.checkpoint import checkpoints, latest_checkpoint
 from mixtral.train.config import TrainConfig
 from mixtral.train.loop import Run
 from mixtral.train.optim import Optimizer
+from mixtral.train.recompute import recompute_layers
 from mixtral.train.step import Validation
 from mixtral.train.view import View
 from mixtral.weights.save import write_hf
@@ -55,8 +55,15 @@ def begin(config: TrainConfig, out: Path) -> None:
     atomic_write(out / "config.json", json.dumps(record, indent=1))
 
 
+def split_checkpoint(path: Path) -> tuple[Path, Path | None]:
+    """(the run's folder, the checkpoint) for RUN/checkpoints/step_N, and (path, None) for a run's folder itself."""
+    path = path.resolve() if path.name in ("", ".") else path
+    return (path.parents[1], path) if path.parent.name == "checkpoints" else (path, None)
+
+
 def recorded_config(out: Path) -> TrainConfig:
-    """The configuration of the run in `out`; UsageError when there is none."""
+    """The configuration of the run in `out`, or of the run that the checkpoint `out` is of; UsageError without one."""
+    out = split_checkpoint(out)[0]
     path = out / "config.json"
     try:
         return TrainConfig.from_dict(json.loads(path.read_text())["train"])
@@ -67,11 +74,17 @@ def recorded_config(out: Path) -> TrainConfig:
 
 
 def pretrain(out: Path, view: View) -> Trained:
-    """Run, or go on with, the training run that `begin` recorded in `out`."""
+    """Run, or go on with, the training run that `begin` recorded in `out`.
+
+    `out` may also be one of a run's checkpoints, to go on from there instead of from the last one.
+    """
+    out, checkpoint = split_checkpoint(out)
     config = recorded_config(out)
     set_threads()
     tokenizer = _tokenizer(config, out, view)
     run = _run(config, tokenizer, _data(config, tokenizer, out, view), out, view)
+    if checkpoint or checkpoints(out):
+        run.resume(checkpoint or latest_checkpoint(out))
     validation = run.train()
     final = save_final(run, tokenizer)
     assert run.progress.start_loss is not None  # a run validates before its first step
@@ -92,8 +105,8 @@ def _tokenizer(config: TrainConfig, out: Path, view: View) -> Tokenizer:
     folder = out / "tokenizer"
     if not folder.exists():
         if config.tokenizer is None:
-            view.say(f"learning a vocabulary of {config.model.vocab_size} tokens from {', '.join(config.data)}")
-            tokenizer = train_bpe(_sample(config), config.model.vocab_size)
+            with view.working(f"learning a vocabulary of {config.model.vocab_size} tokens"):
+                tokenizer = train_bpe(_sample(config), config.model.vocab_size)
         else:
             tokenizer = load_tokenizer(config.tokenizer)
         with atomic_folder(folder) as new:
@@ -121,9 +134,9 @@ def _sample(config: TrainConfig) -> list[str]:
 
 
 def _data(config: TrainConfig, tokenizer: Tokenizer, out: Path, view: View) -> TokenData:
-    view.say("tokenising the data")
-    data = prepare(_sources(config), tokenizer, out / "data", seed=config.seed, skip_bad=config.skip_bad,
-                   workers=cpu_count())  # fmt: skip
+    with view.working("tokenising") as progress:
+        data = prepare(_sources(config), tokenizer, out / "data", seed=config.seed, skip_bad=config.skip_bad,
+                       progress=lambda p: progress(f"tokenising: {p.documents:,} documents, {p.tokens:,} tokens"))  # fmt: skip
     counts = data.summary()
     view.say(
         f"{counts['train']['tokens']:,} tokens to train on and {counts['val']['tokens']:,} held out, from "
@@ -136,13 +149,12 @@ def _data(config: TrainConfig, tokenizer: Tokenizer, out: Path, view: View) -> T
 def _run(config: TrainConfig, tokenizer: Tokenizer, data: TokenData, out: Path, view: View) -> Run:
     device = choose_device(config.device)
     model = initialise(Mixtral(config.model), torch.Generator().manual_seed(config.seed)).to(device)
+    if config.recompute:
+        recompute_layers(model)
     loader = Loader(data, config.rows, config.context, config.seed)
-    run = Run(
+    return Run(
         folder=out, config=config, model=model,
         optimizer=Optimizer(model, config, choose_dtype(config.dtype, device)), loader=loader,
         val_batches=loader.val_batches(config.val_tokens),
         byte_lengths_V=torch.from_numpy(tokenizer.byte_lengths()), view=view,
     )  # fmt: skip
-    if (out / "checkpoints").exists():
-        run.resume(latest_checkpoint(out))
-    return run

@@ -59,8 +59,10 @@ def train_step(
                 sums[name] = sums.get(name, 0.0) + float(value.detach()) * share
         if stats and i == len(parts) - 1:
             layers = [layer_stats(r, batch.cu_seqlens) for r in output.routing]
-    grad_norm = float(optimizer.clip_gradients())
-    _require_finite(optimizer, sums, grad_norm, step)
+    norm = optimizer.grad_norm()
+    grad_norm = float(norm)
+    _require_finite(optimizer, sums, grad_norm, step)  # before clipping, which would spread a NaN over all gradients
+    optimizer.clip_gradients(norm)
     lr = learning_rate(step, config)
     optimizer.step(lr)
     return StepResult(sums["cross_entropy"], sums.get("load_balance"), sums.get("z_loss"), grad_norm, lr, layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -24,6 +24,12 @@ class View:
 
     def say(self, text: str) -> None:
         """A line about what is going on."""
+
+    @contextlib.contextmanager
+    def working(self, what: str) -> Iterator[Callable[[str], None]]:
+        """Around long work before the loop; yields a function that says how far it is."""
+        del what
+        yield lambda _: None
 
     @contextlib.contextmanager
     def live(self, config: TrainConfig, step: int) -> Iterator[None]:
@@ -57,6 +63,15 @@ class TerminalView(View):
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def working(self, what: str) -> Iterator[Callable[[str], None]]:
+        if self.console.is_terminal:
+            with self.console.status(what) as status:
+                yield status.update
+        else:
+            self.say(what)
+            yield lambda _: None
 
     @contextlib.contextmanager
     def live(self, config: TrainConfig, step: int) -> Iterator[None]:
