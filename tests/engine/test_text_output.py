@@ -69,3 +69,13 @@ def test_an_unfinished_character_ends_as_a_replacement_and_may_complete_a_stop_s
     for stop, wanted in (((), "cat \ufffd"), (("t \ufffd",), "ca")):
         output = TextOutput(own, [own.bos_id], stop)
         assert "".join(output.push(token)[0] for token in ids) + output.end() == wanted
+
+
+def test_a_continuation_keeps_its_leading_space() -> None:
+    """Decoding drops the space that encoding puts before a text; a continuation's first space is a real one."""
+    own = tokenizer()
+    assert own.dummy_prefix
+    prompt = own.encode("the cat")
+    rest = own.encode("the cat sat")[len(prompt) :]
+    output = TextOutput(own, prompt, ())
+    assert "".join(output.push(token)[0] for token in rest) + output.end() == " sat"
