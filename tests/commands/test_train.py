@@ -11,7 +11,8 @@ from conftest import Run
 
 def test_show_resolves_and_does_nothing(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    told = run("train", "tiny", "--show", "--max-steps", "7", "--seed", "3", "--set", "lr=2e-3", "--set", "model.dim=384")
+    options = ("--max-steps", "7", "--seed", "3", "--set", "lr=2e-3", "--set", "model.dim=384")
+    told = run("train", "tiny", "--show", *options)
     config = json.loads(told.out)
     assert (config["steps"], config["seed"], config["lr"], config["model"]["dim"]) == (7, 3, 2e-3, 384)
     assert list(tmp_path.iterdir()) == []
