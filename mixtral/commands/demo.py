@@ -61,7 +61,8 @@ def _figures(trained: Trained) -> dict[str, Any]:
     run = trained.run
     data = run.loader.data
     held_out = [(b.batch.tokens_T.numpy(), b.targets_T.numpy()) for b in run.val_batches]
-    bigram = bigram_bits_per_byte(data.pairs("train"), held_out, run.byte_lengths_V.numpy(), run.config.model.vocab_size)
+    n_bytes, vocabulary = run.byte_lengths_V.numpy(), run.config.model.vocab_size
+    bigram = bigram_bits_per_byte(data.pairs("train"), held_out, n_bytes, vocabulary)
     text = load(trained.folder).generate(PROMPT, max_tokens=160, temperature=0.6, top_p=0.95, seed=SEED)
     return {**summary(trained), "bigram_bits_per_byte": bigram, "prompt": PROMPT, "text": text}
 

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 def train(
     recipe: Annotated[str | None, typer.Argument(help="A recipe's name, such as tiny.", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="A new folder for the run.")] = None,
-    resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Go on with the run in this folder, or from one of its checkpoints.")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Go on with the run in this folder, or from one of its checkpoints."),
+    ] = None,
     max_steps: Annotated[int | None, typer.Option(metavar="N", help="Steps; the schedule fits itself to them.")] = None,
     seed: Annotated[int | None, typer.Option(metavar="S", help="Of the weights and of the order of the data.")] = None,
     data: Annotated[
@@ -47,13 +50,14 @@ def train(
     from mixtral.train.pretrain import begin, pretrain, recorded_config
     from mixtral.train.view import TerminalView
 
-    new = {"RECIPE": recipe, "--out": out, "--max-steps": max_steps, "--seed": seed, "--data": data, "--set": assignments}
     if resume is not None:
-        if given := [name for name, value in new.items() if value]:
+        new = {"RECIPE": recipe, "--out": out, "--max-steps": max_steps, "--seed": seed, "--data": data}
+        if given := [name for name, value in {**new, "--set": assignments}.items() if value is not None]:
             raise UsageError(f"--resume goes on with the run as it was begun; leave out {', '.join(given)}")
-        config, folder = recorded_config(resume), resume
+        config = recorded_config(resume)
     else:
-        config, folder = configure(recipe, max_steps, seed, data, assignments), out
+        config = configure(recipe, max_steps, seed, data, assignments)
+    folder = resume or out
     if show:
         print(json.dumps(config.to_dict(), indent=1))
         return
@@ -102,7 +106,8 @@ def _text(trained: Trained) -> str:
     validation = trained.validation
     return (
         f"validation {trained.start_loss:.3f} -> {validation.cross_entropy:.3f} nats a token "
-        f"({validation.cross_entropy / trained.start_loss:.0%} of its start), {validation.bits_per_byte:.3f} bits a byte\n"
+        f"({validation.cross_entropy / trained.start_loss:.0%} of its start), "
+        f"{validation.bits_per_byte:.3f} bits a byte\n"
         f"model: {trained.folder}\n"
         f"try:   mixtral generate --model {trained.folder} --prompt 'def ' --temperature 0.7"
     )

@@ -29,6 +29,16 @@ def _runs(counts_E: Tensor) -> Iterator[tuple[int, int, int]]:
         begin += count
 
 
+def _zero_unused(counts_E: Tensor, rows_ND: Tensor | None, *stacked: Tensor | None) -> None:
+    """Zero what no product will write: rows past the last run, and the gradients of experts without rows."""
+    if rows_ND is not None:
+        rows_ND[int(counts_E.sum()) :] = 0
+    for e in (counts_E == 0).nonzero().flatten().tolist():
+        for gradient in stacked:
+            if gradient is not None:
+                gradient[e] = 0
+
+
 def _hidden(h_n2F: Tensor) -> Tensor:
     gate_nF, up_nF = h_n2F.chunk(2, dim=-1)
     return F.silu(gate_nF).mul_(up_nF)
@@ -67,9 +77,10 @@ class _ExpertsLoop(torch.autograd.Function):
         rows_ND, counts_E, w13_E2FD, w2_EDF, h_N2F = ctx.saved_tensors
         w13_EHD = w13_E2FD.flatten(1, 2)
         need_rows, _, need_w13, need_w2 = ctx.needs_input_grad
-        grad_rows_ND = torch.zeros_like(rows_ND) if need_rows else None
-        grad_w13_EHD = torch.zeros_like(w13_EHD) if need_w13 else None
-        grad_w2_EDF = torch.zeros_like(w2_EDF) if need_w2 else None
+        grad_rows_ND = torch.empty_like(rows_ND) if need_rows else None
+        grad_w13_EHD = torch.empty_like(w13_EHD) if need_w13 else None
+        grad_w2_EDF = torch.empty_like(w2_EDF) if need_w2 else None
+        _zero_unused(counts_E, grad_rows_ND, grad_w13_EHD, grad_w2_EDF)
         grad_y_ND = grad_y_ND.contiguous()
         for e, begin, end in _runs(counts_E):
             grad_y_nD = grad_y_ND[begin:end]

@@ -13,12 +13,18 @@ from torch import Tensor
 from mixtral.moe.router import Routing
 
 
-def assignment_share(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
-    """The share of assignments that each expert received -> fp32 [E], summing to 1; unused places do not count."""
+def assignment_counts(routing: Routing) -> Tensor:
+    """How many assignments each expert received -> int64 [E]; unused places do not count."""
     n_experts = routing.logits_TE.shape[1]
-    experts_TK = routing.experts_TK if mask_T is None else routing.experts_TK[mask_T]
-    counts = torch.bincount(experts_TK.flatten() + 1, minlength=n_experts + 1)[1:].float()  # place 0 counts the unused
-    return counts / counts.sum().clamp(min=1)
+    return torch.bincount(routing.experts_TK.flatten() + 1, minlength=n_experts + 1)[1:]  # place 0 counts the unused
+
+
+def assignment_share(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
+    """The share of assignments that each expert received -> fp32 [E], summing to 1, over the tokens of the mask."""
+    if mask_T is not None:
+        routing = routing._replace(experts_TK=routing.experts_TK[mask_T])
+    counts_E = assignment_counts(routing).float()
+    return counts_E / counts_E.sum().clamp(min=1)
 
 
 def _mean(values_T: Tensor) -> Tensor:

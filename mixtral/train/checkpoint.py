@@ -21,16 +21,19 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from mixtral.errors import MixtralError, UsageError
+from mixtral.errors import MixtralError
 from mixtral.files import atomic_folder
 from mixtral.train.optim import Optimizer
 
 _NAME = re.compile(r"step_(\d+)")
 _PARTS = ("model", "optimizer")
+_REMEDY = "resume from an earlier one"
 
 
 class CheckpointWriter:
@@ -88,16 +91,20 @@ def write_checkpoint(path: Path, tensors: dict[str, dict[str, Tensor]], state: d
 
 
 def load_checkpoint(path: Path, optimizer: Optimizer) -> dict[str, Any]:
-    """Put a checkpoint's weights and optimiser state in place; -> its `state`. Raises MixtralError when it is not whole."""
+    """Put a checkpoint's weights and optimiser state in place; -> its `state`.
+
+    Raises MixtralError when it is not whole, or of another model.
+    """
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
         for name, size in state.pop("sizes").items():
             found = (path / name).stat().st_size
             if found != size:
-                raise MixtralError(f"checkpoint {path}: {name} has {found} bytes, not {size}; resume from an earlier one")
+                raise MixtralError(f"checkpoint {path}: {name} has {found} bytes, not {size}; {_REMEDY}")
         optimizer.load(_read(path / "model"), _read(path / "optimizer"))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise MixtralError(f"checkpoint {path} cannot be read ({error}); resume from an earlier one") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise MixtralError(f"checkpoint {path} cannot be read ({reason}); {_REMEDY}") from error
     return state
 
 
@@ -107,11 +114,16 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((p for p in found if _NAME.fullmatch(p.name)), key=_step)
 
 
-def latest_checkpoint(folder: Path) -> Path:
-    """The newest checkpoint of a run's folder; UsageError when there is none."""
-    if not (found := checkpoints(folder)):
-        raise UsageError(f"{folder} has no checkpoint to resume from (looked for checkpoints/step_*)")
-    return found[-1]
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a run's folder; None before the first one is whole."""
+    return max(checkpoints(folder), key=_step, default=None)
+
+
+def drop_later(folder: Path, step: int) -> None:
+    """Remove the checkpoints after `step`: a run that goes on from there makes them anew."""
+    for path in checkpoints(folder):
+        if _step(path) > step:
+            shutil.rmtree(path)
 
 
 def _step(path: Path) -> int:
@@ -139,4 +151,7 @@ def _quietly(function: Any, tensors: dict[str, Tensor], **options: Any) -> None:
     """Save or load in this process alone, without the warning that it is alone."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        function(tensors, no_dist=True, **options)
+        try:
+            function(tensors, no_dist=True, **options)
+        except CheckpointException as error:  # not an Exception, and its text is a traceback: tell what lies under it
+            raise next(iter(error.failures.values()))[0] from error

@@ -17,7 +17,7 @@ import torch
 from mixtral.data.loader import Loader, TrainBatch
 from mixtral.errors import MixtralError
 from mixtral.model import Mixtral
-from mixtral.train.checkpoint import CheckpointWriter, load_checkpoint
+from mixtral.train.checkpoint import CheckpointWriter, drop_later, load_checkpoint
 from mixtral.train.config import TrainConfig
 from mixtral.train.metrics import MetricsLog
 from mixtral.train.optim import Optimizer
@@ -66,18 +66,20 @@ class Run:
         self.writer = CheckpointWriter(self.folder, self.config.keep)
 
     def resume(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint; later ones are removed."""
         self.progress = Progress.from_dict(load_checkpoint(checkpoint, self.optimizer))
+        drop_later(self.folder, self.progress.step)
 
     def train(self) -> Validation:
         """Run to `config.steps`; -> the last validation.
 
         Raises Interrupted after the step at which Ctrl-C arrived, with a checkpoint of it written.
         """
-        log = MetricsLog(self.folder, self.progress.step)
+        begun = self.progress.start_loss is not None
+        log = MetricsLog(self.folder, self.progress.step if begun else -1)  # -1: the first validation comes again
         last = None
         with self.view.live(self.config, self.progress.step), _deferred_interrupt() as interrupted:
-            if self.progress.start_loss is None:
+            if not begun:
                 last = self._validate(log)
                 self._save()
             while self.progress.step < self.config.steps:

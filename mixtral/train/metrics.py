@@ -20,7 +20,8 @@ class MetricsLog:
         self.paths = {name: folder / f"{name}.jsonl" for name in ("metrics", "timings")}
         for path in self.paths.values():
             if path.exists():
-                atomic_write(path, "".join(f"{json.dumps(line)}\n" for line in read_lines(path) if line["step"] <= step))
+                kept = [line for line in read_lines(path) if line["step"] <= step]
+                atomic_write(path, "".join(f"{json.dumps(line)}\n" for line in kept))
 
     def write(self, name: str, line: dict[str, Any]) -> None:
         """Append one line to `metrics` or `timings`; it carries a `step`."""

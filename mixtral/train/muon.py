@@ -47,14 +47,14 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, group)
+                    self._update(p, p.grad, group)
 
-    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p)
-        state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-        update = torch.lerp(p.grad, state["momentum"], group["momentum"])  # Nesterov's look ahead
+        state["momentum"].lerp_(grad, 1 - group["momentum"])
+        update = torch.lerp(grad, state["momentum"], group["momentum"])  # Nesterov's look ahead
         rows, columns = p.shape[-2:]
         update = orthogonalise(update.reshape(-1, rows, columns)).view_as(p)
         p.mul_(1 - group["lr"] * group["weight_decay"])

@@ -24,11 +24,12 @@ class Objective(NamedTuple):
 def objective(output: Output, config: TrainConfig) -> Objective:
     """Cross-entropy + load_balance * its coefficient + z_loss * its coefficient."""
     assert output.loss is not None, "the model was run without targets"
-    total, parts = output.loss, {}
+    total = output.loss
+    parts: dict[str, Tensor | None] = {}
     for name, function in (("load_balance", load_balance), ("z_loss", z_loss)):
         coefficient = getattr(config, name)
         parts[name] = None
         if coefficient > 0 and output.routing:
-            parts[name] = torch.stack([function(r) for r in output.routing]).mean()
-            total = total + coefficient * parts[name]
+            parts[name] = part = torch.stack([function(r) for r in output.routing]).mean()
+            total = total + coefficient * part
     return Objective(total, output.loss, **parts)

@@ -20,9 +20,10 @@ class Optimizer:
 
     def __init__(self, model: Mixtral, config: TrainConfig, dtype: torch.dtype) -> None:
         self.clip = config.clip
-        self.model_params = dict(model.named_parameters())
-        self.masters = {name: p.detach().clone() for name, p in self.model_params.items()} if dtype != torch.float32 else {}
-        if self.masters:
+        self.model_params: dict[str, Tensor] = dict(model.named_parameters())
+        self.masters: dict[str, Tensor] = {}
+        if dtype != torch.float32:
+            self.masters = {name: p.detach().clone() for name, p in self.model_params.items()}
             _cast(model, dtype)
             self.model_params = dict(model.named_parameters())
         self.parts = _optimizers(self.params, config)
@@ -33,7 +34,7 @@ class Optimizer:
         return self.masters or self.model_params
 
     def collect_gradients(self) -> None:
-        """After each backward pass: move the model's gradients to the masters, summed in fp32. Nothing to do in fp32."""
+        """After each backward pass: move the model's gradients to the masters, summed in fp32."""
         for name, master in self.masters.items():
             grad = self.model_params[name].grad
             if grad is not None:
@@ -91,7 +92,7 @@ def _optimizers(params: dict[str, Tensor], config: TrainConfig) -> list[torch.op
     by_muon = {
         name: p
         for name, p in params.items()
-        if config.optimizer == "muon" and name.startswith("layers.") and p.dim() > 1 and not name.endswith("router.weight")
+        if config.optimizer == "muon" and p.dim() > 1 and "layers." in name and not name.endswith("router.weight")
     }
     by_adamw = [p for name, p in params.items() if name not in by_muon]
     groups = [

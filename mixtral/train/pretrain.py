@@ -26,7 +26,7 @@ from mixtral.files import atomic_folder, atomic_write
 from mixtral.model import Mixtral, initialise
 from mixtral.runtime import choose_device, choose_dtype, environment, set_threads
 from mixtral.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from mixtral.train.checkpoint import checkpoints, latest_checkpoint
+from mixtral.train.checkpoint import latest_checkpoint
 from mixtral.train.config import TrainConfig
 from mixtral.train.loop import Run
 from mixtral.train.optim import Optimizer
@@ -83,8 +83,8 @@ def pretrain(out: Path, view: View) -> Trained:
     set_threads()
     tokenizer = _tokenizer(config, out, view)
     run = _run(config, tokenizer, _data(config, tokenizer, out, view), out, view)
-    if checkpoint or checkpoints(out):
-        run.resume(checkpoint or latest_checkpoint(out))
+    if start := checkpoint or latest_checkpoint(out):
+        run.resume(start)
     validation = run.train()
     final = save_final(run, tokenizer)
     assert run.progress.start_loss is not None  # a run validates before its first step
@@ -134,9 +134,13 @@ def _sample(config: TrainConfig) -> list[str]:
 
 
 def _data(config: TrainConfig, tokenizer: Tokenizer, out: Path, view: View) -> TokenData:
+    if latest_checkpoint(out):  # a run that has begun keeps its data, whatever became of the sources since
+        return TokenData(out / "data", tokenizer)
     with view.working("tokenising") as progress:
-        data = prepare(_sources(config), tokenizer, out / "data", seed=config.seed, skip_bad=config.skip_bad,
-                       progress=lambda p: progress(f"tokenising: {p.documents:,} documents, {p.tokens:,} tokens"))  # fmt: skip
+        data = prepare(
+            _sources(config), tokenizer, out / "data", seed=config.seed, skip_bad=config.skip_bad,
+            progress=lambda p: progress(f"tokenising: {p.documents:,} documents, {p.tokens:,} tokens"),
+        )  # fmt: skip
     counts = data.summary()
     view.say(
         f"{counts['train']['tokens']:,} tokens to train on and {counts['val']['tokens']:,} held out, from "

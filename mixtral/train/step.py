@@ -14,6 +14,7 @@ import torch
 from mixtral.data.loader import TrainBatch
 from mixtral.errors import MixtralError
 from mixtral.model import Mixtral
+from mixtral.moe.balance import assignment_counts
 from mixtral.moe.stats import LayerStats, layer_stats
 from mixtral.train.config import TrainConfig
 from mixtral.train.objective import objective
@@ -98,7 +99,7 @@ def validate(model: Mixtral, batches: Iterable[TrainBatch], byte_lengths_V: torc
         nats += float(output.loss) * len(counted)
         tokens += len(counted)
         n_bytes += int(byte_lengths_V[counted].sum())
-        taken = [torch.bincount(r.experts_TK.flatten() + 1, minlength=r.logits_TE.shape[1] + 1)[1:] for r in output.routing]
+        taken = [assignment_counts(r) for r in output.routing]
         counts = taken if not counts else [a + b for a, b in zip(counts, taken, strict=True)]
     loads = [(c / c.sum()).tolist() for c in counts]
     return Validation(nats / max(1, tokens), nats / math.log(2) / max(1, n_bytes), loads)

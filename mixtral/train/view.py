@@ -95,7 +95,7 @@ class TerminalView(View):
 
     def _render(self) -> Group:
         rows = [
-            Text(f"  layer {i:<3} {load_strip(layer.load)}  max/mean {layer.max_over_mean:.2f}  entropy {layer.entropy:.2f}")
-            for i, layer in enumerate(self.layers)
+            Text(f"  layer {i:<3} {load_strip(s.load)}  max/mean {s.max_over_mean:.2f}  entropy {s.entropy:.2f}")
+            for i, s in enumerate(self.layers)
         ]
         return Group(self.progress, *rows)
