@@ -53,6 +53,7 @@ def fresh_optimizer(config: TrainConfig) -> tuple[Mixtral, Optimizer]:
 
 
 def make_run(folder: Path, config: TrainConfig, data: TokenData, tokenizer: Tokenizer, view: View | None = None) -> Run:
+    folder.mkdir(exist_ok=True)
     model, optimizer = fresh_optimizer(config)
     loader = Loader(data, config.rows, config.context, config.seed)
     return Run(folder=folder, config=config, model=model, optimizer=optimizer, loader=loader,

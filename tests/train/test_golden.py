@@ -1,0 +1,47 @@
+"""Losses of a tiny run, committed: a change that should not move numbers does not.
+
+To renew them after a change that should: python tests/train/test_golden.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import fresh_optimizer, model_config, train_config
+
+from mixtral.data.loader import TrainBatch
+from mixtral.model import Packed
+from mixtral.train.step import train_step
+
+GOLDEN = Path(__file__).parent / "golden_tiny.json"
+STEPS = 10
+
+
+def batch(step: int) -> TrainBatch:
+    """Made of integers alone, so that neither the data nor the tokenizer moves these numbers."""
+    tokens = [[(7 * step + 3 * row + i * i) % 320 for i in range(33)] for row in range(4)]
+    return TrainBatch(Packed.of([t[:-1] for t in tokens]), torch.tensor([t for row in tokens for t in row[1:]]))
+
+
+def losses() -> dict[str, list[float]]:
+    config = train_config(model=model_config(init_std=0.1).to_dict())
+    model, optimizer = fresh_optimizer(config)
+    results = [train_step(model, optimizer, [batch(step % 2)], config, step, False) for step in range(STEPS)]
+    names = ("cross_entropy", "load_balance", "z_loss", "grad_norm", "lr")
+    return {name: [getattr(result, name) for result in results] for name in names}
+
+
+def test_golden_losses() -> None:
+    wanted = json.loads(GOLDEN.read_text())
+    found = losses()
+    assert found.keys() == wanted.keys()
+    for name, values in wanted.items():
+        assert found[name] == pytest.approx(values, rel=1e-5), name
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    GOLDEN.write_text(json.dumps(losses(), indent=1) + "\n")

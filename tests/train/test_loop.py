@@ -1,0 +1,245 @@
+"""A run may be stopped anywhere and goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MakeRun
+from tiny_run import Watching, same, train_config, weights
+
+from mixtral.train.checkpoint import checkpoints, load_checkpoint
+from mixtral.train.config import TrainConfig
+from mixtral.train.loop import Interrupted, Progress
+from mixtral.train.metrics import read_lines
+from mixtral.train.step import NonFiniteLoss
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it."""
+
+
+def kill_after(*steps: int) -> Watching:
+    def at(step: int) -> None:
+        if step in steps:
+            raise Killed
+
+    return Watching(at)
+
+
+def ctrl_c_after(step: int) -> Watching:
+    return Watching(lambda now: os.kill(os.getpid(), signal.SIGINT) if now == step else None)
+
+
+def resume(run_in: MakeRun, folder: Path, config: TrainConfig, view: Watching | None = None) -> dict[str, torch.Tensor]:
+    """Go on, as another process would, to the end; -> the weights."""
+    run = run_in(folder, config, view)
+    if found := checkpoints(folder):
+        run.resume(found[-1])
+    try:
+        run.train()
+    finally:
+        run.writer.wait()
+    return {name: p.detach().clone() for name, p in run.optimizer.params.items()}
+
+
+CONFIGS = [
+    train_config(),
+    train_config(dtype="bf16", accumulation=2),
+    train_config(optimizer="muon", schedule="wsd", recompute=True),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["fp32", "bf16 in two parts", "muon"])
+def test_killed_and_resumed_is_bit_identical(run_in: MakeRun, tmp_path: Path, config: TrainConfig) -> None:
+    whole = resume(run_in, tmp_path / "whole", config)
+    metrics = (tmp_path / "whole/metrics.jsonl").read_bytes()
+    for step in (1, 4, 6, 9):
+        folder = tmp_path / f"killed-{step}"
+        run = run_in(folder, config, kill_after(step))
+        with pytest.raises(Killed):
+            run.train()
+        run.writer.wait()
+        assert same(resume(run_in, folder, config), whole), step
+        assert (folder / "metrics.jsonl").read_bytes() == metrics, step
+
+
+def test_killed_again_and_again(run_in: MakeRun, tmp_path: Path) -> None:
+    config = train_config(save_every=1, keep=1)
+    whole = resume(run_in, tmp_path / "whole", config)
+    for step in range(1, 10):
+        with pytest.raises(Killed):
+            resume(run_in, tmp_path / "killed", config, kill_after(step + 1))
+    assert same(resume(run_in, tmp_path / "killed", config), whole)
+    assert (tmp_path / "killed/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+
+
+def test_going_on_from_an_earlier_checkpoint(run_in: MakeRun, tmp_path: Path) -> None:
+    """The later ones must not be taken for the new run's, even when that is killed too."""
+    config = train_config(keep=1)
+    whole = resume(run_in, tmp_path, config.replace(keep=9))
+    metrics = (tmp_path / "metrics.jsonl").read_bytes()
+    run = run_in(tmp_path, config, kill_after(9))
+    run.resume(tmp_path / "checkpoints/step_000004")
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_000000", "step_000004"]
+    with pytest.raises(Killed):
+        run.train()
+    run.writer.wait()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_000008"]
+    assert same(resume(run_in, tmp_path, config), whole) and (tmp_path / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_killed_before_the_first_checkpoint(run_in: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = train_config()
+    whole = resume(run_in, tmp_path / "whole", config)
+    run = run_in(tmp_path / "killed", config, kill_after(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(run.writer, "save", lambda *_: None)
+        with pytest.raises(Killed):
+            run.train()
+    assert len(read_lines(tmp_path / "killed/metrics.jsonl")) == 3
+    assert same(resume(run_in, tmp_path / "killed", config), whole)
+    assert (tmp_path / "killed/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("step", [2, 4, 7])
+def test_ctrl_c_leaves_a_checkpoint_of_the_step(run_in: MakeRun, tmp_path: Path, step: int) -> None:
+    config = train_config()
+    whole = resume(run_in, tmp_path / "whole", config)
+    folder = tmp_path / "stopped"
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted) as caught:
+        run_in(folder, config, ctrl_c_after(step)).train()
+    assert str(caught.value) == f"stopped after step {step}; go on with: mixtral train --resume {folder}"
+    assert caught.value.exit_code == 130 and signal.getsignal(signal.SIGINT) is before
+    assert checkpoints(folder)[-1].name == f"step_{step:06d}"
+    assert same(resume(run_in, folder, config), whole)
+    assert (folder / "metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+
+
+def test_ctrl_c_at_the_last_step_ends_the_run_as_usual(run_in: MakeRun, tmp_path: Path) -> None:
+    config = train_config(steps=3)
+    run = run_in(tmp_path, config, ctrl_c_after(3))
+    run.train()
+    assert run.progress.step == 3
+
+
+def test_a_second_ctrl_c_stops_at_once(run_in: MakeRun, tmp_path: Path) -> None:
+    def twice(step: int) -> None:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run = run_in(tmp_path, train_config(), Watching(twice))
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    run.writer.wait()
+    assert run.progress.step == 2 and checkpoints(tmp_path)[-1].name == "step_000000"
+
+
+def test_training_in_a_thread_leaves_signals_alone(run_in: MakeRun, tmp_path: Path) -> None:
+    run = run_in(tmp_path, train_config(steps=1))
+    thread = threading.Thread(target=run.train)
+    thread.start()
+    thread.join()
+    assert run.progress.step == 1
+
+
+# -- what a run writes -------------------------------------------------------------------------------------------------
+
+
+def test_lines_of_metrics(run_in: MakeRun, tmp_path: Path) -> None:
+    config = train_config()
+    run = run_in(tmp_path, config)
+    last = run.train()
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    steps = [line for line in lines if "lr" in line]
+    validations = [line for line in lines if "val_cross_entropy" in line]
+    assert [line["step"] for line in steps] == list(range(1, 11)) and steps[-1]["tokens"] == 10 * 128
+    assert [line["step"] for line in validations] == [0, 4, 8, 10]
+    assert [line["step"] for line in steps if "layers" in line] == [5, 10]
+    assert validations[-1] == {"step": 10, "val_cross_entropy": last.cross_entropy,
+                               "val_bits_per_byte": last.bits_per_byte, "val_loads": last.loads}  # fmt: skip
+    assert {"cross_entropy", "load_balance", "z_loss", "grad_norm"} < set(steps[0])
+    assert run.progress.start_loss == validations[0]["val_cross_entropy"]
+    assert last.cross_entropy < 0.9 * run.progress.start_loss
+
+
+def test_times_stand_apart(run_in: MakeRun, tmp_path: Path) -> None:
+    run_in(tmp_path, train_config(steps=3)).train()
+    assert "second" not in (tmp_path / "metrics.jsonl").read_text()
+    timings = read_lines(tmp_path / "timings.jsonl")
+    assert [line["step"] for line in timings] == [1, 2, 3] and all(line["tokens_per_second"] > 0 for line in timings)
+
+
+def test_routing_statistics_are_of_the_step(run_in: MakeRun, tmp_path: Path) -> None:
+    run_in(tmp_path, train_config(steps=2, stats_every=1)).train()
+    for line, layer in itertools.product(read_lines(tmp_path / "metrics.jsonl"), range(2)):
+        if "layers" in line:
+            assert sum(line["layers"][layer]["load"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_best_checkpoint_is_kept(run_in: MakeRun, tmp_path: Path) -> None:
+    """After step 5 the model is spoilt at every step, so that no later validation beats the one of step 4."""
+    config = train_config(steps=14, save_every=2, val_every=2, keep=1, lr=1e-2)
+    run = run_in(tmp_path, config)
+    ruined = Watching(lambda step: run.model.output_weight.data.zero_() if step >= 5 else None)
+    run.view = ruined
+    run.train()
+    losses = {step: v.cross_entropy for step, v in ruined.validations if step}
+    best = min(losses, key=losses.__getitem__)
+    assert run.progress.best_step == best == 4 and run.progress.best_loss == losses[best]
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_000004", "step_000014"]
+
+
+def test_a_finished_run_only_validates(run_in: MakeRun, tmp_path: Path) -> None:
+    config = train_config(steps=2)
+    first = run_in(tmp_path, config)
+    last = first.train()
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    run = run_in(tmp_path, config)
+    run.resume(checkpoints(tmp_path)[-1])
+    assert run.train() == last and same(weights(run.model), weights(first.model))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_failed_checkpoint_is_told_and_the_run_goes_on(run_in: MakeRun, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    real = dcp.save
+
+    def full(*arguments: object, **options: object) -> object:
+        if view.losses:
+            raise OSError(28, "No space left on device")
+        return real(*arguments, **options)  # type: ignore[arg-type]
+
+    view = Watching()
+    run = run_in(tmp_path, train_config(), view)
+    start_writing = run.writer.save
+    monkeypatch.setattr(dcp, "save", full)
+    monkeypatch.setattr(run.writer, "save", lambda *a: (start_writing(*a), run.writer.wait()))
+    run.train()
+    assert run.progress.step == 10 and [path.name for path in checkpoints(tmp_path)] == ["step_000000"]
+    assert len(view.said) == 3 and all("No space left on device" in line for line in view.said)
+
+
+def test_a_non_finite_loss_leaves_the_last_checkpoint(run_in: MakeRun, tmp_path: Path) -> None:
+    run = run_in(tmp_path, train_config())
+    run.view = Watching(lambda step: run.model.norm.weight.data.fill_(float("nan")) if step == 6 else None)
+    with pytest.raises(NonFiniteLoss, match=r"^step 7: cross_entropy is nan"):
+        run.train()
+    run.writer.wait()
+    fresh = run_in(tmp_path, train_config())
+    assert load_checkpoint(checkpoints(tmp_path)[-1], fresh.optimizer)["step"] == 4
+    assert all(p.isfinite().all() for p in fresh.model.parameters())
+
+
+@pytest.mark.parametrize("progress", [Progress(), Progress(8, 4, 2.5, 5.7)])
+def test_progress_passes_through_json_values(progress: Progress) -> None:
+    assert Progress.from_dict(progress.to_dict()) == progress
