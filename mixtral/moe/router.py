@@ -22,17 +22,27 @@ class Routing(NamedTuple):
     experts_TK: Tensor  # int64, sorted by weight, ties to the lower index; -1: place unused or token dropped
 
 
-@torch.library.custom_op("mixtral::choose_experts", mutates_args=())
 def choose_experts(logits_TE: Tensor, k: int) -> Tensor:
     """The k highest logits of each token, highest first, ties to the lower index -> int64 [T, k].
 
     A registered op, so that selective activation checkpointing can keep the choice: made again on recomputed
     activations, it could fall the other way near a tie. `topk` leaves the order of ties open; a stable sort does not.
     """
-    return logits_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
+    choice_TK: Tensor = torch.ops.mixtral.choose_experts(logits_TE.detach(), k)
+    return choice_TK
 
 
-@choose_experts.register_fake
+# torch.library.custom_op would import the compiler, three seconds, at its first call; the plain registry does not.
+_LIBRARY = torch.library.Library("mixtral", "FRAGMENT")
+_LIBRARY.define("choose_experts(Tensor logits, int k) -> Tensor")
+
+
+@torch.library.impl(_LIBRARY, "choose_experts", "CompositeExplicitAutograd")
+def _choose_experts(logits_TE: Tensor, k: int) -> Tensor:
+    return logits_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
+
+
+@torch.library.register_fake("mixtral::choose_experts", lib=_LIBRARY)
 def _(logits_TE: Tensor, k: int) -> Tensor:
     return logits_TE.new_empty((logits_TE.shape[0], k), dtype=torch.int64)
 
