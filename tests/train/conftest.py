@@ -41,11 +41,8 @@ def loader(data: TokenData) -> Loader:
     return Loader(data, rows=4, context=32)
 
 
-MakeRun = Callable[..., Run]
-
-
 @pytest.fixture
-def run_in(data: TokenData, tokenizer: Tokenizer) -> MakeRun:
+def run_in(data: TokenData, tokenizer: Tokenizer) -> Callable[..., Run]:
     """run_in(folder, config, view=None): a run at its start."""
 
     def make(folder: Path, config: TrainConfig, view: View | None = None) -> Run:

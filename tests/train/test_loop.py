@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MakeRun
-from tiny_run import Watching, same, train_config, weights
+from tiny_run import MakeRun, Watching, same, train_config, weights
 
 from mixtral.train.checkpoint import checkpoints, load_checkpoint
 from mixtral.train.config import TrainConfig

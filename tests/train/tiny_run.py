@@ -22,6 +22,7 @@ from mixtral.train.step import StepResult, Validation
 from mixtral.train.view import View
 
 VOCABULARY = 320
+MakeRun = Callable[..., Run]  # the fixture run_in
 WORDS = "router expert token layer weight gate score load batch loss step norm head query key value".split()
 
 

@@ -1,0 +1,81 @@
+"""Routing statistics against values worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mixtral.moe.router import Routing, choice_weights
+from mixtral.moe.stats import first_choice_repeats, gini, layer_stats, score_entropy
+
+
+def routing(experts: list[list[int]], scores: list[list[float]] | None = None, n_experts: int = 4) -> Routing:
+    experts_TK = torch.tensor(experts)
+    scores_TE = torch.tensor(scores) if scores else torch.full((len(experts), n_experts), 1 / n_experts)
+    logits_TE = scores_TE.clamp(min=1e-30).log()
+    return Routing(logits_TE, scores_TE, choice_weights(logits_TE, experts_TK), experts_TK)
+
+
+def cuts(*positions: int) -> torch.Tensor:
+    return torch.tensor(positions, dtype=torch.int32)
+
+
+def test_balance() -> None:
+    found = layer_stats(routing([[0, 1], [2, 3], [0, 1], [3, 2]]), cuts(0, 4))
+    assert found == ([0.25] * 4, 1.0, 0.0, pytest.approx(1.0), 0.0)
+
+
+def test_collapse_on_one_expert() -> None:
+    certain = [[1.0, 0.0, 0.0, 0.0]] * 3
+    found = layer_stats(routing([[0]] * 3, certain), cuts(0, 3))
+    assert found == ([1.0, 0.0, 0.0, 0.0], 4.0, pytest.approx(0.75), pytest.approx(0.0, abs=1e-6), 1.0)
+
+
+def test_an_uneven_layer() -> None:
+    found = layer_stats(routing([[0, 1], [0, 1], [0, 2], [1, 0]]), cuts(0, 4))
+    assert found.load == [0.5, 0.375, 0.125, 0.0] and found.max_over_mean == 2.0
+    # |differences| over all ordered pairs: 2 (.125 + .375 + .5 + .25 + .375 + .125) = 3.5; over 2 * 4 * 1
+    assert found.gini == pytest.approx(3.5 / 8)
+    assert found.repeats == pytest.approx(2 / 3)
+
+
+def test_unused_places_do_not_count() -> None:
+    assert layer_stats(routing([[0, -1], [1, -1]]), cuts(0, 2)).load == [0.5, 0.5, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("n_experts", [2, 5, 64])
+def test_gini_ends(n_experts: int) -> None:
+    assert gini(torch.full((n_experts,), 1 / n_experts)) == pytest.approx(0, abs=1e-6)
+    one = torch.eye(n_experts)[0]
+    assert gini(one) == gini(10 * one) == pytest.approx((n_experts - 1) / n_experts)
+    assert gini(torch.zeros(n_experts)) == 0
+
+
+def test_entropy_is_a_share_of_the_highest() -> None:
+    half = [[0.5, 0.5, 0.0, 0.0], [0.25] * 4]
+    assert score_entropy(routing([[0], [0]], half)) == pytest.approx((0.5 + 1) / 2)
+    # Scores of a sigmoid do not sum to 1: they are normalised first.
+    assert score_entropy(routing([[0]], [[0.9, 0.9, 0.0, 0.0]])) == pytest.approx(math.log(2) / math.log(4))
+
+
+def test_repeats_stop_at_the_end_of_a_sequence() -> None:
+    same = routing([[2]] * 6)
+    assert first_choice_repeats(same, cuts(0, 6)) == 1.0
+    assert first_choice_repeats(same, cuts(0, 3, 6)) == 1.0
+    switching = routing([[2], [2], [3], [3]])
+    assert first_choice_repeats(switching, cuts(0, 4)) == pytest.approx(2 / 3)
+    assert first_choice_repeats(switching, cuts(0, 2, 4)) == 1.0  # the switch lies between two sequences
+    assert first_choice_repeats(switching, cuts(0, 1, 3, 4)) == 0.0  # only the switch lies inside one
+
+
+def test_single_tokens_have_no_neighbours() -> None:
+    assert first_choice_repeats(routing([[1], [1]]), cuts(0, 1, 2)) == 0.0
+    assert first_choice_repeats(routing([[1]]), cuts(0, 1)) == 0.0
+
+
+def test_uniform_choices_repeat_by_chance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    experts = torch.randint(4, (20_000, 1), generator=generator).tolist()
+    assert first_choice_repeats(routing(experts), cuts(0, 20_000)) == pytest.approx(0.25, abs=0.01)

@@ -1,0 +1,30 @@
+"""Every recipe is a whole configuration; an unknown name is told the nearest one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mixtral.errors import ConfigError
+from mixtral.recipes import RECIPES, recipe
+from mixtral.train.config import TrainConfig
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_a_configuration(name: str) -> None:
+    config = recipe(name)
+    assert config.model.is_sparse and config.context <= config.model.context
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_the_demo_trains_enough_and_keeps_what_it_validates() -> None:
+    config = recipe("tiny")
+    assert config.steps * config.tokens_per_step >= 1_200_000
+    assert [source.partition("?")[0] for source in config.data] == ["stdlib"] and config.tokenizer is None
+    assert config.save_every % config.val_every == 0  # else no validated step would be a saved one
+
+
+def test_an_unknown_name() -> None:
+    with pytest.raises(ConfigError, match=r"^unknown recipe 'tinny'; did you mean 'tiny'\?$"):
+        recipe("tinny")
