@@ -32,6 +32,7 @@ def demo(
     mixtral demo --out runs/quick --max-steps 100
     """
     from mixtral.commands.train import configure
+    from mixtral.errors import UsageError
     from mixtral.train.pretrain import begin, pretrain
     from mixtral.train.view import TerminalView
 
@@ -45,6 +46,8 @@ def demo(
             f"{shape.n_layers} layers of {shape.n_experts} experts, {shape.experts_per_token} a token. "
             f"{config.steps * config.tokens_per_step / 1e6:.2f} M tokens to train on."
         )
+    elif max_steps is not None:
+        raise UsageError(f"--max-steps: the run in {out} was begun with its own number; choose another --out")
     trained = pretrain(out, TerminalView(terminal))
     figures = _figures(trained)
     if as_json:

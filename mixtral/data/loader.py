@@ -1,8 +1,12 @@
 """Training batches cut from prepared tokens: a pure function of the data, the seed and the step.
 
 **The stream.** All documents of an epoch, in an order drawn from the seed and the epoch, laid end to end; then the next
-epoch's. Row g of the run holds the `context` tokens of the stream from g * context on, so every token is an input
-exactly once an epoch, wherever rows and batches end. What a checkpoint must keep of the data is the step alone.
+epoch's. Place g of the stream holds the `context` tokens from g * context on, so every token is an input exactly once
+an epoch, wherever rows and batches end. What a checkpoint must keep of the data is the step alone.
+
+**The order of rows.** Neighbouring places are often one document, and a batch of them would have gradients of one
+subject. So rows are taken in a random order within each stretch of as many places as an epoch has: row g of the run is
+place `permutation(g)`. (Measured: docs/log.md, 2026-11-22.)
 
 **Boundaries.** Attention sees a document's tokens inside its row, nothing else: a sequence starts at each document's
 BOS and at each row. A document that a row cuts goes on in the next row as a new sequence, its positions from 0 again.
@@ -53,15 +57,27 @@ class Loader:
         self.data = data
         self.rows = rows
         self.context = context
+        self.seed = seed
         self.stream = Stream(data.documents(split), data.weights, seed)
+        self.stretch = max(1, sum(self.stream.quotas) // context)  # places that are shuffled together
+        self._permutation: tuple[int, np.ndarray] | None = None  # the last one drawn, as steps follow each other
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> TrainBatch:
         """Part `part` of `parts` of the batch of a step: an equal share of its rows, in order."""
         if self.rows % parts or not 0 <= part < parts:
             raise UsageError(f"loader: {self.rows} rows cannot give part {part} of {parts} equal parts")
         rows = self.rows // parts
-        first = (step * self.rows + part * rows) * self.context
-        return self._pack(self.stream, first, first + rows * self.context)
+        first = step * self.rows + part * rows
+        firsts = [self._place(row) * self.context for row in range(first, first + rows)]
+        return self._pack([self.stream.read(begin, begin + self.context + 1) for begin in firsts])
+
+    def _place(self, row: int) -> int:
+        """Where in the stream, in units of `context`, the row of this number lies."""
+        stretch, number = divmod(row, self.stretch)
+        if self._permutation is None or self._permutation[0] != stretch:
+            drawn = np.random.default_rng([self.seed, 3, stretch]).permutation(self.stretch)
+            self._permutation = stretch, drawn
+        return stretch * self.stretch + int(self._permutation[1][number])
 
     def epoch(self, step: int) -> int:
         """The epoch in which a step's first token lies, from 0."""
@@ -77,21 +93,21 @@ class Loader:
         documents = self.data.documents("val")
         stream = Stream(documents, [None] * len(self.data.weights), seed=0)
         stop = min(max_tokens, int(documents.length_M.sum()))
-        size = self.rows * self.context
-        return [self._pack(stream, first, min(first + size, stop)) for first in range(0, stop, size)]
+        firsts = range(0, stop, self.context)
+        rows = [stream.read(first, min(first + self.context, stop) + 1) for first in firsts]
+        return [self._pack(rows[i : i + self.rows]) for i in range(0, len(rows), self.rows)]
 
-    def _pack(self, stream: Stream, first: int, stop: int) -> TrainBatch:
-        """The batch whose inputs are the stream's tokens `first` to `stop`, a row boundary every `context` tokens."""
-        tokens, begins = stream.read(first, stop + 1)
-        targets_T = np.where(begins[1:], NO_TARGET, tokens[1:])
-        begins_T = begins[:-1]
-        begins_T[:: self.context] = True
+    def _pack(self, rows: list[tuple[np.ndarray, np.ndarray]]) -> TrainBatch:
+        """The batch of rows as `Stream.read` gives them, each with one token more than it has inputs."""
+        tokens_T = np.concatenate([tokens[:-1] for tokens, _ in rows])
+        targets_T = np.concatenate([np.where(begins[1:], NO_TARGET, tokens[1:]) for tokens, begins in rows])
+        begins_T = np.concatenate([np.append(True, begins[1:-1]) for _, begins in rows])
         starts = np.flatnonzero(begins_T)
-        lengths = np.diff(starts, append=stop - first)
-        positions_T = np.arange(stop - first) - np.repeat(starts, lengths)
-        cu_seqlens = np.append(starts, stop - first).astype(np.int32)
+        lengths = np.diff(starts, append=len(tokens_T))
+        positions_T = np.arange(len(tokens_T)) - np.repeat(starts, lengths)
+        cu_seqlens = np.append(starts, len(tokens_T)).astype(np.int32)
         packed = Packed(
-            torch.from_numpy(tokens[:-1]),
+            torch.from_numpy(tokens_T),
             torch.from_numpy(positions_T),
             torch.from_numpy(cu_seqlens),
             int(lengths.max()),
@@ -114,7 +130,7 @@ class Stream:
         self.sizes = [int(size) for size in sizes]  # tokens of each source
         self.quotas = epoch_quotas(self.sizes, weights)
         self.epoch_ends: list[int] = []  # in tokens, of the epochs planned so far
-        self.current: tuple[int, _Epoch] | None = None
+        self.planned: dict[int, _Epoch] = {}  # shuffled rows step between neighbouring epochs at their seam
 
     def read(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens int64, whether a document begins there) from position `first` to `stop`."""
@@ -140,15 +156,16 @@ class Stream:
         return int(np.searchsorted(self.epoch_ends, position, side="right"))
 
     def _epoch(self, epoch: int) -> _Epoch:
-        """Plan an epoch; the last one planned is kept, as steps follow each other."""
-        if self.current is None or self.current[0] != epoch:
+        """Plan an epoch; its neighbours' plans are kept, as steps follow each other."""
+        if epoch not in self.planned:
             order_M = self._order(epoch)
             start = self.epoch_ends[epoch - 1] if epoch else 0
             ends_M = start + np.cumsum(self.documents.length_M[order_M])
             if epoch == len(self.epoch_ends):
                 self.epoch_ends.append(int(ends_M[-1]) if len(ends_M) else start)
-            self.current = epoch, _Epoch(order_M, ends_M)
-        return self.current[1]
+            self.planned[epoch] = _Epoch(order_M, ends_M)
+            self.planned = {e: plan for e, plan in self.planned.items() if abs(e - epoch) <= 2}
+        return self.planned[epoch]
 
     def _order(self, epoch: int) -> np.ndarray:
         """The documents of an epoch: of each source those that begin in its quota's stretch, all shuffled together."""

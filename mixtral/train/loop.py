@@ -20,8 +20,9 @@ from mixtral.model import Mixtral
 from mixtral.train.checkpoint import CheckpointWriter, drop_later, load_checkpoint
 from mixtral.train.config import TrainConfig
 from mixtral.train.metrics import MetricsLog
+from mixtral.train.nonfinite import first_bad_layer, keep_batch
 from mixtral.train.optim import Optimizer
-from mixtral.train.step import StepResult, Validation, train_step, validate
+from mixtral.train.step import NonFiniteLoss, StepResult, Validation, train_step, validate
 from mixtral.train.view import View
 
 
@@ -100,7 +101,11 @@ class Run:
         config, step = self.config, self.progress.step
         parts = [self.loader.batch(step, i, config.accumulation) for i in range(config.accumulation)]
         stats = (step + 1) % config.stats_every == 0 or step + 1 == config.steps
-        result = train_step(self.model, self.optimizer, parts, config, step, stats)
+        try:
+            result = train_step(self.model, self.optimizer, parts, config, step, stats)
+        except NonFiniteLoss as error:
+            kept, where = keep_batch(parts, self.folder, step + 1), first_bad_layer(self.model, parts)
+            raise NonFiniteLoss(f"{error}; first seen in {where}; batch: {kept}") from error
         seconds = time.perf_counter() - begin
         self.progress.step += 1
         log.write("metrics", _metrics_line(self.progress.step, result, config))

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +39,9 @@ from mixtral.weights.save import write_hf
 TOKENIZER_CHARACTERS = 4_000_000  # of text are enough to learn a vocabulary from; more costs time and changes little
 
 
+_BEFORE_TRAINING = {"config.json", "tokenizer", "data"}  # what a run writes before its first checkpoint
+
+
 class Trained(NamedTuple):
     """A finished run."""
 
@@ -48,9 +52,14 @@ class Trained(NamedTuple):
 
 
 def begin(config: TrainConfig, out: Path) -> None:
-    """Claim a new run's folder and record what it is to do. Raises UsageError when the folder is not empty."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    """Claim a new run's folder and record what it is to do.
+
+    A run that failed before its first checkpoint, on bad data perhaps, is begun anew. Raises UsageError when the folder
+    holds anything else.
+    """
+    if out.exists() and not (out.is_dir() and {p.name for p in out.iterdir()} <= _BEFORE_TRAINING):
         raise UsageError(f"{out} is not empty; choose another --out, or go on with: mixtral train --resume {out}")
+    shutil.rmtree(out / "tokenizer", ignore_errors=True)  # it may be of other data
     record = {"train": config.to_dict(), "environment": environment()}
     atomic_write(out / "config.json", json.dumps(record, indent=1))
 
@@ -82,6 +91,8 @@ def pretrain(out: Path, view: View) -> Trained:
     config = recorded_config(out)
     set_threads()
     tokenizer = _tokenizer(config, out, view)
+    ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
+    config = config.replace(model=config.model.replace(**ids))
     run = _run(config, tokenizer, _data(config, tokenizer, out, view), out, view)
     if start := checkpoint or latest_checkpoint(out):
         run.resume(start)

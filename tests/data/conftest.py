@@ -5,11 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from byte_tokenizer import ByteTokenizer
 
 from mixtral.data.shards import prepare
 from mixtral.data.sources import Source
 from mixtral.data.store import TokenData
+from tests.data.byte_tokenizer import ByteTokenizer
 
 
 @pytest.fixture

@@ -56,21 +56,28 @@ def test_packing_laws(lengths: list[int], rows: int, context: int, seed: int) ->
     fake = Fake(lengths)
     source = loader(fake, rows, context, seed)
     epoch_tokens = sum(lengths) + 2 * len(lengths)
-    steps = -(-2 * epoch_tokens // (rows * context))
-    batches = [source.batch(step) for step in range(steps)]
-    stream = torch.cat([batch.batch.tokens_T for batch in batches])
-    targets = torch.cat([batch.targets_T for batch in batches])
+    stream = source.stream.read(0, 2 * epoch_tokens + context + 1)[0]
     for epoch in range(2):
         # An epoch is a permutation of whole documents: each token is an input exactly once.
         one = stream[epoch * epoch_tokens : (epoch + 1) * epoch_tokens].tolist()
         documents = [[BOS, *tail] for tail in split_at_bos(one)]
         assert sorted(documents) == sorted([BOS, *[number + 3] * n, EOS] for number, n in enumerate(lengths))
-    # The target is the next token, except after EOS, where there is none: no pair crosses documents.
-    assert torch.equal(targets == NO_TARGET, stream == EOS)
-    follows = targets[:-1] != NO_TARGET
-    assert torch.equal(targets[:-1][follows], stream[1:][follows])
-    for batch in batches:
+    # Rows are the stream's places, each stretch of them in another order and none left out.
+    stretch = max(1, epoch_tokens // context)
+    places = [source._place(row) for row in range(2 * stretch)]
+    assert sorted(places[:stretch]) == list(range(stretch))
+    assert sorted(places[stretch:]) == list(range(stretch, 2 * stretch))
+    for step in range(2 * stretch // rows):
+        batch = source.batch(step)
         check_sequences(batch, rows, context)
+        for row in range(rows):
+            first = source._place(step * rows + row) * context
+            inputs, targets = (t[row * context : (row + 1) * context] for t in (batch.batch.tokens_T, batch.targets_T))
+            *here, last = source.stream.read(first, first + context + 1)[0].tolist()
+            assert inputs.tolist() == here
+            # The target is the next token, except after EOS, where there is none: no pair crosses documents.
+            expected = [NO_TARGET if x == EOS else y for x, y in zip(here, [*here[1:], last], strict=True)]
+            assert targets.tolist() == expected
 
 
 def split_at_bos(tokens: list[int]) -> list[list[int]]:

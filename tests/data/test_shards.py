@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from byte_tokenizer import ByteTokenizer
 
 from mixtral.data.shards import prepare
 from mixtral.data.sources import Source
 from mixtral.data.store import NO_TARGET, TokenData
 from mixtral.data.writer import Progress, token_dtype
 from mixtral.errors import DataError, MixtralError, UsageError
+from tests.data.byte_tokenizer import ByteTokenizer
 
 TEXTS = [f"document {number} " + "x" * (number % 7) for number in range(60)]
 Write = Callable[..., Path]
