@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Outcome, Run
 
 from mixtral import engine
 from mixtral.lm import load
+from tests.commands.conftest import Outcome, Run
 
 
 @pytest.fixture

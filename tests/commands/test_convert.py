@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run
 
 from mixtral.config_formats import read_config
 from mixtral.lm import load
+from tests.commands.conftest import Run
 
 
 def test_there_and_back(run: Run, folder: Path, tmp_path: Path) -> None:

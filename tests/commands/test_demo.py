@@ -18,7 +18,7 @@ from mixtral.train import pretrain, view
 from mixtral.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from conftest import Run
+    from tests.commands.conftest import Run
 
 WORDS = "def return value name self node list key class import for in if not else print".split()
 

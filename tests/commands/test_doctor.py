@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run
 
 from mixtral import hardware, kernels
 from mixtral.commands import doctor
+from tests.commands.conftest import Run
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Run
 
 from mixtral.lm import load
+from tests.commands.conftest import Run
 
 DRAW = ("--temperature", "1", "--max-tokens", "12")
 

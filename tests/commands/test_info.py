@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run, config
 
 from mixtral import hardware
 from mixtral.commands import info
+from tests.commands.conftest import Run, config
 
 
 @pytest.mark.parametrize(

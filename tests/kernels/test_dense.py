@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import compare
 
 from mixtral.kernels import dense, reference
+from tests.kernels.compare import compare
 
 SHAPES = [(0, 8, 4), (1, 1, 1), (1, 8, 6), (7, 13, 5), (33, 64, 48)]
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import FP32, assert_close, compare, run
 
 from mixtral.kernels import loss, reference
+from tests.kernels.compare import FP32, assert_close, compare, run
 
 
 @pytest.mark.parametrize("block_bytes", [1, 4 * 37 * 3, 32 * 2**20], ids=["a token a block", "3 tokens", "one block"])

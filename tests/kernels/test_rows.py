@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import compare, run
 from torch import Tensor
 
 from mixtral.kernels import reference, rows
+from tests.kernels.compare import compare, run
 
 CHOICES = {
     "no tokens": [],

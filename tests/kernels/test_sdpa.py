@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import compare
 from torch import Tensor
 
 from mixtral.kernels import reference, sdpa
+from tests.kernels.compare import compare
 
 LENGTHS = [[1], [5], [4, 4, 4], [3, 1, 8], [0, 3], [3, 0, 0, 2], [0]]
 

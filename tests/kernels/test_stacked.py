@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import assert_close, compare, run
 from torch import Tensor
 
 from mixtral.kernels import reference, stacked
+from tests.kernels.compare import assert_close, compare, run
 
 # rows of each expert, then rows past the last run
 COUNTS = {

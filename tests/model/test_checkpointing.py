@@ -6,12 +6,12 @@ import functools
 from typing import Any
 
 import pytest
-import small
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mixtral.model import Mixtral
+from tests.model import small
 
 
 def _keep_choice(_: Any, op: Any, *__: Any, **___: Any) -> CheckpointPolicy:

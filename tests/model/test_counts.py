@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-import small
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mixtral import kernels
 from mixtral.config import ModelConfig
 from mixtral.model import Mixtral
+from tests.model import small
 
 
 @st.composite

@@ -3,13 +3,13 @@ from __future__ import annotations
 import math
 
 import pytest
-import small
 import torch
 from torch import Tensor
 
 from mixtral import kernels
 from mixtral.config import ModelConfig
 from mixtral.model import Mixtral, Packed, initialise
+from tests.model import small
 
 
 @pytest.fixture(params=small.SHAPES)

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from naive import routing
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from mixtral.moe import Routing
 from mixtral.moe.balance import assignment_share, load_balance, load_balance_hf, z_loss
+from tests.moe.naive import routing
 
 
 def _random(tokens: int = 50, n_experts: int = 8, k: int = 2) -> Routing:

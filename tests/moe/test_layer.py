@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import naive
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +7,7 @@ from torch import Tensor
 from mixtral import kernels
 from mixtral.moe import Dispatched, LocalDispatcher, MoE, Routing
 from mixtral.moe.experts import DECODE_ASSIGNMENTS
+from tests.moe import naive
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from naive import routing_of
 
 from mixtral.errors import UsageError
 from mixtral.moe import Router
 from mixtral.moe.router import choose_experts
+from tests.moe.naive import routing_of
 
 
 def _router(n_experts: int = 8, k: int = 2, dim: int = 6) -> Router:

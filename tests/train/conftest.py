@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_run import VOCABULARY, Watching, make_run, texts
 
 from mixtral.data.loader import Loader
 from mixtral.data.shards import prepare
@@ -15,6 +14,7 @@ from mixtral.tokenizer import Tokenizer, train_bpe
 from mixtral.train.config import TrainConfig
 from mixtral.train.loop import Run
 from mixtral.train.view import View
+from tests.train.tiny_run import VOCABULARY, Watching, make_run, texts
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_run import fresh_optimizer, same, train_config, weights
 
 from mixtral.data.loader import Loader
 from mixtral.errors import MixtralError
@@ -18,6 +17,7 @@ from mixtral.train.checkpoint import CheckpointWriter, checkpoints, drop_later, 
 from mixtral.train.config import TrainConfig
 from mixtral.train.optim import Optimizer
 from mixtral.train.step import train_step
+from tests.train.tiny_run import fresh_optimizer, same, train_config, weights
 
 
 def trained(loader: Loader, config: TrainConfig, steps: int = 2) -> tuple[Mixtral, Optimizer]:

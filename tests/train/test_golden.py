@@ -1,6 +1,6 @@
 """Losses of a tiny run, committed: a change that should not move numbers does not.
 
-To renew them after a change that should: python tests/train/test_golden.py
+To renew them after a change that should: python -m tests.train.test_golden
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import fresh_optimizer, model_config, train_config
 
 from mixtral.data.loader import TrainBatch
 from mixtral.model import Packed
 from mixtral.train.step import train_step
+from tests.train.tiny_run import fresh_optimizer, model_config, train_config
 
 GOLDEN = Path(__file__).parent / "golden_tiny.json"
 STEPS = 10

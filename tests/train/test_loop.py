@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import MakeRun, Watching, same, train_config, weights
 
 from mixtral.train.checkpoint import checkpoints, load_checkpoint
 from mixtral.train.config import TrainConfig
 from mixtral.train.loop import Interrupted, Progress
 from mixtral.train.metrics import read_lines
 from mixtral.train.step import NonFiniteLoss
+from tests.train.tiny_run import MakeRun, Watching, same, train_config, weights
 
 
 class Killed(BaseException):

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import fresh_model, model_config, train_config
 
 from mixtral.data.loader import Loader
 from mixtral.model import Output
 from mixtral.moe.balance import load_balance, z_loss
 from mixtral.train.config import TrainConfig
 from mixtral.train.objective import objective
+from tests.train.tiny_run import fresh_model, model_config, train_config
 
 Gradients = dict[str, torch.Tensor]
 

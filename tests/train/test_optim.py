@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_run import fresh_model, fresh_optimizer, model_config, same, train_config, weights
 from torch import Tensor
 
 from mixtral.data.loader import Loader
@@ -12,6 +11,7 @@ from mixtral.data.store import TokenData
 from mixtral.model import Mixtral
 from mixtral.train.config import TrainConfig
 from mixtral.train.optim import Optimizer
+from tests.train.tiny_run import fresh_model, fresh_optimizer, model_config, same, train_config, weights
 
 ROUTERS = {f"layers.{i}.ffn.router.weight" for i in range(2)}
 

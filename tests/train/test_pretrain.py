@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import Watching, texts, train_config
 
 import mixtral
 from mixtral.errors import ConfigError, DataError, MixtralError, UsageError
@@ -18,6 +17,7 @@ from mixtral.train.checkpoint import checkpoints
 from mixtral.train.config import TrainConfig
 from mixtral.train.metrics import read_lines
 from mixtral.train.pretrain import Trained, begin, pretrain, recorded_config
+from tests.train.tiny_run import Watching, texts, train_config
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
-from tiny_run import train_config
 
 from mixtral.train.schedule import learning_rate
+from tests.train.tiny_run import train_config
 
 
 def rates(**changes: object) -> list[float]:

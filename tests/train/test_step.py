@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from tiny_run import fresh_optimizer, same, train_config, weights
 from torch import Tensor
 
 from mixtral.data.loader import Loader, TrainBatch
@@ -15,6 +14,7 @@ from mixtral.moe.stats import layer_stats
 from mixtral.train.config import TrainConfig
 from mixtral.train.optim import Optimizer
 from mixtral.train.step import NonFiniteLoss, StepResult, train_step
+from tests.train.tiny_run import fresh_optimizer, same, train_config, weights
 
 PLAIN = train_config(load_balance=0.0, z_loss=0.0, clip=0.0)
 

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from tiny_run import fresh_model, model_config
 
 from mixtral.data.loader import Loader, TrainBatch
 from mixtral.tokenizer import Tokenizer
 from mixtral.train.step import validate
+from tests.train.tiny_run import fresh_model, model_config
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from weight_states import CONFIGS, DENSE, SPARSE, assert_same, random_state
 
 from mixtral.config_formats import read_config
 from mixtral.errors import ConfigError, UsageError
 from mixtral.weights import convert, detect_format, load_state, save_hf, save_mistral
+from tests.weights.weight_states import CONFIGS, DENSE, SPARSE, assert_same, random_state
 
 BESIDE = ("tokenizer.model", "tokenizer.model.v3", "tekken.json", "tokenizer.json", "tokenizer_config.json",
           "special_tokens_map.json", "generation_config.json", "chat_template.jinja")  # fmt: skip

@@ -9,10 +9,10 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from weight_states import CONFIGS, assert_same, random_state
 
 from mixtral.config_formats import read_config
 from mixtral.weights import detect_format, load_state, save_hf
+from tests.weights.weight_states import CONFIGS, assert_same, random_state
 
 COMMON = {"vocab_size": 13, "hidden_size": 24, "intermediate_size": 12, "num_hidden_layers": 2, "head_dim": 4}
 CASES: dict[str, tuple[dict[str, Any], bool]] = {  # config, fused

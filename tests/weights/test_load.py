@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from weight_states import CONFIGS, DENSE, SPARSE, assert_same, random_state
 
 from mixtral.errors import UsageError, WeightsError
 from mixtral.weights import detect_format, load, load_state, save_hf
+from tests.weights.weight_states import CONFIGS, DENSE, SPARSE, assert_same, random_state
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 

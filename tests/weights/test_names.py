@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from weight_states import CONFIGS, DENSE, SPARSE
 
 from mixtral.config import ModelConfig
 from mixtral.presets import PRESETS, preset
 from mixtral.weights.names import Ffn, Format, layouts, output_name, parameter_shapes, slots
+from tests.weights.weight_states import CONFIGS, DENSE, SPARSE
 
 LAYOUTS: list[tuple[str, Format, Ffn]] = [
     (name, format, ffn) for name in CONFIGS for format in ("hf", "mistral") for ffn in layouts(CONFIGS[name], format)

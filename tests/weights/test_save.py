@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from weight_states import CONFIGS, SPARSE, assert_same, random_state
 
 from mixtral.config_formats import read_config
 from mixtral.errors import MixtralError, UsageError, WeightsError
 from mixtral.weights import load_state, save, save_hf, save_mistral
+from tests.weights.weight_states import CONFIGS, SPARSE, assert_same, random_state
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -1,0 +1,43 @@
+"""What `mixtral train` refuses before any work is done; training itself is tested in tests/train."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.commands.conftest import Run
+
+
+def test_show_resolves_and_does_nothing(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ("--max-steps", "7", "--seed", "3", "--set", "lr=2e-3", "--set", "model.dim=384")
+    told = run("train", "tiny", "--show", *options)
+    config = json.loads(told.out)
+    assert (config["steps"], config["seed"], config["lr"], config["model"]["dim"]) == (7, 3, 2e-3, 384)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "name a recipe (tiny"),
+        (["tinny", "--out", "new"], 2, "unknown recipe 'tinny'; did you mean 'tiny'?"),
+        (["tiny"], 2, "--out DIR"),
+        (["tiny", "--out", "full"], 2, "full is not empty"),
+        (["tiny", "--out", "full/file/new"], 1, "cannot write full/file/new"),
+        (["tiny", "--out", "new", "--set", "lrr=3"], 2, "--set lrr: unknown field; did you mean 'lr'?"),
+        (["tiny", "--out", "new", "--max-steps", "0"], 2, "steps must be at least 1, not 0"),
+        (["--resume", "nowhere"], 2, "nowhere is not a training run"),
+        (["tiny", "--resume", "full", "--seed", "1"], 2, "leave out RECIPE, --seed"),
+    ],
+)
+def test_misuse(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int,
+                message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("precious")
+    got = run("train", *arguments)
+    assert (got.code, got.out) == (code, "") and got.err.count("\n") == 1 and message in got.err
+    assert not (tmp_path / "new").exists() and (tmp_path / "full/file").read_text() == "precious"
