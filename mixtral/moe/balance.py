@@ -14,9 +14,13 @@ from mixtral.moe.router import Routing
 
 
 def assignment_counts(routing: Routing) -> Tensor:
-    """How many assignments each expert received -> int64 [E]; unused places do not count."""
+    """How many assignments each expert received -> int64 [E]; unused places do not count.
+
+    Not by bincount, whose size hangs on the values: on a GPU the host would wait for them.
+    """
     n_experts = routing.logits_TE.shape[1]
-    return torch.bincount(routing.experts_TK.flatten() + 1, minlength=n_experts + 1)[1:]  # place 0 counts the unused
+    place_N = routing.experts_TK.flatten() + 1  # place 0 counts the unused
+    return place_N.new_zeros(n_experts + 1).scatter_add_(0, place_N, torch.ones_like(place_N))[1:]
 
 
 def assignment_share(routing: Routing, mask_T: Tensor | None = None) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mixtral import kernels
+from mixtral.moe.balance import assignment_counts
 from mixtral.moe.router import Routing
 
 
@@ -44,10 +45,9 @@ class LocalDispatcher:
         order_N = expert_N.argsort(stable=True)
         place_N = torch.empty_like(order_N)
         place_N[order_N] = torch.arange(len(order_N), device=order_N.device)
-        counts_E = torch.bincount(expert_N, minlength=n_experts + 1)[:n_experts]
         place_TK = place_N.view(-1, k)
         rows_ND = kernels.gather_rows(x_TD, order_N, place_TK)
-        return Dispatched(rows_ND, counts_E, routing.weights_TK, order_N, place_TK)
+        return Dispatched(rows_ND, assignment_counts(routing), routing.weights_TK, order_N, place_TK)
 
     def combine(self, y_ND: Tensor, dispatched: Dispatched) -> Tensor:
         return kernels.combine(y_ND, dispatched.weights_TK, dispatched.order_N, dispatched.place_TK)

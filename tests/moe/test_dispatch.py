@@ -3,9 +3,10 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive import routing
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mixtral.moe import LocalDispatcher, Routing
+from tests.moe.naive import routing
 
 EXPERTS = 5
 
@@ -53,3 +54,14 @@ def test_no_tokens() -> None:
     dispatched = dispatcher.dispatch(torch.empty(0, 3), empty)
     assert dispatched.counts_E.tolist() == [0] * EXPERTS
     assert dispatcher.combine(dispatched.rows_ND, dispatched).shape == (0, 3)
+
+
+def test_no_host_synchronisation() -> None:
+    """Tensors without values do: nothing waits for one, and no shape hangs on one."""
+    route = routing([[0, 1], [3, -1], [-1, -1]], n_experts=EXPERTS)
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        fake = Routing(*map(mode.from_tensor, route))
+        dispatcher = LocalDispatcher()
+        dispatched = dispatcher.dispatch(torch.empty(3, 4), fake)
+        assert dispatched.counts_E.shape == (EXPERTS,)
+        assert dispatcher.combine(dispatched.rows_ND, dispatched).shape == (3, 4)
