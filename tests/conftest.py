@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hypothesis
 import torch
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("tests", deadline=None)  # a busy machine is no fault of the code
+hypothesis.settings.load_profile("tests")

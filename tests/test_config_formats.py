@@ -74,7 +74,8 @@ def test_hf_every_field_is_read() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_survive_both_formats(name: str) -> None:
     assert from_hf(to_hf(preset(name), "bfloat16")) == preset(name)
-    assert from_mistral(to_mistral(preset(name))) == preset(name)
+    plain = preset(name).replace(init_std=0.02)  # params.json has no place for it
+    assert from_mistral(to_mistral(preset(name))) == plain
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name not in ("tiny", "small")])

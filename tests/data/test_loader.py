@@ -45,7 +45,7 @@ def sequences(batch: TrainBatch) -> list[tuple[list[int], list[int]]]:
     return [(batch.batch.tokens_T[a:b].tolist(), batch.targets_T[a:b].tolist()) for a, b in pairwise(cuts)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(0, 9), min_size=1, max_size=6),
     rows=st.integers(1, 4),

@@ -87,7 +87,7 @@ def test_other_field(tmp_path: Path) -> None:
     assert list(read_texts(path, "body", BadInput())) == ["x", "y"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(alphabet="ab\n", max_size=60), st.integers(2, 20))
 def test_pieces_lose_nothing(text: str, limit: int) -> None:
     cut = list(pieces(text, limit))

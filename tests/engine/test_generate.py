@@ -48,7 +48,7 @@ def test_a_batch_equals_each_prompt_alone_in_any_chunks(name: str, chunk: int | 
         torch.testing.assert_close(batched.logprobs, alone.logprobs, rtol=0, atol=1e-4)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     name=st.sampled_from(sorted(MODELS)),
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),

@@ -23,7 +23,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(configs())
 def test_counted_parameters_are_those_built(config: ModelConfig) -> None:
     with torch.device("meta"):

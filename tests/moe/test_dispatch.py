@@ -19,7 +19,7 @@ def choices(draw: st.DrawFn) -> list[list[int]]:
     return [(some + [-1] * k)[:k] for some in draw(st.lists(taken, min_size=tokens, max_size=tokens))]
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(choices())
 def test_laws(choice: list[list[int]]) -> None:
     x = torch.arange(len(choice) * 2.0).view(-1, 2)
@@ -36,7 +36,7 @@ def test_laws(choice: list[list[int]]) -> None:
     assert dispatched.counts_E.dtype == torch.int64
 
 
-@settings(deadline=None, max_examples=50, derandomize=True)
+@settings(max_examples=50, derandomize=True)
 @given(choices())
 def test_combine_undoes_dispatch(choice: list[list[int]]) -> None:
     """With experts that return their rows, a token comes back times the sum of its weights: 1, or 0 when dropped."""
