@@ -18,6 +18,7 @@ from torch import Tensor
 from mixtral.config import ModelConfig
 from mixtral.errors import UsageError, WeightsError
 from mixtral.weights.names import Format, Slot, layouts, output_name, parameter_shapes, slots
+from mixtral.weights.progress import Progress, counter
 from mixtral.weights.safetensors_file import Header, SafetensorsFile
 from mixtral.weights.torch_file import TorchFile
 
@@ -55,11 +56,13 @@ def load_state(
     config: ModelConfig,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """Our parameters (names and shapes of `parameter_shapes`) from a model folder of any format.
 
-    A dtype of None keeps the file's. Raises WeightsError when tensors are missing, unknown, of the wrong shape or of a
-    kind that we do not read, naming them, or when a file is damaged; nothing is allocated before that is known.
+    A dtype of None keeps the file's; `progress` is called after each tensor. Raises WeightsError when tensors are
+    missing, unknown, of the wrong shape or of a kind that we do not read, naming them, or when a file is damaged;
+    nothing is allocated before that is known.
     """
     format = detect_format(folder)
     files = _open_hf(Path(folder)) if format == "hf" else [_open_native(path) for path in _native_files(Path(folder))]
@@ -68,8 +71,10 @@ def load_state(
     output = output_name(format) if config.tie_embeddings else None
     state = _allocate(headers, found, config, dtype, device)
     copy_of_embedding: Tensor | None = None
+    done = counter(progress, "reading", sum(header.nbytes for header in headers.values()))
     for file in files:
         for name, tensor in file.stream():
+            done(tensor.nbytes)
             if name == output:
                 copy_of_embedding = tensor.clone()  # compared below: the embedding itself may still be to come
                 continue

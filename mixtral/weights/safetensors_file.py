@@ -32,6 +32,11 @@ class Header(NamedTuple):
     stored: str  # the file's name for it
     shape: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """0 for a kind of number that we do not read."""
+        return math.prod(self.shape) * self.dtype.itemsize if self.dtype else 0
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -92,8 +97,8 @@ class SafetensorsFile:
                 yield name, raw.view(head.dtype).view(head.shape)
 
 
-def write_safetensors(path: Path, entries: Iterable[Entry]) -> None:
-    """Write tensors to a new file, one in memory at a time."""
+def write_safetensors(path: Path, entries: Iterable[Entry], done: Callable[[int], None] = lambda _: None) -> None:
+    """Write tensors to a new file, one in memory at a time; `done` is told the bytes of each."""
     entries = list(entries)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # what transformers looks for
     end = 0
@@ -107,6 +112,7 @@ def write_safetensors(path: Path, entries: Iterable[Entry]) -> None:
         file.write(struct.pack("<Q", len(text)) + text)
         for entry in entries:
             file.write(_bytes(entry))
+            done(entry.nbytes)
 
 
 def _bytes(entry: Entry) -> memoryview:

@@ -18,6 +18,7 @@ from mixtral.config_formats import to_hf, to_mistral
 from mixtral.errors import UsageError, WeightsError
 from mixtral.files import atomic_folder
 from mixtral.weights.names import Ffn, Format, Slot, layouts, output_name, parameter_shapes, slots
+from mixtral.weights.progress import Progress, counter
 from mixtral.weights.safetensors_file import DTYPES, Entry, write_safetensors
 
 State = dict[str, Tensor]
@@ -63,27 +64,36 @@ def write_hf(
     dtype: torch.dtype | None = None,
     fused: bool = False,
     shard_bytes: int = 5_000_000_000,
+    progress: Progress | None = None,
 ) -> None:
-    """`save_hf` into a folder that is there."""
+    """`save_hf` into a folder that is there; `progress` is called after each tensor."""
     layout: Ffn = "fused" if fused and config.is_sparse else layouts(config, "hf")[0]
     entries = _entries(state, config, "hf", layout, dtype)
     shards = list(_shards(entries, shard_bytes))
+    total = sum(entry.nbytes for entry in entries)
+    done = counter(progress, "writing", total)
     index: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        write_safetensors(folder / name, shard)
+        write_safetensors(folder / name, shard, done)
         index |= {entry.name: name for entry in shard}
     if len(shards) > 1:
-        total = sum(entry.nbytes for entry in entries)
         _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
     embedding = dtype or state["embedding.weight"].dtype
     _write_json(folder / "config.json", to_hf(config, str(embedding).removeprefix("torch.")))
 
 
-def write_mistral(state: State, config: ModelConfig, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """`save_mistral` into a folder that is there."""
+def write_mistral(
+    state: State,
+    config: ModelConfig,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """`save_mistral` into a folder that is there; `progress` is called after each tensor."""
     entries = _entries(state, config, "mistral", layouts(config, "mistral")[0], dtype)
-    write_safetensors(folder / "consolidated.safetensors", entries)
+    done = counter(progress, "writing", sum(entry.nbytes for entry in entries))
+    write_safetensors(folder / "consolidated.safetensors", entries, done)
     _write_json(folder / "params.json", to_mistral(config))
 
 

@@ -7,6 +7,7 @@ import torch
 
 from mixtral.config_formats import read_config
 from mixtral.lm import load
+from mixtral.weights.safetensors_file import SafetensorsFile
 from tests.commands.conftest import Run
 
 
@@ -21,9 +22,25 @@ def test_there_and_back(run: Run, folder: Path, tmp_path: Path) -> None:
         assert torch.equal(tensor, original[name]), name
 
 
+def test_dtype_and_fused(run: Run, folder: Path, tmp_path: Path) -> None:
+    assert run("convert", folder, tmp_path / "out", "--to", "hf", "--dtype", "bf16", "--fused").code == 0
+    headers = SafetensorsFile(tmp_path / "out/model.safetensors").headers
+    assert {header.dtype for header in headers.values()} == {torch.bfloat16}
+    assert "model.layers.0.mlp.experts.gate_up_proj" in headers
+
+
+def test_a_bar_on_a_terminal_alone(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("convert", folder, tmp_path / "quiet", "--to", "hf").err == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
+    err = run("convert", folder, tmp_path / "told", "--to", "hf").err
+    assert "reading" in err and "writing" in err and "iB" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
+        (["{folder}", "out", "--to", "hf", "--dtype", "bf61"], 2, "unknown name 'bf61'; did you mean 'bf16'?"),
+        (["{folder}", "out", "--to", "mistral", "--fused"], 2, "format 'mistral' has no fused experts"),
         (["{folder}", "out", "--to", "gguf"], 2, "unknown format 'gguf'; known: hf, mistral"),
         (["missing", "out", "--to", "hf"], 2, "missing: no such file or folder"),
         (["{folder}", "full", "--to", "hf"], 2, "full: exists already"),

@@ -10,6 +10,7 @@ import torch
 from mixtral.config_formats import read_config
 from mixtral.errors import ConfigError, UsageError
 from mixtral.weights import convert, detect_format, load_state, save_hf, save_mistral
+from mixtral.weights.safetensors_file import SafetensorsFile
 from tests.weights.weight_states import CONFIGS, DENSE, SPARSE, assert_same, random_state
 
 BESIDE = ("tokenizer.model", "tokenizer.model.v3", "tekken.json", "tokenizer.json", "tokenizer_config.json",
@@ -29,6 +30,29 @@ def test_every_direction(name: str, save: object, to: str, tmp_path: Path) -> No
     assert_same(load_state(tmp_path / "dst", config), state)
 
 
+@pytest.mark.parametrize("to", ["hf", "mistral"])
+def test_dtype_and_progress(to: str, tmp_path: Path) -> None:
+    state = random_state(SPARSE)
+    save_mistral(state, SPARSE, tmp_path / "src")
+    told: list[tuple[str, int, int]] = []
+    convert(tmp_path / "src", tmp_path / "dst", to, torch.bfloat16, progress=lambda *at: told.append(at))
+    assert_same(load_state(tmp_path / "dst", SPARSE), {name: t.bfloat16() for name, t in state.items()})
+    for what, bits in (("reading", 32), ("writing", 16)):
+        done = [(at, total) for phase, at, total in told if phase == what]
+        assert done == sorted(done) and len(done) > SPARSE.n_layers
+        assert {total for _, total in done} == {done[-1][0]} == {SPARSE.weight_bytes(bits)}
+    assert [phase for phase, _, _ in told] == sorted(phase for phase, _, _ in told)  # reading, then writing
+
+
+def test_fused_experts(tmp_path: Path) -> None:
+    state = random_state(SPARSE)
+    save_mistral(state, SPARSE, tmp_path / "src")
+    convert(tmp_path / "src", tmp_path / "dst", "hf", fused=True)
+    names = SafetensorsFile(tmp_path / "dst/model.safetensors").headers
+    assert "model.layers.0.mlp.experts.gate_up_proj" in names and not any("block_sparse_moe" in n for n in names)
+    assert_same(load_state(tmp_path / "dst", SPARSE), state)
+
+
 def test_files_beside_the_weights(tmp_path: Path) -> None:
     save_hf(random_state(DENSE), DENSE, tmp_path / "src")
     for name in (*BESIDE, "README.md", "optimizer.pt"):
@@ -43,6 +67,8 @@ def test_files_beside_the_weights(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"unknown format 'mistrall'; did you mean 'mistral'\?"):
         convert(tmp_path, tmp_path / "dst", "mistrall")
+    with pytest.raises(UsageError, match="format 'mistral' has no fused experts; only 'hf' has"):
+        convert(tmp_path, tmp_path / "dst", "mistral", fused=True)
     with pytest.raises(ConfigError, match="nowhere: no such file or folder"):
         convert(tmp_path / "nowhere", tmp_path / "dst", "hf")
     save_hf(random_state(SPARSE), SPARSE, tmp_path / "src")

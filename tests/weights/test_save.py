@@ -79,7 +79,7 @@ def test_a_state_that_is_not_the_configs(tmp_path: Path) -> None:
 def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is left over when writing fails half way."""
 
-    def full(path: Path, _: object) -> None:
+    def full(path: Path, *_: object) -> None:
         path.write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
