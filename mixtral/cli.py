@@ -25,6 +25,7 @@ from mixtral.commands.demo import demo
 from mixtral.commands.doctor import doctor
 from mixtral.commands.generate import generate
 from mixtral.commands.info import info
+from mixtral.commands.runs import runs
 from mixtral.commands.train import train
 from mixtral.errors import MixtralError
 
@@ -33,6 +34,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     doctor,
     info,
     train,
+    runs,
     generate,
     chat,
     convert,

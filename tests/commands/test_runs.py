@@ -1,0 +1,61 @@
+"""`mixtral runs`: the table, the JSON and the plot of runs in any state."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mixtral.cli import main
+from mixtral.presets import preset
+from mixtral.train.config import TrainConfig
+from mixtral.train.pretrain import begin
+
+LAYER = {"load": [0.5, 0.5], "max_over_mean": 1.0, "entropy": 0.9, "repeats": 0.1}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of two steps of 4 x 256 tokens that logged by hand-written lines."""
+    folder = tmp_path / "run"
+    begin(TrainConfig(model=preset("tiny"), rows=4, context=256, steps=9), folder)
+    metrics = [
+        {"step": 0, "val_cross_entropy": 7.0, "val_bits_per_byte": 3.0},
+        {"step": 1, "tokens": 1024, "cross_entropy": 6.5, "layers": [LAYER | {"gini": 0.1}, LAYER | {"gini": 0.3}]},
+        {"step": 2, "tokens": 2048, "cross_entropy": 6.0},
+        {"step": 2, "val_cross_entropy": 7.5, "val_bits_per_byte": 3.2},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    times = [{"step": 1, "tokens_per_second": 100.0}, {"step": 2, "tokens_per_second": 300.0}]
+    (folder / "timings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in times))
+    return folder
+
+
+def test_figures(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", str(run), "--json"]) == 0
+    (figures,) = json.loads(capsys.readouterr().out)
+    assert figures["parameters"] == preset("tiny").n_params()
+    wanted = {"step": 2, "steps": 9, "tokens": 2048, "cross_entropy": 6.0, "val_cross_entropy": 7.5, "gini": 0.3}
+    assert wanted.items() <= figures.items()
+    assert (figures["best_val_cross_entropy"], figures["tokens_per_second"]) == (7.0, 200.0)
+
+
+def test_a_run_that_has_logged_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begin(TrainConfig(model=preset("tiny")), tmp_path / "new")
+    assert main(["runs", str(tmp_path / "new")]) == 0
+    assert "0/1000" in capsys.readouterr().out
+
+
+def test_plot(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert main(["runs", str(run), "--plot", str(tmp_path / "curves.png")]) == 0
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_errors(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", str(tmp_path)]) == 2
+    assert "is not a training run" in capsys.readouterr().err
+    pytest.importorskip("matplotlib")
+    assert main(["runs", str(run), "--plot", str(tmp_path / "no" / "curves.png")]) == 1
+    assert "cannot write" in capsys.readouterr().err
