@@ -2,7 +2,8 @@
 
 transformers runs at its best here: each of its settings (experts loop or grouped products; bf16 weights or autocast) is
 tried on a part of the batch, and the fastest is measured in turn with ours. A training step is forward, loss, backward
-and fused AdamW. Ours in bf16 keeps fp32 master weights, as autocast does and bf16 weights alone do not.
+and fused AdamW; ours is that of `mixtral train`, which in bf16 keeps fp32 master weights, as autocast does and bf16
+weights alone do not. bench/train.py has the whole step, with router losses and clipping.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ from mixtral.config import ModelConfig
 from mixtral.model import Mixtral, Packed, initialise
 from mixtral.presets import small
 from mixtral.runtime import set_threads
+from mixtral.train.config import TrainConfig
+from mixtral.train.optim import Optimizer
 
 LENGTH = 512
+LR = 1e-5
 TRIAL = 128  # tokens of the batch that each of transformers' settings is tried on
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Step = Callable[[Tensor], Any]  # from token ids [B, S] to the loss, or to logits
@@ -69,25 +73,16 @@ def our_forward(model: Mixtral) -> Step:
     return step
 
 
-def our_training(model: Mixtral) -> Step:
-    params = list(model.parameters())
-    masters = [p if p.dtype == torch.float32 else p.detach().float() for p in params]
-    adamw = torch.optim.AdamW(masters, lr=1e-5, fused=True)
+def our_training(model: Mixtral, dtype: str) -> Step:
+    """`model` holds fp32 weights; the optimiser gives it bf16 copies of them where `dtype` says so."""
+    optimizer = Optimizer(model, TrainConfig(model=model.config, lr=LR), DTYPES[dtype])
 
     def step(ids_BS: Tensor) -> Tensor:
         batch, targets = pack(ids_BS)
         loss = model(batch, targets=targets).loss
         loss.backward()
-        for p, master in zip(params, masters, strict=True):
-            if p is not master:
-                assert p.grad is not None
-                master.grad, p.grad = p.grad.float(), None
-        adamw.step()
-        adamw.zero_grad()
-        with torch.no_grad():
-            for p, master in zip(params, masters, strict=True):
-                if p is not master:
-                    p.copy_(master)
+        optimizer.collect_gradients()
+        optimizer.step(LR)
         return loss.detach()
 
     return step
@@ -106,7 +101,7 @@ def their_forward(model: nn.Module, autocast: bool) -> Step:
 
 
 def their_training(model: nn.Module, autocast: bool) -> Step:
-    adamw = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    adamw = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
 
     def step(ids_BS: Tensor) -> Tensor:
         with _autocast(autocast):
@@ -151,7 +146,7 @@ def loss_difference(config: ModelConfig, dtype: str, ids_BS: Tensor) -> float:
 
 def contest(config: ModelConfig, task: str, dtype: str, ids_BS: Tensor, repeats: int) -> Contest:
     training = task == "training step"
-    ours = make_ours(config, dtype)
+    ours = make_ours(config, "fp32" if training else dtype)
     make = their_training if training else their_forward
     tried: dict[str, float] = {}
     for kept, experts, autocast in their_settings(dtype):
@@ -165,7 +160,7 @@ def contest(config: ModelConfig, task: str, dtype: str, ids_BS: Tensor, repeats:
     fastest = min(tried, key=lambda name: tried[name])
     kept, experts, autocast = next(s for s in their_settings(dtype) if _title(*s) == fastest)
     their_step = make(peer(ours, DTYPES[kept], experts), autocast)
-    our_step = our_training(ours) if training else our_forward(ours)
+    our_step = our_training(ours, dtype) if training else our_forward(ours)
     runs = {"ours": lambda: our_step(ids_BS), "theirs": lambda: their_step(ids_BS)}
     medians = interleave(runs, repeats)
     print(f"{dtype} {task}: {medians}", file=sys.stderr)
@@ -194,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two layers and one repeat: does it run?")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each (default 3)")
-    parser.add_argument("--train-batch", type=int, default=4, help="sequences of 512 in a training step (default 4)")
+    parser.add_argument("--train-batch", type=int, default=8, help="sequences of 512 in a training step (default 8)")
     parser.add_argument("--json-out", action="store_true", help="write bench/results/model_<hardware>_<date>.json")
     args = parser.parse_args()
     set_threads()
