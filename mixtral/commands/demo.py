@@ -31,14 +31,14 @@ def demo(
     mixtral demo
     mixtral demo --out runs/quick --max-steps 100
     """
-    from mixtral.commands.train import configure
     from mixtral.errors import UsageError
+    from mixtral.recipes import recipe
     from mixtral.train.pretrain import begin, pretrain
     from mixtral.train.view import TerminalView
 
     terminal = console(stderr=True)
     if not (out / "config.json").exists():
-        config = configure("tiny", max_steps, None, None, None)
+        config = recipe("tiny") if max_steps is None else recipe("tiny").replace(steps=max_steps)
         begin(config, out)
         shape = config.model
         terminal.print(

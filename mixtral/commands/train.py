@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 def train(
     recipe: Annotated[str | None, typer.Argument(help="A recipe's name, such as tiny.", show_default=False)] = None,
+    size: Annotated[
+        int | None, typer.Option(metavar="S", help="Instead of a recipe: derive every field from one number, 1 to 64.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="A new folder for the run.")] = None,
     resume: Annotated[
         Path | None,
@@ -44,6 +47,7 @@ def train(
     mixtral train tiny --out runs/tiny
     mixtral train tiny --out runs/mine --data texts/ --max-steps 2000 --seed 1
     mixtral train tiny --out runs/wide --set lr=2e-3 --set model.dim=384
+    mixtral train --size 4 --out runs/four
     mixtral train --resume runs/mine
     """
     from mixtral.errors import UsageError
@@ -51,12 +55,12 @@ def train(
     from mixtral.train.view import TerminalView
 
     if resume is not None:
-        new = {"RECIPE": recipe, "--out": out, "--max-steps": max_steps, "--seed": seed, "--data": data}
+        new = {"RECIPE": recipe, "--size": size, "--out": out, "--max-steps": max_steps, "--seed": seed, "--data": data}
         if given := [name for name, value in {**new, "--set": assignments}.items() if value is not None]:
             raise UsageError(f"--resume goes on with the run as it was begun; leave out {', '.join(given)}")
         config = recorded_config(resume)
     else:
-        config = configure(recipe, max_steps, seed, data, assignments)
+        config = override_options(base_config(recipe, size), max_steps, seed, data, assignments)
     folder = resume or out
     if show:
         print(json.dumps(config.to_dict(), indent=1))
@@ -72,16 +76,22 @@ def train(
         print(_text(trained))
 
 
-def configure(
-    name: str | None, max_steps: int | None, seed: int | None, data: list[str] | None, assignments: list[str] | None
-) -> TrainConfig:
+def base_config(name: str | None, size: int | None) -> TrainConfig:
+    """The configuration that a recipe's name or a size stands for."""
     from mixtral.errors import UsageError
-    from mixtral.recipes import RECIPES, recipe
+    from mixtral.recipes import RECIPES, recipe, sized
+
+    if (name is None) == (size is None):
+        raise UsageError(f"train: name a recipe ({', '.join(RECIPES)}) or a --size, or go on with a run: --resume DIR")
+    return sized(size) if name is None and size is not None else recipe(name or "")
+
+
+def override_options(
+    config: TrainConfig, max_steps: int | None, seed: int | None, data: list[str] | None, assignments: list[str] | None
+) -> TrainConfig:
+    """`config` with the command line's own options and its --set assignments."""
     from mixtral.train.config import override
 
-    if name is None:
-        raise UsageError(f"train: name a recipe ({', '.join(RECIPES)}), or go on with a run: --resume DIR")
-    config = recipe(name)
     given = {"steps": max_steps, "seed": seed, "data": tuple(data) if data else None}
     return override(config.replace(**{k: v for k, v in given.items() if v is not None}), assignments or [])
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from mixtral.moe.balance import assignment_share
 from mixtral.moe.router import Routing
 
+DEAD_SHARE = 0.01
+
 
 class LayerStats(NamedTuple):
     """One layer, one batch."""
@@ -22,6 +24,8 @@ class LayerStats(NamedTuple):
     gini: float  # 0 at balance, (E - 1) / E when one expert takes everything
     entropy: float  # of the router's scores, mean over tokens, as a share of ln E: 1 undecided, 0 certain
     repeats: float  # share of consecutive tokens with the same first choice (arXiv 2401.04088, table 5); 1/E by chance
+    dead: int  # experts with next to no tokens, or whose outputs have faded to next to nothing
+    output_norms: list[float] | None = None  # mean norm of each expert's output rows, when they were watched
 
 
 def gini(load_E: Tensor) -> float:
@@ -46,9 +50,17 @@ def first_choice_repeats(routing: Routing, cu_seqlens: Tensor) -> float:
     return float((same & inside).sum() / inside.sum().clamp(min=1))
 
 
+def dead_experts(load_E: Tensor, norms_E: Tensor | None) -> int:
+    """Experts under DEAD_SHARE of the fair load, or of the layer's median output norm when norms are known."""
+    dead_E = load_E * load_E.numel() < DEAD_SHARE
+    if norms_E is not None:
+        dead_E = dead_E | (norms_E < DEAD_SHARE * norms_E.median())
+    return int(dead_E.sum())
+
+
 @torch.no_grad()
-def layer_stats(routing: Routing, cu_seqlens: Tensor) -> LayerStats:
-    """All of LayerStats for one layer's routing of a packed batch."""
+def layer_stats(routing: Routing, cu_seqlens: Tensor, norms_E: Tensor | None = None) -> LayerStats:
+    """All of LayerStats for one layer's routing of a packed batch; `norms_E` as train/watch.py takes them."""
     load_E = assignment_share(routing)
     return LayerStats(
         load=[round(x, 6) for x in load_E.tolist()],
@@ -56,4 +68,6 @@ def layer_stats(routing: Routing, cu_seqlens: Tensor) -> LayerStats:
         gini=gini(load_E),
         entropy=score_entropy(routing),
         repeats=first_choice_repeats(routing, cu_seqlens),
+        dead=dead_experts(load_E, norms_E),
+        output_norms=None if norms_E is None else [round(x, 6) for x in norms_E.tolist()],
     )

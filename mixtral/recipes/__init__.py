@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mixtral.errors import ConfigError, did_you_mean
+from mixtral.recipes.sized import sized
 from mixtral.recipes.tiny import tiny
 from mixtral.train.config import TrainConfig
+
+__all__ = ["RECIPES", "recipe", "sized"]
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {"tiny": tiny}
 

@@ -5,6 +5,7 @@ Legend: T tokens.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from mixtral.train.config import TrainConfig
 from mixtral.train.objective import objective
 from mixtral.train.optim import Optimizer
 from mixtral.train.schedule import learning_rate
+from mixtral.train.watch import expert_output_norms
 
 
 class NonFiniteLoss(MixtralError):
@@ -51,15 +53,19 @@ def train_step(
     for i, (part, count) in enumerate(zip(parts, counts, strict=True)):
         share = count / max(1, sum(counts))
         batch, targets_T = part.to(model.output_weight.device)
-        output = model(batch, targets=targets_T)
+        watched = stats and i == len(parts) - 1
+        with contextlib.ExitStack() as stack:
+            norms = stack.enter_context(expert_output_norms(model)) if watched else []
+            output = model(batch, targets=targets_T)
         terms = objective(output, config)
         (terms.total * share).backward()
         optimizer.collect_gradients()
         for name in ("cross_entropy", "load_balance", "z_loss"):
             if (value := getattr(terms, name)) is not None:
                 sums[name] = sums.get(name, 0.0) + float(value.detach()) * share
-        if stats and i == len(parts) - 1:
-            layers = [layer_stats(r, batch.cu_seqlens) for r in output.routing]
+        if watched:
+            pairs = zip(output.routing, norms, strict=True)
+            layers = [layer_stats(routing, batch.cu_seqlens, norms_E) for routing, norms_E in pairs]
     norm = optimizer.grad_norm()
     grad_norm = float(norm)
     _require_finite(optimizer, sums, grad_norm, step)  # before clipping, which would spread a NaN over all gradients

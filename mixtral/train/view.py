@@ -94,8 +94,10 @@ class TerminalView(View):
         self.say(f"step {step}: validation {result.cross_entropy:.4f} nats a token, {bits}")
 
     def _render(self) -> Group:
-        rows = [
-            Text(f"  layer {i:<3} {load_strip(s.load)}  max/mean {s.max_over_mean:.2f}  entropy {s.entropy:.2f}")
-            for i, s in enumerate(self.layers)
-        ]
+        rows = [Text(f"  layer {i:<3} {_layer_line(layer)}") for i, layer in enumerate(self.layers)]
         return Group(self.progress, *rows)
+
+
+def _layer_line(layer: LayerStats) -> str:
+    dead = f"  {layer.dead} dead" if layer.dead else ""
+    return f"{load_strip(layer.load)}  max/mean {layer.max_over_mean:.2f}  entropy {layer.entropy:.2f}{dead}"

@@ -24,13 +24,13 @@ def cuts(*positions: int) -> torch.Tensor:
 
 def test_balance() -> None:
     found = layer_stats(routing([[0, 1], [2, 3], [0, 1], [3, 2]]), cuts(0, 4))
-    assert found == ([0.25] * 4, 1.0, 0.0, pytest.approx(1.0), 0.0)
+    assert found == ([0.25] * 4, 1.0, 0.0, pytest.approx(1.0), 0.0, 0, None)
 
 
 def test_collapse_on_one_expert() -> None:
     certain = [[1.0, 0.0, 0.0, 0.0]] * 3
     found = layer_stats(routing([[0]] * 3, certain), cuts(0, 3))
-    assert found == ([1.0, 0.0, 0.0, 0.0], 4.0, pytest.approx(0.75), pytest.approx(0.0, abs=1e-6), 1.0)
+    assert found == ([1.0, 0.0, 0.0, 0.0], 4.0, pytest.approx(0.75), pytest.approx(0.0, abs=1e-6), 1.0, 3, None)
 
 
 def test_an_uneven_layer() -> None:

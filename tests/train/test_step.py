@@ -76,7 +76,12 @@ def test_what_is_reported(loader: Loader) -> None:
     assert result.load_balance is not None and 0.9 < result.load_balance < 4
     assert result.z_loss == pytest.approx(math.log(4) ** 2, rel=0.1)  # fresh logits are near 0
     assert result.lr == 0.005
-    assert result.layers == [layer_stats(r, part.batch.cu_seqlens) for r in output.routing]
+    assert result.layers is not None
+    for layer, routing in zip(result.layers, output.routing, strict=True):
+        assert layer.output_norms is not None
+        norms = torch.tensor(layer.output_norms)
+        assert layer == layer_stats(routing, part.batch.cu_seqlens, norms)
+        assert (norms > 0).all()
     assert train_step(model, optimizer, [part], config, 1, False).layers is None
 
 

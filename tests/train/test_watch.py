@@ -1,0 +1,33 @@
+"""Mean norms of each expert's outputs, and the experts that count as dead."""
+
+from __future__ import annotations
+
+import torch
+
+from mixtral.model import Mixtral, Packed, initialise
+from mixtral.moe.stats import dead_experts
+from mixtral.presets import tiny
+from mixtral.train.watch import expert_output_norms, mean_row_norms
+
+
+def test_mean_row_norms_by_hand() -> None:
+    rows = torch.tensor([[3.0, 4.0], [0.0, 1.0], [6.0, 8.0], [9.0, 9.0]])
+    assert mean_row_norms(rows, torch.tensor([2, 0, 1])).tolist() == [3.0, 0.0, 10.0]
+
+
+def test_dead_by_count_and_by_norm() -> None:
+    load = torch.tensor([0.5, 0.499, 0.001, 0.0])
+    assert dead_experts(load, None) == 2
+    assert dead_experts(torch.full((4,), 0.25), torch.tensor([1.0, 1.0, 1.0, 0.005])) == 1
+
+
+def test_a_faded_expert_is_seen_and_the_hooks_go() -> None:
+    torch.manual_seed(0)
+    model = initialise(Mixtral(tiny().replace(dim=32, n_layers=2, n_heads=1, head_dim=32, ffn_dim=16, vocab_size=64)))
+    with torch.no_grad():
+        model.layers[1].ffn.experts.w2[3] = 0  # type: ignore[union-attr]
+        with expert_output_norms(model) as norms:
+            model(Packed.of([list(range(64))]))
+    assert (norms[0] > 0).all()
+    assert norms[1][3] == 0
+    assert not any(module._forward_hooks for module in model.modules())
