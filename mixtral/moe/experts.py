@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from mixtral import kernels
 from mixtral.moe.router import Routing
 
-DECODE_ASSIGNMENTS = 8  # up to so many (token, expert) pairs the direct road beats sorting (docs/log.md, 2026-11-21)
-
 
 class Experts(nn.Module):
     """E networks w2(silu(w1 x) * w3 x) without biases; gate (w1) and up (w3) are fused as w13 [E, 2, F, D]."""
@@ -27,8 +25,12 @@ class Experts(nn.Module):
         return kernels.experts(rows_ND, counts_E, self.w13, self.w2)
 
     def decode(self, x_TD: Tensor, routing: Routing) -> Tensor | None:
-        """The whole layer for a few tokens without gradients; None: declined, take the road through dispatch."""
-        if torch.is_grad_enabled() or routing.experts_TK.numel() > DECODE_ASSIGNMENTS or x_TD.device.type != "cpu":
+        """The whole layer without dispatch, where that is faster; None: declined, take the long road.
+
+        On a CPU, for one token without gradients: as soon as two tokens share an expert, reading its weights once for
+        both beats the sorting that it takes (docs/log.md, 2026-11-21).
+        """
+        if torch.is_grad_enabled() or len(x_TD) != 1 or x_TD.device.type != "cpu":
             return None
         return kernels.experts_decode(x_TD, routing.weights_TK, routing.experts_TK, self.w13, self.w2)
 

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from mixtral import kernels
 from mixtral.moe import Dispatched, LocalDispatcher, MoE, Routing
-from mixtral.moe.experts import DECODE_ASSIGNMENTS
 from tests.moe import naive
 
 
@@ -74,18 +73,18 @@ def test_replay_gives_the_same_output_and_gradients() -> None:
 
 
 def test_the_decode_road_agrees_with_the_long_one() -> None:
-    moe, x = naive.moe(), torch.randn(DECODE_ASSIGNMENTS // 2, 12)
+    moe, x = naive.moe(), torch.randn(1, 12)
     long, routing = moe(x)
     with torch.no_grad():
         assert moe.experts.decode(x, routing) is not None
         torch.testing.assert_close(moe(x)[0], long)
-        k = torch.tensor([2, 0, 1, 2])
-        torch.testing.assert_close(moe(x, k=k)[0], naive.layer_with_ks(moe, x, k))
+        for k in (torch.tensor([n]) for n in range(3)):
+            torch.testing.assert_close(moe(x, k=k)[0], naive.layer_with_ks(moe, x, k))
 
 
 def test_decode_declines_what_it_is_not_for() -> None:
     moe = naive.moe()
-    few, many = torch.randn(2, 12), torch.randn(DECODE_ASSIGNMENTS // 2 + 1, 12)
+    few, many = torch.randn(1, 12), torch.randn(2, 12)
     assert moe.experts.decode(few, moe.router(few)) is None  # gradients are on
     with torch.no_grad():
         assert moe.experts.decode(many, moe.router(many)) is None
