@@ -17,9 +17,10 @@ setup:
 demo: core
 	.venv/bin/mixtral demo
 
-# One thread a process: the tests' tensors are small, and a fixed thread count makes their numbers repeat.
+# One thread a process: the tests' tensors are small, and a fixed thread count makes their numbers repeat. worksteal
+# hands out a file's tests together, so that what they share is made once.
 test: setup
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 check: setup
 	.venv/bin/ruff check .

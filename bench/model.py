@@ -189,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two layers and one repeat: does it run?")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each (default 3)")
-    parser.add_argument("--train-batch", type=int, default=8, help="sequences of 512 in a training step (default 8)")
+    parser.add_argument("--train-batch", type=int, default=4, help="sequences of 512 in a training step (default 4)")
     parser.add_argument("--json-out", action="store_true", help="write bench/results/model_<hardware>_<date>.json")
     args = parser.parse_args()
     set_threads()

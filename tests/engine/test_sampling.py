@@ -40,7 +40,7 @@ PARAMS = st.builds(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(LOGITS, PARAMS)
 def test_what_is_kept_equals_the_naive_distribution(logits: list[float], params: SamplingParams) -> None:
     wanted = naive(logits, params)

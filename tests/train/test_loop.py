@@ -6,17 +6,21 @@ import itertools
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
+from mixtral.data.store import TokenData
+from mixtral.tokenizer import Tokenizer
 from mixtral.train.checkpoint import checkpoints, load_checkpoint
 from mixtral.train.config import TrainConfig
 from mixtral.train.loop import Interrupted, Progress
 from mixtral.train.metrics import read_lines
 from mixtral.train.step import NonFiniteLoss
-from tests.train.tiny_run import MakeRun, Watching, same, train_config, weights
+from tests.train.tiny_run import MakeRun, Watching, make_run, same, train_config, weights
 
 
 class Killed(BaseException):
@@ -47,6 +51,28 @@ def resume(run_in: MakeRun, folder: Path, config: TrainConfig, view: Watching | 
     return {name: p.detach().clone() for name, p in run.optimizer.params.items()}
 
 
+class Whole(NamedTuple):
+    """What an uninterrupted run leaves."""
+
+    weights: dict[str, torch.Tensor]
+    metrics: bytes
+
+
+@pytest.fixture(scope="module")
+def whole(data: TokenData, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Whole]:
+    """Each configuration's uninterrupted run, made once for all tests."""
+    made: dict[TrainConfig, Whole] = {}
+
+    def run(config: TrainConfig) -> Whole:
+        if config not in made:
+            folder = tmp_path_factory.mktemp("whole")
+            weights = resume(lambda *a: make_run(a[0], a[1], data, tokenizer), folder, config)
+            made[config] = Whole(weights, (folder / "metrics.jsonl").read_bytes())
+        return made[config]
+
+    return run
+
+
 CONFIGS = [
     train_config(),
     train_config(dtype="bf16", accumulation=2),
@@ -55,17 +81,16 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["fp32", "bf16 in two parts", "muon"])
-def test_killed_and_resumed_is_bit_identical(run_in: MakeRun, tmp_path: Path, config: TrainConfig) -> None:
-    whole = resume(run_in, tmp_path / "whole", config)
-    metrics = (tmp_path / "whole/metrics.jsonl").read_bytes()
+def test_killed_and_resumed_is_bit_identical(run_in: MakeRun, tmp_path: Path, whole: Callable[..., Whole],
+                                             config: TrainConfig) -> None:
     for step in (1, 6):
         folder = tmp_path / f"killed-{step}"
         run = run_in(folder, config, kill_after(step))
         with pytest.raises(Killed):
             run.train()
         run.writer.wait()
-        assert same(resume(run_in, folder, config), whole), step
-        assert (folder / "metrics.jsonl").read_bytes() == metrics, step
+        assert same(resume(run_in, folder, config), whole(config).weights), step
+        assert (folder / "metrics.jsonl").read_bytes() == whole(config).metrics, step
 
 
 def test_killed_again_and_again(run_in: MakeRun, tmp_path: Path) -> None:
@@ -93,23 +118,23 @@ def test_going_on_from_an_earlier_checkpoint(run_in: MakeRun, tmp_path: Path) ->
     assert same(resume(run_in, tmp_path, config), whole) and (tmp_path / "metrics.jsonl").read_bytes() == metrics
 
 
-def test_killed_before_the_first_checkpoint(run_in: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_before_the_first_checkpoint(run_in: MakeRun, tmp_path: Path, whole: Callable[..., Whole],
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
     config = train_config()
-    whole = resume(run_in, tmp_path / "whole", config)
     run = run_in(tmp_path / "killed", config, kill_after(2))
     with monkeypatch.context() as patch:
         patch.setattr(run.writer, "save", lambda *_: None)
         with pytest.raises(Killed):
             run.train()
     assert len(read_lines(tmp_path / "killed/metrics.jsonl")) == 3
-    assert same(resume(run_in, tmp_path / "killed", config), whole)
-    assert (tmp_path / "killed/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    assert same(resume(run_in, tmp_path / "killed", config), whole(config).weights)
+    assert (tmp_path / "killed/metrics.jsonl").read_bytes() == whole(config).metrics
 
 
 @pytest.mark.parametrize("step", [2, 4])
-def test_ctrl_c_leaves_a_checkpoint_of_the_step(run_in: MakeRun, tmp_path: Path, step: int) -> None:
+def test_ctrl_c_leaves_a_checkpoint_of_the_step(run_in: MakeRun, tmp_path: Path, whole: Callable[..., Whole],
+                                                step: int) -> None:
     config = train_config()
-    whole = resume(run_in, tmp_path / "whole", config)
     folder = tmp_path / "stopped"
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted) as caught:
@@ -117,8 +142,8 @@ def test_ctrl_c_leaves_a_checkpoint_of_the_step(run_in: MakeRun, tmp_path: Path,
     assert str(caught.value) == f"stopped after step {step}; go on with: mixtral train --resume {folder}"
     assert caught.value.exit_code == 130 and signal.getsignal(signal.SIGINT) is before
     assert checkpoints(folder)[-1].name == f"step_{step:06d}"
-    assert same(resume(run_in, folder, config), whole)
-    assert (folder / "metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    assert same(resume(run_in, folder, config), whole(config).weights)
+    assert (folder / "metrics.jsonl").read_bytes() == whole(config).metrics
 
 
 def test_ctrl_c_at_the_last_step_ends_the_run_as_usual(run_in: MakeRun, tmp_path: Path) -> None:
