@@ -62,16 +62,24 @@ def loads(layers: Sequence[Routing]) -> list[list[float]]:
     return [assignment_share(layer).tolist() for layer in layers]
 
 
+def show_loads(layers: Sequence[Sequence[float]], title: str) -> None:
+    """Print a table of loads, a row a layer, and how to read it."""
+    from mixtral.analysis import routing_table
+
+    out = console()
+    out.print()
+    out.print(routing_table(layers, title, out.options.ascii_only))
+    out.print("\nBars: each expert's share of a layer's tokens, half full at the fair share.", style="dim")
+    out.print("max, min: the largest and smallest share, as multiples of the fair share.", style="dim")
+
+
 def show_routing(lm: LM, tokens: Sequence[int]) -> None:
     """Print the table of a text's loads; where there is colour, the text by first choice at three of the layers too."""
-    from mixtral.analysis import expert_legend, routing_table, tokens_by_expert
+    from mixtral.analysis import expert_legend, tokens_by_expert
 
     assert lm.tokenizer is not None
     layers, out = lm.routing(tokens), console()
-    out.print()
-    out.print(routing_table(loads(layers), f"Routing of {len(tokens)} tokens", out.options.ascii_only))
-    out.print("\nBars: each expert's share of a layer's tokens, half full at the fair share.", style="dim")
-    out.print("max, min: the largest and smallest share, as multiples of the fair share.", style="dim")
+    show_loads(loads(layers), f"Routing of {len(tokens)} tokens")
     if out.color_system is None:
         return
     decoder = lm.tokenizer.stream()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixtral.commands.common import JsonOption, console, show_routing
+from mixtral.commands.common import JsonOption, console, show_loads
 from mixtral.commands.train import summary
 
 if TYPE_CHECKING:
@@ -71,23 +71,20 @@ def _figures(trained: Trained) -> dict[str, Any]:
 
 
 def _show(trained: Trained, figures: dict[str, Any]) -> None:
-    from mixtral.lm import load
-
     out, final = console(), trained.folder
     ratio = figures["val_cross_entropy"] / figures["start_cross_entropy"]
     loads = figures["val_loads"]
     least = min(min(load) * len(load) for load in loads)
     out.print(f"\n{PROMPT}", style="dim", end="")
     out.print(figures["text"])
-    lm = load(final)
-    assert lm.tokenizer is not None
-    show_routing(lm, lm.tokenizer.encode(PROMPT + figures["text"]))
+    show_loads(loads, "Where the held-out tokens went, by layer and expert")
     out.print(
         f"\nheld-out text   {figures['start_cross_entropy']:.3f} -> {figures['val_cross_entropy']:.3f} nats a token, "
         f"{ratio:.0%} of the start\n"
         f"bits a byte     {figures['val_bits_per_byte']:.3f}; a bigram model counted on the same text: "
         f"{figures['bigram_bits_per_byte']:.3f}\n"
-        f"expert loads    the least used expert of any layer got {least:.2f} of its fair share of held-out tokens"
+        f"expert loads    the least used expert of any layer got {least:.2f} of its fair share of held-out tokens",
+        soft_wrap=True,
     )
     out.print(
         f"\nNext:\n"

@@ -19,7 +19,7 @@ from mixtral.errors import MixtralError
 from mixtral.model import Mixtral
 from mixtral.train.checkpoint import CheckpointWriter, drop_later, load_checkpoint
 from mixtral.train.config import TrainConfig
-from mixtral.train.metrics import MetricsLog
+from mixtral.train.metrics import MetricsLog, read_lines
 from mixtral.train.nonfinite import first_bad_layer, keep_batch
 from mixtral.train.optim import Optimizer
 from mixtral.train.step import NonFiniteLoss, StepResult, Validation, train_step, validate
@@ -94,7 +94,7 @@ class Run:
                     self._finish_saving()
                     raise Interrupted(f"stopped after step {step}; go on with: mixtral train --resume {self.folder}")
             self._finish_saving()
-        return last or validate(self.model, self.val_batches, self.byte_lengths_V)
+        return last or self._logged_validation()
 
     def _step(self, log: MetricsLog) -> None:
         begin = time.perf_counter()
@@ -125,6 +125,11 @@ class Run:
             self.progress.best_loss, self.progress.best_step = result.cross_entropy, step
         self.view.validation(step, result)
         return result
+
+    def _logged_validation(self) -> Validation:
+        """The last validation in the log: what a run that was finished already has to show."""
+        line = next(x for x in reversed(read_lines(self.folder / "metrics.jsonl")) if "val_cross_entropy" in x)
+        return Validation(line["val_cross_entropy"], line["val_bits_per_byte"], line["val_loads"])
 
     def _save(self) -> None:
         self.writer.save(self.optimizer, dict(self.progress.to_dict()))
