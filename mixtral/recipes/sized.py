@@ -1,6 +1,6 @@
 """One dial: a whole training configuration from a single number.
 
-With size s (2 is near the demo's model, 8 near the `small` preset, 16 a model for a GPU):
+With size s (2 is twice the demo's model, 8 near the `small` preset, 16 a model for a GPU):
 
     width          64 s, in heads of 64, so s heads; key/value heads: the largest divisor of s that is at most s / 4
     layers         max(4, s): width and depth grow together, as in the models of the Mixtral family
