@@ -33,7 +33,8 @@ from mixtral.train.optim import Optimizer
 
 LENGTH = 512
 LR = 1e-5
-TRIAL = 128  # tokens of the batch that each of transformers' settings is tried on
+TRIAL = 512  # tokens of the batch that each of transformers' settings is tried on
+SLOW = 30.0  # seconds of a run from which on it is neither warmed up nor repeated
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Step = Callable[[Tensor], Any]  # from token ids [B, S] to the loss, or to logits
 
@@ -52,6 +53,7 @@ class Contest:
     of_matrix_rate: float  # ours
     theirs_of_matrix_rate: float
     settings_tried: dict[str, float]  # seconds on the trial batch
+    repeats: int  # timed runs of each side
 
 
 def pack(ids_BS: Tensor) -> tuple[Packed, Tensor]:
@@ -151,9 +153,7 @@ def contest(config: ModelConfig, task: str, dtype: str, ids_BS: Tensor, repeats:
     tried: dict[str, float] = {}
     for kept, experts, autocast in their_settings(dtype):
         step = make(peer(ours, DTYPES[kept], experts), autocast)
-        trial = ids_BS[:1, :TRIAL]
-        step(trial)
-        tried[_title(kept, experts, autocast)] = seconds(lambda step=step, trial=trial: step(trial))
+        tried[_title(kept, experts, autocast)] = _trial(step, ids_BS[:1, :TRIAL])
         print(f"trial, {dtype} {task}: {list(tried.items())[-1]}", file=sys.stderr)
         del step
         gc.collect()
@@ -162,15 +162,23 @@ def contest(config: ModelConfig, task: str, dtype: str, ids_BS: Tensor, repeats:
     their_step = make(peer(ours, DTYPES[kept], experts), autocast)
     our_step = our_training(ours, dtype) if training else our_forward(ours)
     runs = {"ours": lambda: our_step(ids_BS), "theirs": lambda: their_step(ids_BS)}
-    medians = interleave(runs, repeats)
-    print(f"{dtype} {task}: {medians}", file=sys.stderr)
     tokens = ids_BS.numel()
+    slow = tried[fastest] * tokens / TRIAL > SLOW
+    repeats = 1 if slow else repeats
+    medians = interleave(runs, repeats, warm_up=0 if slow else 1)
+    print(f"{dtype} {task}: {medians}", file=sys.stderr)
     ideal = config.flops_per_token(LENGTH, backward=training) * tokens / matrix_rate(DTYPES[dtype])  # s
     fractions = {name: ideal / taken for name, taken in medians.items()}
     return Contest(
         task, dtype, fastest, tokens, tokens / medians["ours"], tokens / medians["theirs"],
-        medians["theirs"] / medians["ours"], fractions["ours"], fractions["theirs"], tried,
+        medians["theirs"] / medians["ours"], fractions["ours"], fractions["theirs"], tried, repeats,
     )  # fmt: skip
+
+
+def _trial(step: Step, ids_BS: Tensor) -> float:
+    """Seconds of a run: the best of three more when the first is quick, else the first."""
+    first = seconds(lambda: step(ids_BS))
+    return first if first > SLOW / 10 else min(seconds(lambda: step(ids_BS)) for _ in range(3))
 
 
 def card(contests: list[Contest], losses: dict[str, float]) -> Table:

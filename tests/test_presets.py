@@ -40,7 +40,7 @@ def test_mixtral_8x7b_shares() -> None:
 def test_our_own() -> None:
     tiny, small = preset("tiny"), preset("small")
     assert tiny.to_dict() | {
-        "dim": 128, "n_layers": 4, "n_heads": 2, "n_kv_heads": 1, "head_dim": 64, "ffn_dim": 192, "n_experts": 8,
+        "dim": 128, "n_layers": 3, "n_heads": 2, "n_kv_heads": 1, "head_dim": 64, "ffn_dim": 192, "n_experts": 8,
         "experts_per_token": 2, "vocab_size": 1024, "context": 512, "rope_theta": 1e4,
     } == tiny.to_dict()  # fmt: skip
     assert 100e6 < small.n_params() < 200e6

@@ -66,7 +66,7 @@ def _figures(trained: Trained) -> dict[str, Any]:
     held_out = [(b.batch.tokens_T.numpy(), b.targets_T.numpy()) for b in run.val_batches]
     n_bytes, vocabulary = run.byte_lengths_V.numpy(), run.config.model.vocab_size
     bigram = bigram_bits_per_byte(data.pairs("train"), held_out, n_bytes, vocabulary)
-    text = load(trained.folder).generate(PROMPT, max_tokens=160, temperature=0.6, top_p=0.95, seed=SEED)
+    text = load(trained.folder).generate(PROMPT, max_tokens=120, temperature=0.6, top_p=0.95, seed=SEED)
     return {**summary(trained), "bigram_bits_per_byte": bigram, "prompt": PROMPT, "text": text}
 
 

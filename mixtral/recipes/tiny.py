@@ -9,6 +9,6 @@ from mixtral.train.config import TrainConfig
 def tiny() -> TrainConfig:
     """1.2 M tokens in small batches: so short a run needs many updates more than it needs quiet gradients."""
     return TrainConfig(
-        model=preset("tiny"), data=("stdlib?max_bytes=3500000",), steps=1180, rows=4, context=256, lr=4e-3,
-        final_lr=0.02, load_balance=0.02, val_every=200, val_tokens=32768, save_every=400,
+        model=preset("tiny"), data=("stdlib?max_bytes=3500000",), steps=1175, rows=4, context=256, lr=4e-3,
+        final_lr=0.02, load_balance=0.02, val_every=400, val_tokens=32768, save_every=400,
     )  # fmt: skip
