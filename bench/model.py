@@ -33,7 +33,7 @@ from mixtral.train.optim import Optimizer
 
 LENGTH = 512
 LR = 1e-5
-TRIAL = 512  # tokens of the batch that each of transformers' settings is tried on
+TRIAL = {"fp32": 512, "bf16": 128}  # tokens that each of transformers' settings is tried on; bf16 can be very slow
 SLOW = 30.0  # seconds of a run from which on it is neither warmed up nor repeated
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Step = Callable[[Tensor], Any]  # from token ids [B, S] to the loss, or to logits
@@ -153,7 +153,7 @@ def contest(config: ModelConfig, task: str, dtype: str, ids_BS: Tensor, repeats:
     tried: dict[str, float] = {}
     for kept, experts, autocast in their_settings(dtype):
         step = make(peer(ours, DTYPES[kept], experts), autocast)
-        tried[_title(kept, experts, autocast)] = _trial(step, ids_BS[:1, :TRIAL])
+        tried[_title(kept, experts, autocast)] = _trial(step, ids_BS[:1, : TRIAL[dtype]])
         print(f"trial, {dtype} {task}: {list(tried.items())[-1]}", file=sys.stderr)
         del step
         gc.collect()
@@ -163,7 +163,7 @@ def contest(config: ModelConfig, task: str, dtype: str, ids_BS: Tensor, repeats:
     our_step = our_training(ours, dtype) if training else our_forward(ours)
     runs = {"ours": lambda: our_step(ids_BS), "theirs": lambda: their_step(ids_BS)}
     tokens = ids_BS.numel()
-    slow = tried[fastest] * tokens / TRIAL > SLOW
+    slow = tried[fastest] * tokens / TRIAL[dtype] > SLOW
     repeats = 1 if slow else repeats
     medians = interleave(runs, repeats, warm_up=0 if slow else 1)
     print(f"{dtype} {task}: {medians}", file=sys.stderr)
