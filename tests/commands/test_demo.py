@@ -57,7 +57,8 @@ def test_it_trains_writes_and_shows(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "demo"
     first = run("demo", "--out", out, "--max-steps", "6")
     assert first.code == 0
-    for wanted in ("def __init__(self", "Where the held-out tokens went", "held-out text", "bits a byte", "a bigram model", "expert loads",
+    for wanted in ("def __init__(self", "Where the held-out tokens went", "held-out text", "bits a byte",
+                   "a bigram model", "expert loads",
                    f"mixtral generate --model {out}/final", f"mixtral chat --model {out}/final",
                    f"mixtral info {out}/final", "mixtral convert", "mixtral train"):  # fmt: skip
         assert wanted in first.out, wanted
