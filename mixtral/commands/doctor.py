@@ -20,7 +20,9 @@ EXTRAS = {  # as pyproject.toml has them; a test compares
     "plots": ("matplotlib",),
     "gguf": ("gguf",),
     "tasks": ("reasoning-gym",),
-    "dev": ("transformers", "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "pyarrow", "matplotlib", "datasets"),
+    "dev": (
+        "transformers", "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "pyarrow", "matplotlib", "datasets",
+    ),
 }
 
 
