@@ -67,7 +67,7 @@ def cross_entropy(h_TD: Tensor, w_VD: Tensor, targets_T: Tensor) -> Tensor:
 
 
 def _grouped_supports(device: torch.device, dtype: torch.dtype) -> str:
-    """The measured rule (docs/log.md, 2026-11-21): on CPUs the loop is as fast or faster at every size tried."""
+    """The measured rule (docs/log.md, 2026-11-21): on a CPU the loop was as fast, at the one size tried."""
     if not hasattr(torch.nn.functional, "grouped_mm"):
         return "this torch has no grouped_mm"
     if device.type != "cuda":
