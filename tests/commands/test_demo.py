@@ -75,6 +75,13 @@ def test_it_trains_writes_and_shows(run: Run, tmp_path: Path) -> None:
     assert 0 < told["bigram_bits_per_byte"] < 8 and told["prompt"].startswith("def __init__") and told["text"]
 
 
+def test_steps_of_a_run_that_was_begun_are_refused(run: Run, tmp_path: Path) -> None:
+    out = str(tmp_path / "demo")
+    assert run("demo", "--out", out, "--max-steps", "2").code == 0
+    again = run("demo", "--out", out, "--max-steps", "3")
+    assert again.code == 2 and "was begun with its own number" in again.err
+
+
 def test_an_interrupted_demo_goes_on(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "demo"
     with monkeypatch.context() as patch:
