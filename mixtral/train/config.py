@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 from mixtral.config import ModelConfig
 from mixtral.errors import ConfigError, did_you_mean
+from mixtral.specs import parse_value
 
 DTYPES = ("auto", "fp32", "bf16")
 SCHEDULES = ("cosine", "wsd")
@@ -113,29 +112,5 @@ def override(config: TrainConfig, assignments: Sequence[str]) -> TrainConfig:
         if field not in types_of:
             known = [f"model.{n}" for n in typing.get_type_hints(ModelConfig)] if of_model else [*types_of, "model.dim"]
             raise ConfigError(f"--set {name}: unknown field; {did_you_mean(name, known)}")
-        (model_changes if of_model else changes)[field] = _parse(name, text, types_of[field])
+        (model_changes if of_model else changes)[field] = parse_value(f"--set {name}", text, types_of[field])
     return config.replace(model=config.model.replace(**model_changes), **changes)
-
-
-def _parse(name: str, text: str, kind: Any) -> Any:
-    """The value of `text` as a field of type `kind`."""
-    if get_origin(kind) in (typing.Union, types.UnionType):
-        if text.lower() in ("none", "null"):
-            return None
-        kind = next(k for k in get_args(kind) if k is not type(None))
-    if get_origin(kind) is tuple:
-        inner = get_args(kind)[0]
-        return tuple(_parse(name, part, inner) for part in text.split(","))
-    if kind is str or get_origin(kind) is Literal:
-        return text
-    try:
-        value = json.loads(text.lower())
-    except json.JSONDecodeError:
-        value = text
-    if kind is int and isinstance(value, float) and value.is_integer():
-        value = int(value)  # 1e6 steps
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not kind:
-        raise ConfigError(f"--set {name}={text}: expected {kind.__name__}")
-    return value

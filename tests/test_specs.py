@@ -1,0 +1,43 @@
+from dataclasses import dataclass
+
+import pytest
+
+from mixtral.errors import ConfigError
+from mixtral.specs import parse_spec
+
+
+@dataclass(frozen=True)
+class Plain:
+    pass
+
+
+@dataclass(frozen=True)
+class Rich:
+    share: float = 0.5
+    most: int | None = None
+    layers: tuple[int, ...] = ()
+
+
+TABLE: dict[str, type] = {"plain": Plain, "rich": Rich}
+
+
+def test_a_spec_sets_options_by_type() -> None:
+    assert parse_spec("plain", TABLE, "thing") == Plain()
+    assert parse_spec("rich?share=1&most=3&layers=0,2", TABLE, "thing") == Rich(1.0, 3, (0, 2))
+    assert parse_spec("rich?most=none", TABLE, "thing") == Rich()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rihc", "thing: unknown 'rihc'; did you mean 'rich'?"),
+        ("rich?shar=1", "unknown option 'shar=1'; did you mean 'share'?"),
+        ("rich?share", "unknown option 'share'"),
+        ("plain?x=1", "it has no options"),
+        ("rich?most=1.5", "most=1.5: expected int"),
+    ],
+)
+def test_a_wrong_spec_says_what_is_wrong(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_spec(text, TABLE, "thing")
+    assert message in str(caught.value)
