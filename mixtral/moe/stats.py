@@ -24,6 +24,7 @@ class LayerStats(NamedTuple):
     gini: float  # 0 at balance, (E - 1) / E when one expert takes everything
     entropy: float  # of the router's scores, mean over tokens, as a share of ln E: 1 undecided, 0 certain
     repeats: float  # share of consecutive tokens with the same first choice (arXiv 2401.04088, table 5); 1/E by chance
+    repeats_any: float  # share of consecutive tokens with a choice in common; 1 - C(E-K, K) / C(E, K) by chance
     dead: int  # experts with next to no tokens, or whose outputs have faded to next to nothing
     output_norms: list[float] | None = None  # mean norm of each expert's output rows, when they were watched
 
@@ -44,10 +45,25 @@ def score_entropy(routing: Routing) -> float:
 def first_choice_repeats(routing: Routing, cu_seqlens: Tensor) -> float:
     """Share of neighbouring tokens of one sequence that have the same first choice; 0 when there are no neighbours."""
     first_T = routing.experts_TK[:, 0]
-    same = first_T[1:] == first_T[:-1]
-    inside = torch.ones(len(same), dtype=torch.bool, device=same.device)
-    inside[(cu_seqlens[1:-1] - 1).to(same.device, torch.int64)] = False
-    return float((same & inside).sum() / inside.sum().clamp(min=1))
+    return _share_of_neighbours((first_T[1:] == first_T[:-1]) & (first_T[1:] >= 0), cu_seqlens)
+
+
+def any_choice_repeats(routing: Routing, cu_seqlens: Tensor) -> float:
+    """Share of neighbouring tokens of one sequence whose sets of experts overlap; 0 when there are no neighbours.
+
+    With two experts a token this is table 5's "first or second choice": 13/28 by chance at 8 experts.
+    """
+    tokens, n_experts = routing.logits_TE.shape
+    taken_TE = torch.zeros(tokens, n_experts + 1, dtype=torch.bool, device=routing.experts_TK.device)
+    taken_TE = taken_TE.scatter_(1, routing.experts_TK + 1, True)[:, 1:]  # place 0 took the unused ones
+    return _share_of_neighbours((taken_TE[1:] & taken_TE[:-1]).any(1), cu_seqlens)
+
+
+def _share_of_neighbours(which: Tensor, cu_seqlens: Tensor) -> float:
+    """The share of the pairs (token, next token) that `which` marks, of those that lie in one sequence."""
+    inside = torch.ones_like(which)
+    inside[(cu_seqlens[1:-1] - 1).to(which.device, torch.int64)] = False
+    return float((which & inside).sum() / inside.sum().clamp(min=1))
 
 
 def dead_experts(load_E: Tensor, norms_E: Tensor | None) -> int:
@@ -68,6 +84,7 @@ def layer_stats(routing: Routing, cu_seqlens: Tensor, norms_E: Tensor | None = N
         gini=gini(load_E),
         entropy=score_entropy(routing),
         repeats=first_choice_repeats(routing, cu_seqlens),
+        repeats_any=any_choice_repeats(routing, cu_seqlens),
         dead=dead_experts(load_E, norms_E),
         output_norms=None if norms_E is None else [round(x, 6) for x in norms_E.tolist()],
     )

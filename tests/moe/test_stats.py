@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mixtral.moe.router import Routing, choice_weights
-from mixtral.moe.stats import first_choice_repeats, gini, layer_stats, score_entropy
+from mixtral.moe.stats import any_choice_repeats, first_choice_repeats, gini, layer_stats, score_entropy
 
 
 def routing(experts: list[list[int]], scores: list[list[float]] | None = None, n_experts: int = 4) -> Routing:
@@ -24,13 +24,13 @@ def cuts(*positions: int) -> torch.Tensor:
 
 def test_balance() -> None:
     found = layer_stats(routing([[0, 1], [2, 3], [0, 1], [3, 2]]), cuts(0, 4))
-    assert found == ([0.25] * 4, 1.0, 0.0, pytest.approx(1.0), 0.0, 0, None)
+    assert found == ([0.25] * 4, 1.0, 0.0, pytest.approx(1.0), 0.0, 0.0, 0, None)
 
 
 def test_collapse_on_one_expert() -> None:
     certain = [[1.0, 0.0, 0.0, 0.0]] * 3
     found = layer_stats(routing([[0]] * 3, certain), cuts(0, 3))
-    assert found == ([1.0, 0.0, 0.0, 0.0], 4.0, pytest.approx(0.75), pytest.approx(0.0, abs=1e-6), 1.0, 3, None)
+    assert found == ([1.0, 0.0, 0.0, 0.0], 4.0, pytest.approx(0.75), pytest.approx(0.0, abs=1e-6), 1.0, 1.0, 3, None)
 
 
 def test_an_uneven_layer() -> None:
@@ -38,7 +38,7 @@ def test_an_uneven_layer() -> None:
     assert found.load == [0.5, 0.375, 0.125, 0.0] and found.max_over_mean == 2.0
     # |differences| over all ordered pairs: 2 (.125 + .375 + .5 + .25 + .375 + .125) = 3.5; over 2 * 4 * 1
     assert found.gini == pytest.approx(3.5 / 8)
-    assert found.repeats == pytest.approx(2 / 3)
+    assert found.repeats == pytest.approx(2 / 3) and found.repeats_any == 1.0
 
 
 def test_unused_places_do_not_count() -> None:
@@ -79,3 +79,24 @@ def test_uniform_choices_repeat_by_chance() -> None:
     generator = torch.Generator().manual_seed(0)
     experts = torch.randint(4, (20_000, 1), generator=generator).tolist()
     assert first_choice_repeats(routing(experts), cuts(0, 20_000)) == pytest.approx(0.25, abs=0.01)
+
+
+def test_overlapping_choices() -> None:
+    chosen = routing([[0, 1], [1, 2], [3, 0], [0, 3], [2, 1]])
+    assert any_choice_repeats(chosen, cuts(0, 5)) == 2 / 4  # 1 in common; nothing; 0 and 3; nothing
+    assert first_choice_repeats(chosen, cuts(0, 5)) == 0.0
+    assert any_choice_repeats(chosen, cuts(0, 2, 5)) == pytest.approx(2 / 3)
+    assert any_choice_repeats(chosen, cuts(0, 1, 3, 5)) == 0.0
+    assert any_choice_repeats(routing([[1, 0]]), cuts(0, 1)) == 0.0
+
+
+def test_places_left_unused_do_not_repeat() -> None:
+    dropped = routing([[0, -1], [1, -1], [-1, -1], [-1, -1]])
+    assert any_choice_repeats(dropped, cuts(0, 4)) == first_choice_repeats(dropped, cuts(0, 4)) == 0.0
+
+
+def test_uniform_pairs_overlap_by_chance() -> None:
+    """13/28 at 8 experts, two a token: 1 - (6 choose 2) / (8 choose 2)."""
+    generator = torch.Generator().manual_seed(0)
+    experts = torch.rand(20_000, 8, generator=generator).topk(2).indices.tolist()
+    assert any_choice_repeats(routing(experts, n_experts=8), cuts(0, 20_000)) == pytest.approx(13 / 28, abs=0.01)
