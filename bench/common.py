@@ -45,14 +45,16 @@ def matrix_rate(dtype: torch.dtype, device: str = "cpu") -> float:
     return max(measure_matmul(dtype, device), measure_matmul(torch.float32, device))
 
 
-def publish(topic: str, result: dict[str, Any], keep: bool, device: str = "cpu") -> None:
-    """Print `result` as one JSON line, with all that it depends on; with `keep`, write it to bench/results too."""
+def publish(topic: str, result: dict[str, Any], keep: bool, device: str = "cpu") -> Path | None:
+    """Print `result` as one JSON line, with all that it depends on; with `keep`, write it to a file and return where."""
     now = datetime.datetime.now(datetime.UTC)
     head = {"benchmark": topic, "date": now.isoformat(timespec="seconds"), "environment": environment(device)}
     whole = {**head, **result}
     print(json.dumps(whole))
-    if keep:
-        hardware = re.sub(r"[^a-z0-9]+", "-", hardware_name(device).lower()).strip("-")
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{topic}_{hardware}_{now.date()}.json"
-        path.write_text(json.dumps(whole, indent=1) + "\n")
+    if not keep:
+        return None
+    hardware = re.sub(r"[^a-z0-9]+", "-", hardware_name(device).lower()).strip("-")
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{topic}_{hardware}_{now.date()}.json"
+    path.write_text(json.dumps(whole, indent=1) + "\n")
+    return path
