@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,22 @@ def available_memory_bytes(root: Path = Path("/")) -> int:
                 bounds.append(max(0, most - (_read_number(folder / usage) - _reclaimable(folder))))
     best = min(bounds)
     return int(best) if best < math.inf else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def used_memory_bytes(device: torch.device | str) -> int:
+    """What this process takes: memory resident now, or on a GPU the most that tensors have taken so far.
+
+    Where the system does not tell what is resident now (macOS), the most that has been.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        import resource  # not on Windows
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def hardware_name(device: torch.device | str = "cpu") -> str:

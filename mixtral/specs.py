@@ -48,7 +48,7 @@ def parse_value(name: str, text: str, kind: Any) -> Any:
         kind = next(k for k in get_args(kind) if k is not type(None))
     if get_origin(kind) is tuple:
         inner = get_args(kind)[0]
-        return tuple(parse_value(name, part, inner) for part in text.split(","))
+        return tuple(parse_value(name, part, inner) for part in text.split(",") if text)
     if kind is str or get_origin(kind) is Literal:
         return text
     try:

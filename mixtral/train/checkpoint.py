@@ -1,8 +1,8 @@
 """Checkpoints: everything needed to go on as if nothing had happened, in one folder that is always whole.
 
     checkpoints/step_000200/
-        model/        fp32 weights, by our names
-        optimizer/    moments and step counts, `KIND/NAME`
+        model/        fp32 weights and buffers, by our names
+        optimizer/    moments and step counts, `KIND/NAME`, and what balancing keeps, `balance/NAME`
         state.json    where the run is, and the size of every file
 
 Tensors go through torch.distributed.checkpoint with its safetensors storage, so several ranks can share a checkpoint
@@ -54,7 +54,7 @@ class CheckpointWriter:
         `state` is JSON with at least `step` and `best_step` (None before the first validation).
         """
         self.wait()
-        tensors = {"model": _copies(optimizer.params), "optimizer": _copies(optimizer.state())}
+        tensors = {"model": _copies(optimizer.weights), "optimizer": _copies(optimizer.state())}
         self._thread = threading.Thread(target=self._write, args=(tensors, state))
         self._thread.start()
 
@@ -71,7 +71,7 @@ class CheckpointWriter:
 
     def _write(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         try:
-            write_checkpoint(self.folder / "checkpoints" / f"step_{state['step']:06d}", tensors, state)
+            write_checkpoint(checkpoint_path(self.folder, state["step"]), tensors, state)
             for old in checkpoints(self.folder)[: -self.keep]:
                 if _step(old) != state["best_step"]:
                     shutil.rmtree(old)
@@ -106,6 +106,11 @@ def load_checkpoint(path: Path, optimizer: Optimizer) -> dict[str, Any]:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise MixtralError(f"checkpoint {path} cannot be read ({reason}); {_REMEDY}") from error
     return state
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies in a run's folder."""
+    return folder / "checkpoints" / f"step_{step:06d}"
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from mixtral.specs import parse_value
 DTYPES = ("auto", "fp32", "bf16")
 SCHEDULES = ("cosine", "wsd")
 OPTIMIZERS = ("adamw", "muon")
+TRACKERS = ("tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class TrainConfig:
     keep: int = 2  # checkpoints kept beside the best one
     recompute: bool = False  # compute each layer again in the backward pass instead of keeping its activations
     stats_every: int = 10  # steps between lines of routing statistics
+    trackers: tuple[str, ...] = ()  # of TRACKERS: who is told the metrics besides the JSON lines
 
     def __post_init__(self) -> None:
         for name in "steps rows context accumulation val_every val_tokens save_every keep stats_every".split():
@@ -73,6 +75,12 @@ class TrainConfig:
             value = getattr(self, name)
             if value not in known:
                 raise ConfigError(f"train: unknown {name} {value!r}; {did_you_mean(value, known)}")
+        for value in self.trackers:
+            if value not in TRACKERS:
+                raise ConfigError(f"train: unknown tracker {value!r}; {did_you_mean(value, TRACKERS)}")
+        if self.schedule == "wsd" and self.warmup + self.cooldown > 1 + 1e-9:
+            both = f"warmup {self.warmup} and cooldown {self.cooldown}"
+            raise ConfigError(f"train: {both} overlap; with schedule wsd they must not sum to more than 1")
         if self.seed < 0:
             raise ConfigError(f"train: seed must not be negative, not {self.seed}")
         if not self.data:
@@ -89,7 +97,7 @@ class TrainConfig:
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         """From `to_dict`, also after a passage through JSON."""
         values = {**values, "model": ModelConfig.from_dict(values["model"])}
-        for name in ("data", "betas"):
+        for name in {"data", "betas", "trackers"} & values.keys():
             values[name] = tuple(values[name])
         return cls(**values)
 

@@ -17,17 +17,24 @@ import torch
 from mixtral.data.loader import Loader, TrainBatch
 from mixtral.errors import MixtralError
 from mixtral.model import Mixtral
-from mixtral.train.checkpoint import CheckpointWriter, drop_later, load_checkpoint
+from mixtral.train.checkpoint import (
+    CheckpointWriter,
+    checkpoint_path,
+    drop_later,
+    latest_checkpoint,
+    load_checkpoint,
+)
 from mixtral.train.config import TrainConfig
-from mixtral.train.metrics import MetricsLog, read_lines
+from mixtral.train.metrics import MatrixRate, MetricsLog, Speed, bits_per_byte, read_lines
 from mixtral.train.nonfinite import first_bad_layer, keep_batch
 from mixtral.train.optim import Optimizer
 from mixtral.train.step import NonFiniteLoss, StepResult, Validation, train_step, validate
+from mixtral.train.trackers import Trackers
 from mixtral.train.view import View
 
 
 class Interrupted(MixtralError):
-    """The user stopped the run; it can go on from the checkpoint just written."""
+    """The user stopped the run; it can go on from its last checkpoint."""
 
     exit_code = 130
 
@@ -37,7 +44,7 @@ class Progress:
     """How far a run has come: all the state there is besides weights and optimiser. Data order follows from `step`."""
 
     step: int = 0
-    best_step: int | None = None  # the validated step with the lowest loss, if it was also saved
+    best_step: int | None = None  # the saved step with the lowest validation loss
     best_loss: float = math.inf
     start_loss: float | None = None  # validation before the first step
 
@@ -61,6 +68,7 @@ class Run:
     val_batches: list[TrainBatch]
     byte_lengths_V: torch.Tensor
     view: View
+    matrix_rate: MatrixRate | None = None  # None: steps are not told as a share of it
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
@@ -74,27 +82,45 @@ class Run:
     def train(self) -> Validation:
         """Run to `config.steps`; -> the last validation.
 
-        Raises Interrupted after the step at which Ctrl-C arrived, with a checkpoint of it written.
+        Raises Interrupted after the step at which Ctrl-C arrived, with a checkpoint of it written. Whatever is raised,
+        no checkpoint is being written any more when it arrives.
         """
         begun = self.progress.start_loss is not None
-        log = MetricsLog(self.folder, self.progress.step if begun else -1)  # -1: the first validation comes again
-        last = None
-        with self.view.live(self.config, self.progress.step), _deferred_interrupt() as interrupted:
-            if not begun:
-                last = self._validate(log)
-                self._save()
-            while self.progress.step < self.config.steps:
-                self._step(log)
-                step, end = self.progress.step, self.progress.step == self.config.steps
-                if end or step % self.config.val_every == 0:
-                    last = self._validate(log)
-                if end or step % self.config.save_every == 0 or interrupted.is_set():
-                    self._save()
-                if interrupted.is_set() and not end:
-                    self._finish_saving()
-                    raise Interrupted(f"stopped after step {step}; go on with: mixtral train --resume {self.folder}")
-            self._finish_saving()
+        start = self.progress.step if begun else -1  # -1: the first validation comes again
+        with contextlib.ExitStack() as stack:
+            trackers = Trackers(self.folder, self.config, start, self.view.say)
+            stack.callback(trackers.close)
+            stack.callback(self._finish_saving)
+            log = MetricsLog(self.folder, start, trackers)
+            stack.enter_context(self.view.live(self.config, self.progress.step))
+            interrupted = stack.enter_context(_deferred_interrupt())
+            last = self._loop(log, interrupted)
         return last or self._logged_validation()
+
+    def _loop(self, log: MetricsLog, interrupted: threading.Event) -> Validation | None:
+        """Steps, validations and checkpoints until the end; -> the last validation, None when nothing was left."""
+        config, last = self.config, None
+        if self.matrix_rate:
+            rate = self.matrix_rate
+            log.write("timings", {"step": self.progress.step, "matrix_rate": rate.flops, "matrix_dtype": rate.dtype})
+        if self.progress.start_loss is None:
+            last = self._validate(log)
+            self.progress.start_loss = last.cross_entropy
+            self._save()
+        while self.progress.step < config.steps:
+            self._step(log)
+            step, end = self.progress.step, self.progress.step == config.steps
+            save = end or step % config.save_every == 0 or interrupted.is_set()
+            if end or step % config.val_every == 0:
+                last = self._validate(log)
+                save = self._is_best(last, save) or save
+            if save:
+                self._save()
+            if interrupted.is_set() and not end:
+                self._finish_saving()
+                raise Interrupted(self._stopped())
+        self._finish_saving()
+        return last
 
     def _step(self, log: MetricsLog) -> None:
         begin = time.perf_counter()
@@ -107,24 +133,34 @@ class Run:
             kept, where = keep_batch(parts, self.folder, step + 1), first_bad_layer(self.model, parts)
             raise NonFiniteLoss(f"{error}; first seen in {where}; batch: {kept}") from error
         seconds = time.perf_counter() - begin
+        speed = Speed.of(seconds, config, self.matrix_rate, self.model.output_weight.device)
+        bits = bits_per_byte(result.cross_entropy, parts, self.byte_lengths_V)
         self.progress.step += 1
-        log.write("metrics", _metrics_line(self.progress.step, result, config))
-        log.write("timings", {"step": self.progress.step, "seconds": round(seconds, 4),
-                              "tokens_per_second": round(config.tokens_per_step / seconds, 1)})  # fmt: skip
+        log.write("metrics", {**_metrics_line(self.progress.step, result, config), "bits_per_byte": bits})
+        log.write("timings", {"step": self.progress.step, **speed.line()})
         self._tell_failure()
-        self.view.step(self.progress.step, result, config.tokens_per_step / seconds)
+        self.view.step(self.progress.step, result, bits, speed)
 
     def _validate(self, log: MetricsLog) -> Validation:
         result = validate(self.model, self.val_batches, self.byte_lengths_V)
         step = self.progress.step
         log.write("metrics", {"step": step, "val_cross_entropy": result.cross_entropy,
                               "val_bits_per_byte": result.bits_per_byte, "val_loads": result.loads})  # fmt: skip
-        if self.progress.start_loss is None:
-            self.progress.start_loss = result.cross_entropy
-        if result.cross_entropy < self.progress.best_loss and step and step % self.config.save_every == 0:
-            self.progress.best_loss, self.progress.best_step = result.cross_entropy, step
         self.view.validation(step, result)
         return result
+
+    def _is_best(self, result: Validation, saved: bool) -> bool:
+        """Whether this step is the best one so far and `saved` anyway, or far enough from the last best one to be.
+
+        Half of `save_every` is far enough: no best step is missed where validations are as far apart, and where they
+        come more often, the best ones add at most two checkpoints in `save_every` steps.
+        """
+        step = self.progress.step
+        near = step - (self.progress.best_step or 0) < self.config.save_every / 2
+        if result.cross_entropy >= self.progress.best_loss or (near and not saved):
+            return False
+        self.progress.best_loss, self.progress.best_step = result.cross_entropy, step
+        return True
 
     def _logged_validation(self) -> Validation:
         """The last validation in the log: what a run that was finished already has to show."""
@@ -140,12 +176,22 @@ class Run:
 
     def _tell_failure(self) -> None:
         if failure := self.writer.failure():
-            self.view.say(f"no checkpoint this time: {failure}; earlier ones are whole, the run goes on")
+            self.view.say(f"no checkpoint this time: {failure}; earlier ones are whole")
+
+    def _stopped(self) -> str:
+        """What to tell who pressed Ctrl-C: where the run stopped, and from where it can go on."""
+        step, found = self.progress.step, latest_checkpoint(self.folder)
+        where = f"stopped after step {step}"
+        if found is None:
+            where += ", with no checkpoint"
+        elif found != checkpoint_path(self.folder, step):
+            where += f", which is not saved; the last whole checkpoint is {found.name}"
+        return f"{where}; go on with: mixtral train --resume {self.folder}"
 
 
 def _metrics_line(step: int, result: StepResult, config: TrainConfig) -> dict[str, object]:
     line: dict[str, object] = {"step": step, "tokens": step * config.tokens_per_step}
-    line |= {name: value for name, value in result._asdict().items() if value is not None and name != "layers"}
+    line |= {"cross_entropy": result.cross_entropy, **result.aux, "grad_norm": result.grad_norm, "lr": result.lr}
     if result.layers:
         line["layers"] = [layer._asdict() for layer in result.layers]
     return line

@@ -30,9 +30,11 @@ from mixtral.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from mixtral.train.checkpoint import latest_checkpoint
 from mixtral.train.config import TrainConfig
 from mixtral.train.loop import Run
+from mixtral.train.metrics import MatrixRate
 from mixtral.train.optim import Optimizer
 from mixtral.train.recompute import recompute_layers
 from mixtral.train.step import Validation
+from mixtral.train.trackers import require_packages
 from mixtral.train.view import View
 from mixtral.weights.save import write_hf
 
@@ -55,8 +57,9 @@ def begin(config: TrainConfig, out: Path) -> None:
     """Claim a new run's folder and record what it is to do.
 
     A run that failed before its first checkpoint, on bad data perhaps, is begun anew. Raises UsageError when the folder
-    holds anything else.
+    holds anything else, or the package of a tracker is missing.
     """
+    require_packages(config.trackers)
     if out.exists() and not (out.is_dir() and {p.name for p in out.iterdir()} <= _BEFORE_TRAINING):
         raise UsageError(f"{out} is not empty; choose another --out, or go on with: mixtral train --resume {out}")
     shutil.rmtree(out / "tokenizer", ignore_errors=True)  # it may be of other data
@@ -89,6 +92,7 @@ def pretrain(out: Path, view: View) -> Trained:
     """
     out, checkpoint = split_checkpoint(out)
     config = recorded_config(out)
+    require_packages(config.trackers)
     set_threads()
     tokenizer = _tokenizer(config, out, view)
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
@@ -106,7 +110,7 @@ def save_final(run: Run, tokenizer: Tokenizer) -> Path:
     """Write the model, its tokenizer and its configuration to OUT/final, as transformers reads them."""
     final = run.folder / "final"
     with atomic_folder(final) as folder:
-        write_hf({n: p.detach() for n, p in run.optimizer.params.items()}, run.model.config, folder)
+        write_hf({n: p.detach() for n, p in run.optimizer.weights.items()}, run.model.config, folder)
         tokenizer.save(folder)
         atomic_write(folder / "training.json", (run.folder / "config.json").read_text())
     return final
@@ -163,13 +167,15 @@ def _data(config: TrainConfig, tokenizer: Tokenizer, out: Path, view: View) -> T
 
 def _run(config: TrainConfig, tokenizer: Tokenizer, data: TokenData, out: Path, view: View) -> Run:
     device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
     model = initialise(Mixtral(config.model), torch.Generator().manual_seed(config.seed)).to(device)
     if config.recompute:
         recompute_layers(model)
     loader = Loader(data, config.rows, config.context, config.seed)
+    with view.working("measuring the matrix rate"):
+        rate = MatrixRate.measure(dtype, device)
     return Run(
-        folder=out, config=config, model=model,
-        optimizer=Optimizer(model, config, choose_dtype(config.dtype, device)), loader=loader,
+        folder=out, config=config, model=model, optimizer=Optimizer(model, config, dtype, data.domains), loader=loader,
         val_batches=loader.val_batches(config.val_tokens),
-        byte_lengths_V=torch.from_numpy(tokenizer.byte_lengths()), view=view,
+        byte_lengths_V=torch.from_numpy(tokenizer.byte_lengths()), view=view, matrix_rate=rate,
     )  # fmt: skip

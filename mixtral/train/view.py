@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -14,6 +14,7 @@ from rich.text import Text
 from mixtral.analysis.report import load_strip
 from mixtral.moe.stats import LayerStats
 from mixtral.train.config import TrainConfig
+from mixtral.train.metrics import Speed
 from mixtral.train.step import StepResult, Validation
 
 LINE_SECONDS = 10  # between lines where there is no terminal
@@ -37,7 +38,7 @@ class View:
         del config, step
         yield
 
-    def step(self, step: int, result: StepResult, tokens_per_second: float) -> None:
+    def step(self, step: int, result: StepResult, bits_per_byte: float, speed: Speed) -> None:
         """A step is done."""
 
     def validation(self, step: int, result: Validation) -> None:
@@ -45,16 +46,16 @@ class View:
 
 
 class TerminalView(View):
-    """A progress bar with losses, tokens/s and time left, and under it a load strip for each layer."""
+    """A progress bar with the time left, the step's figures, and a line for each layer, all within 100 columns."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.layers: list[LayerStats] = []
+        self.figures = ""
         self.next_line = 0.0
         self.progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=20),
-            TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(compact=True),
             TextColumn("left"),
             console=console,
@@ -75,29 +76,44 @@ class TerminalView(View):
 
     @contextlib.contextmanager
     def live(self, config: TrainConfig, step: int) -> Iterator[None]:
-        self.progress.add_task("train", total=config.steps, completed=step, figures="")
+        self.progress.add_task("train", total=config.steps, completed=step)
         with self.panel if self.console.is_terminal else contextlib.nullcontext():
             yield
 
-    def step(self, step: int, result: StepResult, tokens_per_second: float) -> None:
+    def step(self, step: int, result: StepResult, bits_per_byte: float, speed: Speed) -> None:
         self.layers = result.layers or self.layers
-        figures = f"loss {result.cross_entropy:.3f}  grad {result.grad_norm:.2f}  {tokens_per_second:,.0f} tok/s"
+        self.figures = figures_line(result, bits_per_byte, speed)
         task = self.progress.tasks[0]
-        self.progress.update(task.id, completed=step, figures=figures)
+        self.progress.update(task.id, completed=step)
         if not self.console.is_terminal and time.monotonic() >= self.next_line:
             self.next_line = time.monotonic() + LINE_SECONDS
             left = "" if task.time_remaining is None else f"  {task.time_remaining:,.0f} s left"
-            self.say(f"step {step}/{task.total:.0f}  {figures}{left}")
+            self.say(f"step {step}/{task.total:.0f}  {self.figures}{left}")
 
     def validation(self, step: int, result: Validation) -> None:
         bits = f"{result.bits_per_byte:.4f} bits a byte"
         self.say(f"step {step}: validation {result.cross_entropy:.4f} nats a token, {bits}")
 
     def _render(self) -> Group:
-        rows = [Text(f"  layer {i:<3} {_layer_line(layer)}") for i, layer in enumerate(self.layers)]
+        blocks = not self.console.options.ascii_only
+        lines = [self.figures] if self.figures else []
+        lines += [f"layer {i:<3} {layer_line(layer, blocks)}" for i, layer in enumerate(self.layers)]
+        rows: list[RenderableType] = [Text(f"  {line}", no_wrap=True, overflow="ellipsis") for line in lines]
         return Group(self.progress, *rows)
 
 
-def _layer_line(layer: LayerStats) -> str:
-    dead = f"  {layer.dead} dead" if layer.dead else ""
-    return f"{load_strip(layer.load)}  max/mean {layer.max_over_mean:.2f}  entropy {layer.entropy:.2f}{dead}"
+def figures_line(result: StepResult, bits_per_byte: float, speed: Speed) -> str:
+    """A step in figures: loss (nats a token), bits a byte, gradient norm, speed, memory."""
+    figures = [f"loss {result.cross_entropy:.3f}", f"{bits_per_byte:.2f} b/B", f"grad {result.grad_norm:.2f}"]
+    figures.append(f"{speed.tokens_per_second:,.0f} tok/s")
+    if speed.matrix_share is not None:
+        figures.append(f"{100 * speed.matrix_share:.0f} % of matrix rate")
+    return "  ".join([*figures, f"{speed.memory_bytes / 1e9:.1f} GB"])
+
+
+def layer_line(layer: LayerStats, blocks: bool = True) -> str:
+    """A layer in figures: its experts' loads as a strip, how uneven they are, how undecided the router is, the dead."""
+    return (
+        f"{load_strip(layer.load, not blocks)}  max/mean {layer.max_over_mean:.2f}  gini {layer.gini:.2f}  "
+        f"entropy {layer.entropy:.2f}  {layer.dead} dead"
+    )

@@ -15,7 +15,7 @@ from mixtral.errors import ConfigError, DataError, MixtralError, UsageError
 from mixtral.train import pretrain as module
 from mixtral.train.checkpoint import checkpoints
 from mixtral.train.config import TrainConfig
-from mixtral.train.metrics import read_lines
+from mixtral.train.metrics import MatrixRate, read_lines
 from mixtral.train.pretrain import Trained, begin, pretrain, recorded_config
 from tests.train.tiny_run import Watching, texts, train_config
 
@@ -23,6 +23,7 @@ from tests.train.tiny_run import Watching, texts, train_config
 @pytest.fixture(autouse=True)
 def _threads_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "set_threads", lambda: None)
+    monkeypatch.setattr(MatrixRate, "measure", lambda *_: MatrixRate(1e12, "float32"))
 
 
 class Killed(BaseException):
@@ -46,6 +47,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     out = tmp_path_factory.mktemp("runs") / "new" / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "set_threads", lambda: None)
+        patch.setattr(MatrixRate, "measure", lambda *_: MatrixRate(1e12, "float32"))
         begin(config_of(corpus), out)
         return pretrain(out, Watching())
 

@@ -17,6 +17,7 @@ from mixtral.runtime import choose_dtype
 from mixtral.tokenizer import Tokenizer
 from mixtral.train.config import TrainConfig
 from mixtral.train.loop import Run
+from mixtral.train.metrics import Speed
 from mixtral.train.optim import Optimizer
 from mixtral.train.step import StepResult, Validation
 from mixtral.train.view import View
@@ -74,8 +75,8 @@ class Watching(View):
     def say(self, text: str) -> None:
         self.said.append(text)
 
-    def step(self, step: int, result: StepResult, tokens_per_second: float) -> None:
-        del tokens_per_second
+    def step(self, step: int, result: StepResult, bits_per_byte: float, speed: Speed) -> None:
+        del bits_per_byte, speed
         self.losses.append(result.cross_entropy)
         self.after_step(step)
 
