@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from mixtral.errors import ConfigError, did_you_mean
+from mixtral.router_options import RouterOptions, parse_router
 
 
 def _is_int(value: object) -> bool:
@@ -40,6 +42,8 @@ class ModelConfig:
     bos_id: int | None = 1
     eos_id: int | None = 2
     init_std: float = 0.02
+    router: str = "topk"  # NAME?option=value&...; router_options.py has the names
+    shared_experts: int = 0  # experts of width ffn_dim that every token takes, besides those it is routed to
 
     def __post_init__(self) -> None:
         positive = "vocab_size dim n_layers n_heads n_kv_heads head_dim ffn_dim n_experts experts_per_token context"
@@ -56,6 +60,10 @@ class ModelConfig:
             raise ConfigError(f"config: sliding_window must be a positive integer or null, not {window!r}")
         if not isinstance(self.tie_embeddings, bool):
             raise ConfigError(f"config: tie_embeddings must be true or false, not {self.tie_embeddings!r}")
+        if not _is_int(self.shared_experts) or self.shared_experts < 0:
+            raise ConfigError(f"config: shared_experts must be 0 or a positive integer, not {self.shared_experts!r}")
+        if not isinstance(self.router, str):
+            raise ConfigError(f"config: router must be a text such as 'topk', not {self.router!r}")
         for name in ("bos_id", "eos_id"):
             value = getattr(self, name)
             if value is not None and (not _is_int(value) or value < 0):
@@ -72,12 +80,28 @@ class ModelConfig:
             raise ConfigError(
                 f"config: experts_per_token {self.experts_per_token} is more than n_experts {self.n_experts}"
             )
+        if not self.is_sparse and not self.is_plain:
+            raise ConfigError("config: a dense model (n_experts 1) has no router and no shared_experts; remove them")
+        options = self.router_options
+        try:
+            options.check(self.n_experts, self.experts_per_token)
+        except ConfigError as error:
+            raise ConfigError(f"config: router {self.router!r}: {error}") from None
 
     # -- what kind of model ------------------------------------------------------------------------------------------
 
     @property
     def is_sparse(self) -> bool:
         return self.n_experts > 1
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a Mistral or Mixtral as published, which other programs compute too."""
+        return self.router == "topk" and self.shared_experts == 0
+
+    @property
+    def router_options(self) -> RouterOptions:
+        return parse_router(self.router)
 
     @property
     def queries_per_kv(self) -> int:
@@ -98,9 +122,13 @@ class ModelConfig:
     @property
     def router_params(self) -> int:
         """Parameters of one layer's router (0 when dense)."""
-        return self.dim * self.n_experts if self.is_sparse else 0
+        if not self.is_sparse:
+            return 0
+        return sum(math.prod(shape) for shape in self.router_options.parameters(self.dim, self.n_experts).values())
 
     def _count(self, experts: int) -> int:
+        """Parameters, with `experts` of the routed ones in each layer."""
+        experts += self.shared_experts
         layer = self.attention_params + self.router_params + experts * self.expert_params + 2 * self.dim
         embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
         return self.n_layers * layer + embeddings + self.dim
@@ -110,7 +138,7 @@ class ModelConfig:
         return self._count(self.n_experts)
 
     def n_active_params(self, k: int | None = None) -> int:
-        """Parameters a token meets when it takes `k` experts (default: the configured K)."""
+        """Parameters a token meets when it takes `k` experts (default: the configured K) and the shared ones."""
         return self._count(self._taken(k))
 
     def _taken(self, k: int | None) -> int:
@@ -123,13 +151,15 @@ class ModelConfig:
     def flops_per_token(self, context: int, backward: bool = False, k: int | None = None) -> int:
         """Multiply-adds times two for one token, averaged over a sequence of `context` tokens.
 
-        Counts every matrix product: projections, router, K experts, output, and the two attention products over the
-        positions a causal (and windowed) token sees on average. The embedding is a lookup and costs nothing. The
-        backward pass computes two products for each one of the forward pass, so forward with backward is three times.
+        Counts every matrix product: projections, router, K experts and the shared ones, output, and the two attention
+        products over the positions a causal (and windowed) token sees on average. The embedding is a lookup and costs
+        nothing. The backward pass computes two products for each one of the forward pass, so forward with backward is
+        three times. A router that finds the number of experts itself is counted with K.
         """
         if context < 1:
             raise ConfigError(f"config: context must be a positive number of tokens, not {context}")
-        layer = self.attention_params + self.router_params + self._taken(k) * self.expert_params
+        experts = self._taken(k) + self.shared_experts
+        layer = self.attention_params + self.router_params + experts * self.expert_params
         matmul = self.n_layers * layer + self.vocab_size * self.dim
         attention = self.n_layers * 2 * self.n_heads * self.head_dim * self._mean_visible(context)
         forward = 2 * (matmul + attention)

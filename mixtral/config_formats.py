@@ -34,6 +34,8 @@ class _Format:
     closed: tuple[str, ...]  # objects in which an unknown key is refused, since it changes the computation
 
 
+_RESEARCH = {"router": "router", "shared_experts": "shared_experts"}  # ours alone; not in files of plain models
+
 _HF = _Format(
     fields={
         "vocab_size": "vocab_size",
@@ -52,6 +54,7 @@ _HF = _Format(
         "bos_id": "bos_token_id",
         "eos_id": "eos_token_id",
         "init_std": "initializer_range",
+        **_RESEARCH,
     },
     theta=("rope_parameters.rope_theta", "rope_theta", "rope_scaling.rope_theta"),
     neutral={
@@ -150,10 +153,13 @@ def read_config(path: str | Path) -> ModelConfig:
         raise ConfigError(f"{file}: {str(error).removeprefix('config: ')}") from None
 
 
+_OURS = "mixtral_research"  # the model_type of what transformers would compute wrongly
+
+
 def from_hf(values: dict[str, Any]) -> ModelConfig:
-    """From the content of a `config.json` of model_type mixtral or mistral, transformers 4 or 5 keys."""
+    """From the content of a `config.json` of model_type mixtral, mistral (transformers 4 or 5 keys) or ours."""
     kind = values.get("model_type")
-    if kind not in ("mixtral", "mistral"):
+    if kind not in ("mixtral", "mistral", _OURS):
         raise ConfigError(f"model_type must be 'mixtral' or 'mistral', not {kind!r}")
     flat = _flatten(values)
     if kind == "mistral" and "sliding_window" not in flat:
@@ -163,7 +169,7 @@ def from_hf(values: dict[str, Any]) -> ModelConfig:
         flat["eos_token_id"] = _first_eos(flat["eos_token_id"])
     if flat.get("num_key_value_heads", 0) is None:
         flat["num_key_value_heads"] = flat.get("num_attention_heads")
-    return _build(flat, _HF, sparse=kind == "mixtral")
+    return _build(flat, _HF, sparse=kind != "mistral")
 
 
 def from_mistral(values: dict[str, Any]) -> ModelConfig:
@@ -228,9 +234,14 @@ def _theta(flat: dict[str, Any], kind: _Format) -> float | None:
 
 
 def _check_type(key: str, ours: str, value: object) -> None:
-    want, name = (float | int, "a number") if ours in _FLOATS else (int, "an integer")
-    if ours in _BOOLS:
+    want: Any = int
+    name = "an integer"
+    if ours in _FLOATS:
+        want, name = float | int, "a number"
+    elif ours in _BOOLS:
         want, name = bool, "true or false"
+    elif ours == "router":
+        want, name = str, "a text"
     if value is not None and (not isinstance(value, want) or (isinstance(value, bool) and ours not in _BOOLS)):
         raise ConfigError(f"{key} must be {name}, not {value!r}")
 
@@ -287,10 +298,17 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The content of a `config.json` that transformers 4 and 5 both read; `dtype` as in "bfloat16"."""
+    """The content of a `config.json`; `dtype` as in "bfloat16".
+
+    transformers 4 and 5 both read it, unless the model has a router or shared experts that they do not know: its
+    model_type is then our own, so that they refuse it instead of computing something else.
+    """
     kind = "mixtral" if config.is_sparse else "mistral"
+    architecture = kind.capitalize()
+    if not config.is_plain:
+        kind, architecture = _OURS, "MixtralResearch"
     return {
-        "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "architectures": [f"{architecture}ForCausalLM"],
         "model_type": kind,
         **{key: getattr(config, ours) for ours, key in _written(config, _HF)},
         "hidden_act": "silu",
@@ -304,11 +322,18 @@ def to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def to_mistral(config: ModelConfig) -> dict[str, Any]:
-    """The content of a `params.json`. It has no place for the ids of the first and last token: the tokenizer does."""
+    """The content of a `params.json`. It has no place for the ids of the first and last token: the tokenizer does.
+
+    Raises ConfigError for a model that is not plain Mistral or Mixtral.
+    """
+    if not config.is_plain:
+        what = f"router {config.router!r} and {config.shared_experts} shared experts"
+        raise ConfigError(f"Mistral's format holds plain Mixtral models alone, not {what}; write it as 'hf'")
     flat = {key: getattr(config, ours) for ours, key in _written(config, _MISTRAL)}
     moe = {key.removeprefix("moe."): flat.pop(key) for key in list(flat) if key.startswith("moe.")}
     return flat | {"rope_theta": config.rope_theta} | ({"moe": moe} if moe else {})
 
 
 def _written(config: ModelConfig, kind: _Format) -> Iterable[tuple[str, str]]:
-    return ((ours, key) for ours, key in kind.fields.items() if config.is_sparse or ours not in _EXPERTS)
+    left_out = (() if config.is_sparse else _EXPERTS) + (tuple(_RESEARCH) if config.is_plain else ())
+    return ((ours, key) for ours, key in kind.fields.items() if ours not in left_out)

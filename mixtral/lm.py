@@ -17,11 +17,12 @@ from mixtral.engine.generate import check_prompt
 from mixtral.errors import UsageError
 from mixtral.files import atomic_folder
 from mixtral.hardware import has_fast_bf16
-from mixtral.model import Mixtral, Output, Packed
+from mixtral.model import Mixtral, Output, Packed, named_state
 from mixtral.moe import Routing
 from mixtral.runtime import choose_device, choose_dtype
 from mixtral.tokenizer import Tokenizer, load_tokenizer
 from mixtral.weights import load_state
+from mixtral.weights.names import fixed_dtype
 from mixtral.weights.save import check_free, write_hf
 
 TOKENIZER_FILES = ("tekken.json", "*.model", "*.model.v*", "tokenizer.json")
@@ -123,7 +124,7 @@ class LM:
         """
         check_free(folder)
         with atomic_folder(folder) as new:
-            write_hf(self.model.state_dict(), self.config, new)
+            write_hf(named_state(self.model), self.config, new)
             if self.tokenizer is not None:
                 self.tokenizer.save(new)
 
@@ -166,7 +167,7 @@ def _one_dtype(state: dict[str, Tensor]) -> dict[str, Tensor]:
         sizes[tensor.dtype] += tensor.numel()
     dtype = sizes.most_common(1)[0][0]
     for name in state:
-        state[name] = state[name].to(dtype)
+        state[name] = state[name].to(fixed_dtype(name) or dtype)
     return state
 
 

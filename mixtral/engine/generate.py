@@ -148,7 +148,7 @@ class _Sequence:
     def result(self) -> Generation:
         assert self.finish_reason is not None
         layers = zip(*self.routings, strict=True)
-        routing = tuple(Routing(*map(torch.cat, zip(*steps, strict=True))) for steps in layers)
+        routing = tuple(Routing.cat(steps) for steps in layers)
         tokens = self.all_tokens[self.n_prompt :]
         return Generation(tokens, self.logprobs, "".join(self.texts), self.finish_reason, routing)
 
@@ -194,7 +194,7 @@ class _Run:
 
     def _record(self, routing: tuple[Routing, ...], ends: list[int]) -> None:
         for sequence, begin, end in zip(self.active, ends[:-1], ends[1:], strict=True):
-            sequence.routings.append(tuple(Routing(*(t[begin:end] for t in layer)) for layer in routing))
+            sequence.routings.append(tuple(layer.tokens(begin, end) for layer in routing))
 
     def _draw(self, logits_BV: Tensor, ready: list[_Sequence]) -> list[Piece]:
         logits_BV = logits_BV[:, : self.vocab_size]  # ids that the tokenizer lacks are padding of the weights

@@ -2,6 +2,6 @@
 
 from mixtral.model.attention import KeysValues, KVCache
 from mixtral.model.packed import Packed
-from mixtral.model.transformer import Mixtral, Output, initialise
+from mixtral.model.transformer import Mixtral, Output, initialise, named_state
 
-__all__ = ["KVCache", "KeysValues", "Mixtral", "Output", "Packed", "initialise"]
+__all__ = ["KVCache", "KeysValues", "Mixtral", "Output", "Packed", "initialise", "named_state"]

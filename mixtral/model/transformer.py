@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from mixtral import kernels
 from mixtral.config import ModelConfig
+from mixtral.errors import UsageError
 from mixtral.model.attention import Attention, KVCache
 from mixtral.model.linear import Linear
 from mixtral.model.norm import RMSNorm
 from mixtral.model.packed import Packed
 from mixtral.model.rope import rotary_angles
-from mixtral.moe import Experts, FeedForward, MoE, Router, Routing
+from mixtral.moe import Experts, FeedForward, MoE, Router, Routing, make_router
+from mixtral.router_options import TokenK
 
 
 class Output(NamedTuple):
@@ -41,30 +43,39 @@ class Block(nn.Module):
 
     def forward(
         self, x_TD: Tensor, angles: tuple[Tensor, Tensor], batch: Packed, layer: int,
-        cache: KVCache | None, replay: Tensor | None,
+        cache: KVCache | None, replay: Tensor | None, k: int | Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:  # fmt: skip
         """x [T, D] -> (x [T, D], the layer's Routing, or None when dense)."""
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), angles, batch, layer, cache)
         h_TD = self.ffn_norm(x_TD)
         if isinstance(self.ffn, FeedForward):
             return x_TD + self.ffn(h_TD), None
-        y_TD, routing = self.ffn(h_TD, replay)
+        y_TD, routing = self.ffn(h_TD, replay, k)
         return x_TD + y_TD, routing
 
 
 def _feed_forward(config: ModelConfig) -> MoE | FeedForward:
     if not config.is_sparse:
         return FeedForward(config.dim, config.ffn_dim)
-    router = Router(config.dim, config.n_experts, config.experts_per_token)
-    return MoE(router, Experts(config.n_experts, config.dim, config.ffn_dim))
+    n_shared = config.shared_experts
+    shared = FeedForward(config.dim, n_shared * config.ffn_dim) if n_shared else None
+    return MoE(make_router(config), Experts(config.n_experts, config.dim, config.ffn_dim), shared=shared)
 
 
 class Mixtral(nn.Module):
-    """A Mistral (dense) or Mixtral (sparse) language model. Weights are uninitialised: load them, or `initialise`."""
+    """A Mistral (dense) or Mixtral (sparse) language model. Weights are uninitialised: load them, or `initialise`.
+
+    With the router `token_k`, the buffer `k_of_token` (int64 [V]) says how many experts each token id takes.
+    """
+
+    k_of_token: Tensor | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        by_token = isinstance(config.router_options, TokenK)
+        k_V = torch.full((config.vocab_size,), config.experts_per_token) if by_token else None
+        self.register_buffer("k_of_token", k_V)
         self.embedding = nn.Embedding(config.vocab_size, config.dim, _weight=torch.empty(config.vocab_size, config.dim))
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -77,7 +88,7 @@ class Mixtral(nn.Module):
 
     def forward(
         self, batch: Packed, cache: KVCache | None = None, replay: Sequence[Tensor] | None = None,
-        rows: Tensor | None = None, targets: Tensor | None = None,
+        rows: Tensor | None = None, targets: Tensor | None = None, k: int | Tensor | None = None,
     ) -> Output:  # fmt: skip
         """Run a packed batch.
 
@@ -86,12 +97,18 @@ class Mixtral(nn.Module):
             replay: one int64 [T, K] a layer: the experts to take, as an earlier `routing` recorded them.
             rows: int64 [R], the tokens whose logits are wanted; all of them by default.
             targets: int64 [T], the token to predict at each place, -100 for none; gives a loss instead of logits.
+            k: how many experts a token takes in this call, in every layer: a number, or int64 [T]. Routers that find
+                the number themselves (top_p, min_p, threshold) raise UsageError, and so does a dense model.
         """
+        if k is None and self.k_of_token is not None:
+            k = self.k_of_token[batch.tokens_T]
+        elif k is not None and not self.config.is_sparse:
+            raise UsageError("k: this model is dense (one expert); only sparse models choose how many a token takes")
         x_TD = self.embedding(batch.tokens_T)
         angles = rotary_angles(batch.positions_T, self.config.head_dim, self.config.rope_theta)
         routings = []
         for i, block in enumerate(self.layers):
-            x_TD, routing = block(x_TD, angles, batch, i, cache, None if replay is None else replay[i])
+            x_TD, routing = block(x_TD, angles, batch, i, cache, None if replay is None else replay[i], k)
             if routing is not None:
                 routings.append(routing)
         if targets is not None:
@@ -101,13 +118,19 @@ class Mixtral(nn.Module):
         return Output(kernels.linear(h_RD, self.output_weight).float(), None, tuple(routings))
 
 
+def named_state(model: Mixtral) -> dict[str, Tensor]:
+    """All that makes a model what it is, by name: its parameters and its persistent buffers, themselves, not copies."""
+    return dict(model.state_dict(keep_vars=True))
+
+
 @torch.no_grad()
 def initialise(model: Mixtral, generator: torch.Generator | None = None) -> Mixtral:
     """Fresh weights, in place.
 
     Normal with `init_std`; the two projections that write into the residual stream are scaled by 1/sqrt(2 L), so that
     its variance does not grow with depth (GPT-2's rule); the output has std 0.1/sqrt(D), so that fresh logits have a
-    standard deviation of 0.1 whatever the width and the loss starts at ln V; norms are 1.
+    standard deviation of 0.1 whatever the width and the loss starts at ln V; norms are 1; a noisy router starts with
+    noise of one size for all experts (weights 0); buffers start as their router says.
     """
     config = model.config
     residual = config.init_std / (2 * config.n_layers) ** 0.5
@@ -115,7 +138,15 @@ def initialise(model: Mixtral, generator: torch.Generator | None = None) -> Mixt
         if parameter.dim() == 1:
             parameter.fill_(1.0)
             continue
+        if name.endswith(".noise_weight"):
+            parameter.zero_()
+            continue
         std = residual if name.endswith((".wo.weight", ".w2")) else config.init_std
         parameter.normal_(0.0, std, generator=generator)
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.reset_buffers()
+    if model.k_of_token is not None:
+        model.k_of_token.fill_(config.experts_per_token)
     model.output_weight.normal_(0.0, 0.1 / config.dim**0.5, generator=generator)
     return model

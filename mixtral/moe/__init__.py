@@ -4,5 +4,16 @@ from mixtral.moe.dispatch import Dispatched, Dispatcher, LocalDispatcher
 from mixtral.moe.experts import Experts, FeedForward
 from mixtral.moe.layer import MoE
 from mixtral.moe.router import Router, Routing
+from mixtral.moe.routers import make_router
 
-__all__ = ["Dispatched", "Dispatcher", "Experts", "FeedForward", "LocalDispatcher", "MoE", "Router", "Routing"]
+__all__ = [
+    "Dispatched",
+    "Dispatcher",
+    "Experts",
+    "FeedForward",
+    "LocalDispatcher",
+    "MoE",
+    "Router",
+    "Routing",
+    "make_router",
+]

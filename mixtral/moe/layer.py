@@ -1,4 +1,4 @@
-"""The sparse layer: router -> dispatch -> experts -> combine.
+"""The sparse layer: router -> dispatch -> experts -> combine, and the experts that every token takes.
 
 Legend: T tokens, D model width, K experts a token.
 """
@@ -8,17 +8,24 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mixtral.moe.dispatch import Dispatcher, LocalDispatcher
-from mixtral.moe.experts import Experts
+from mixtral.moe.experts import Experts, FeedForward
 from mixtral.moe.router import Router, Routing
 
 
 class MoE(nn.Module):
-    """y = sum over a token's experts of weight * expert(x). Its parts can be exchanged from above."""
+    """y = sum over a token's experts of weight * expert(x), + shared(x). Its parts can be exchanged from above.
 
-    def __init__(self, router: Router, experts: Experts, dispatcher: Dispatcher | None = None) -> None:
+    n shared experts are one network of n times the width: the sum of their outputs is its output (arXiv 2401.06066,
+    section 3.2).
+    """
+
+    def __init__(
+        self, router: Router, experts: Experts, dispatcher: Dispatcher | None = None, shared: FeedForward | None = None
+    ) -> None:
         super().__init__()
         self.router = router
         self.experts = experts
+        self.shared = shared
         self.dispatcher: Dispatcher = LocalDispatcher() if dispatcher is None else dispatcher
 
     def forward(
@@ -30,4 +37,6 @@ class MoE(nn.Module):
         if y_TD is None:
             dispatched = self.dispatcher.dispatch(x_TD, routing)
             y_TD = self.dispatcher.combine(self.experts(dispatched.rows_ND, dispatched.counts_E), dispatched)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
         return y_TD, routing

@@ -1,16 +1,21 @@
-"""The router: which experts a token takes, and with what weight (arXiv 2401.04088, section 2.1).
+"""The router's contract, and Mixtral's router: the K highest logits and their softmax (arXiv 2401.04088, section 2.1).
+
+The other routers, in moe/routers, override one step of `Router.forward` each.
 
 Legend: T tokens, D model width, E experts, K the most experts a token may take.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mixtral.errors import UsageError
+from mixtral.moe.choice import choose_experts, chosen, reorder, within_capacity
+from mixtral.router_options import RouterOptions, TopK
 
 
 class Routing(NamedTuple):
@@ -20,31 +25,29 @@ class Routing(NamedTuple):
     scores_TE: Tensor  # fp32, after it: what balancing objectives read
     weights_TK: Tensor  # fp32; 0 where experts_TK is -1
     experts_TK: Tensor  # int64, sorted by weight, ties to the lower index; -1: place unused or token dropped
+    k_T: Tensor | None = None  # fp32, differentiable: how many experts a token is expected to take, if it has a price
+
+    def tokens(self, first: int, last: int) -> Routing:
+        """The routing of tokens first..last - 1."""
+        logits_TE, scores_TE, weights_TK, experts_TK = (t[first:last] for t in self[:4])
+        return Routing(logits_TE, scores_TE, weights_TK, experts_TK, None if self.k_T is None else self.k_T[first:last])
+
+    @staticmethod
+    def cat(parts: Sequence[Routing]) -> Routing:
+        """One routing of the tokens of several calls; where these differ in places, -1 fills up."""
+        most = max(part.experts_TK.shape[1] for part in parts)
+        four = zip(*(_widen(part, most)[:4] for part in parts), strict=True)
+        logits_TE, scores_TE, weights_TK, experts_TK = (torch.cat(tensors) for tensors in four)
+        counted = [part.k_T for part in parts if part.k_T is not None]
+        return Routing(logits_TE, scores_TE, weights_TK, experts_TK, torch.cat(counted) if counted else None)
 
 
-def choose_experts(logits_TE: Tensor, k: int) -> Tensor:
-    """The k highest logits of each token, highest first, ties to the lower index -> int64 [T, k].
-
-    A registered op, so that selective activation checkpointing can keep the choice: made again on recomputed
-    activations, it could fall the other way near a tie. `topk` leaves the order of ties open; a stable sort does not.
-    """
-    choice_TK: Tensor = torch.ops.mixtral.choose_experts(logits_TE.detach(), k)
-    return choice_TK
-
-
-# torch.library.custom_op would import the compiler, three seconds, at its first call; the plain registry does not.
-_LIBRARY = torch.library.Library("mixtral", "FRAGMENT")
-_LIBRARY.define("choose_experts(Tensor logits, int k) -> Tensor")
-
-
-@torch.library.impl(_LIBRARY, "choose_experts", "CompositeExplicitAutograd")
-def _choose_experts(logits_TE: Tensor, k: int) -> Tensor:
-    return logits_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
-
-
-@torch.library.register_fake("mixtral::choose_experts", lib=_LIBRARY)
-def _(logits_TE: Tensor, k: int) -> Tensor:
-    return logits_TE.new_empty((logits_TE.shape[0], k), dtype=torch.int64)
+def _widen(routing: Routing, places: int) -> Routing:
+    more = (0, places - routing.experts_TK.shape[1])
+    return routing._replace(
+        weights_TK=nn.functional.pad(routing.weights_TK, more),
+        experts_TK=nn.functional.pad(routing.experts_TK, more, value=-1),
+    )
 
 
 class Router(nn.Module):
@@ -55,10 +58,23 @@ class Router(nn.Module):
         experts_per_token: K, unless a call says otherwise.
     """
 
-    def __init__(self, dim: int, n_experts: int, experts_per_token: int) -> None:
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, dim: int, n_experts: int, experts_per_token: int, options: RouterOptions | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_experts, dim))
-        self.experts_per_token = experts_per_token
+        self.n_experts, self.experts_per_token = n_experts, experts_per_token
+        self.options = TopK() if options is None else options
+        for name, shape in self.options.parameters(dim, n_experts).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        self.register_buffer("bias", None)
+        for name, start in self.options.buffers(n_experts).items():
+            self.register_buffer(name, torch.full((n_experts,), start))
+
+    def reset_buffers(self) -> None:
+        """Put every buffer back to its value at the start."""
+        for name, start in self.options.buffers(self.n_experts).items():
+            getattr(self, name).fill_(start)
 
     def forward(self, x_TD: Tensor, replay: Tensor | None = None, k: int | Tensor | None = None) -> Routing:
         """Route each token.
@@ -67,29 +83,67 @@ class Router(nn.Module):
             replay: int64 [T, K]; take these experts and compute logits and weights anew, so that gradients flow.
             k: experts a token takes in this call: a number, or int64 [T] for each token its own (0: none).
 
-        Raises UsageError when a number `k` is not one of 1..E.
+        Raises UsageError when a number `k` is not one of 1..E, or this router does not let a call set it.
         """
-        logits_TE = nn.functional.linear(x_TD.float(), self.weight.float())
-        experts_TK = self._choose(logits_TE, k) if replay is None else replay
-        weights_TK = choice_weights(logits_TE, experts_TK)
-        return Routing(logits_TE, logits_TE.softmax(-1), weights_TK, experts_TK)
+        logits_TE = self._logits(x_TD)
+        scores_TE = self._scores(logits_TE)
+        experts_TK = self._choose(logits_TE, scores_TE, k) if replay is None else replay
+        return Routing(logits_TE, scores_TE, self._weights(logits_TE, scores_TE, experts_TK), experts_TK)
 
-    def _choose(self, logits_TE: Tensor, k: int | Tensor | None) -> Tensor:
-        n_experts = logits_TE.shape[1]
+    # -- the steps, each of which some router overrides ----------------------------------------------------------------
+
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        return nn.functional.linear(x_TD.float(), self.weight.float())
+
+    def _scores(self, logits_TE: Tensor) -> Tensor:
+        return logits_TE.softmax(-1)
+
+    def _choose(self, logits_TE: Tensor, scores_TE: Tensor, k: int | Tensor | None) -> Tensor:
+        assert isinstance(self.options, TopK)
+        places, k_T = self._places(k)
+        rank_TE = self._rank(logits_TE, scores_TE)
+        experts_TK = choose_experts(self._key(rank_TE, scores_TE), places)
+        if k_T is not None:
+            experts_TK = experts_TK.masked_fill(torch.arange(places, device=k_T.device) >= k_T[:, None], -1)
+        if self.bias is not None:
+            experts_TK = reorder(rank_TE, experts_TK)  # so far by what they were chosen for, and that is not the weight
+        if self.options.capacity_factor and self.training:
+            mean = places if isinstance(k, int) else self.experts_per_token
+            experts_TK = within_capacity(experts_TK, self.n_experts, mean, self.options.capacity_factor)
+        return experts_TK
+
+    def _places(self, k: int | Tensor | None) -> tuple[int, Tensor | None]:
+        """-> (how many places a token has, each token's own number of experts or None)."""
+        assert isinstance(self.options, TopK)
         if not isinstance(k, Tensor):
+            most = self.options.reachable(self.n_experts)
             k = self.experts_per_token if k is None else k
-            if not 1 <= k <= n_experts:
-                raise UsageError(f"router: k must lie in 1..{n_experts} (the experts), not {k}")
-            return choose_experts(logits_TE, k)
-        most = min(max(1, int(k.max())), n_experts) if k.numel() else 1  # one place at least, if none is used
-        experts_TK = choose_experts(logits_TE, most)
-        unused_TK = torch.arange(most, device=k.device) >= k[:, None]
-        return experts_TK.masked_fill(unused_TK, -1)
+            if not 1 <= k <= most:
+                raise UsageError(f"router: k must lie in 1..{most} (the experts), not {k}")
+            return k, None
+        places = self.options.places(self.n_experts, self.experts_per_token)
+        if places is None:  # one place at least, if none is used
+            places = min(max(1, int(k.max())), self.n_experts) if k.numel() else 1
+        return places, k
+
+    def _rank(self, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:
+        """What weights rise with: logits tell experts apart whose scores have rounded to one number."""
+        del scores_TE
+        return logits_TE
+
+    def _key(self, rank_TE: Tensor, scores_TE: Tensor) -> Tensor:
+        """What experts are chosen by; -inf: never."""
+        return rank_TE if self.bias is None else scores_TE + self.bias.float()
+
+    def _weights(self, logits_TE: Tensor, scores_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        """A function of logits and choice alone, so that a replayed choice has the same weights."""
+        del scores_TE
+        return choice_weights(logits_TE, experts_TK)
 
 
 def choice_weights(logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
     """Softmax over the chosen logits -> fp32 [T, K]; unused places (-1) and tokens without experts weigh 0."""
     unused_TK = experts_TK < 0
-    chosen_TK = logits_TE.gather(1, experts_TK.clamp(min=0)).masked_fill(unused_TK, float("-inf"))
+    chosen_TK = chosen(logits_TE, experts_TK, float("-inf"))
     chosen_TK = chosen_TK.masked_fill(unused_TK.all(-1, keepdim=True), 0.0)  # a row of -inf alone would give NaN
     return chosen_TK.softmax(-1).masked_fill(unused_TK, 0.0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mixtral.config_formats import read_config
+from mixtral.config_formats import read_config, to_mistral
 from mixtral.errors import UsageError, did_you_mean
 from mixtral.files import atomic_folder
 from mixtral.weights.load import load_state
@@ -45,6 +45,8 @@ def convert(
         raise UsageError(f"format {to!r} has no fused experts; only 'hf' has")
     check_free(dst)
     config = read_config(src)
+    if to == "mistral":
+        to_mistral(config)  # raises before the weights are read
     state = load_state(src, config, progress=progress)
     with atomic_folder(dst) as new:
         if to == "hf":

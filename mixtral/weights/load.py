@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mixtral.config import ModelConfig
 from mixtral.errors import UsageError, WeightsError
-from mixtral.weights.names import Format, Slot, layouts, output_name, parameter_shapes, slots
+from mixtral.weights.names import Format, Slot, fixed_dtype, layouts, output_name, parameter_shapes, slots
 from mixtral.weights.progress import Progress, counter
 from mixtral.weights.safetensors_file import Header, SafetensorsFile
 from mixtral.weights.torch_file import TorchFile
@@ -58,11 +58,11 @@ def load_state(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """Our parameters (names and shapes of `parameter_shapes`) from a model folder of any format.
+    """Our parameters and buffers (names and shapes of `parameter_shapes`) from a model folder of any format.
 
-    A dtype of None keeps the file's; `progress` is called after each tensor. Raises WeightsError when tensors are
-    missing, unknown, of the wrong shape or of a kind that we do not read, naming them, or when a file is damaged;
-    nothing is allocated before that is known.
+    A dtype of None keeps the file's; buffers have their own. `progress` is called after each tensor. Raises
+    WeightsError when tensors are missing, unknown, of the wrong shape or of a kind that we do not read, naming them, or
+    when a file is damaged; nothing is allocated before that is known.
     """
     format = detect_format(folder)
     files = _open_hf(Path(folder)) if format == "hf" else [_open_native(path) for path in _native_files(Path(folder))]
@@ -158,12 +158,18 @@ def _match(headers: dict[str, Header], config: ModelConfig, format: Format, fold
         first = min(misshapen)
         shapes = f"{list(headers[first].shape)} where the config asks for {list(found[first].shape)}"
         complaints.append(f"{len(misshapen)} misshapen: {_some(misshapen)} ({first} is {shapes})")
-    if foreign := [name for name in common if headers[name].dtype is None]:
+    if foreign := [name for name in common if not _readable(headers[name].dtype, fixed_dtype(found[name].ours))]:
         stored = ", ".join(sorted({headers[name].stored for name in foreign}))
         complaints.append(f"{len(foreign)} stored as {stored}, not as F64, F32, F16 or BF16: {_some(foreign)}")
     if complaints:
         raise WeightsError(f"{folder}: the tensors do not fit the config: {'; '.join(complaints)}")
     return found
+
+
+def _readable(stored: torch.dtype | None, fixed: torch.dtype | None) -> bool:
+    """Whether a tensor can be read as what it is to be: whole numbers as such, all others from any float dtype."""
+    whole = fixed == torch.int64
+    return stored is not None and (stored == torch.int64) == whole
 
 
 def _some(names: set[str] | list[str], count: int = 3) -> str:
@@ -189,7 +195,9 @@ def _allocate(
         assert stored is not None  # _match refused the others
         sources.setdefault(slot.ours, []).append(stored)
     return {
-        ours: torch.empty(shape, dtype=dtype or reduce(torch.promote_types, sources[ours]), device=device)
+        ours: torch.empty(
+            shape, dtype=fixed_dtype(ours) or dtype or reduce(torch.promote_types, sources[ours]), device=device
+        )
         for ours, shape in parameter_shapes(config).items()
     }
 

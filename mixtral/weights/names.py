@@ -4,8 +4,8 @@ A rule's `view` maps our tensor to a strided view whose elements, read in row-ma
 tensor. Loading copies the file into that view and saving reads the view out, so both directions are one function,
 and a rule cannot be wrong in one direction only. Each foreign format is a column (`hf`, `mistral`).
 
-Legend: D model width, F expert hidden width, E experts, H query heads, G key/value heads, R = H / G query heads that
-share a key/value head, C head width, V vocabulary; S gate (0) or up (1).
+Legend: D model width, F expert hidden width, SF that of all shared experts, E experts, K places of a token, H query
+heads, G key/value heads, R = H / G query heads that share a key/value head, C head width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from mixtral.config import ModelConfig
+from mixtral.router_options import TokenK
 
 Format = Literal["hf", "mistral"]
 Ffn = Literal["dense", "per-expert", "fused", "stacked"]  # how a file lays out its feed-forward weights
@@ -25,10 +27,12 @@ View = Callable[[Tensor, ModelConfig, int], Tensor]  # (our tensor, config, expe
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Our parameters, in the order of the model: name -> shape."""
+    """Our parameters and persistent buffers, in the order of the model: name -> shape."""
     c = config
+    options = c.router_options
     qkv_rows = c.n_kv_heads * (c.queries_per_kv + 2) * c.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (c.vocab_size, c.dim)}
+    shapes: dict[str, tuple[int, ...]] = {"k_of_token": (c.vocab_size,)} if isinstance(options, TokenK) else {}
+    shapes["embedding.weight"] = (c.vocab_size, c.dim)
     for layer in range(c.n_layers):
         block = f"layers.{layer}."
         shapes[block + "attention_norm.weight"] = (c.dim,)
@@ -36,9 +40,14 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes[block + "attention.wo.weight"] = (c.dim, c.n_heads * c.head_dim)
         shapes[block + "ffn_norm.weight"] = (c.dim,)
         if c.is_sparse:
-            shapes[block + "ffn.router.weight"] = (c.n_experts, c.dim)
+            router = f"{block}ffn.router."
+            shapes |= {router + name: shape for name, shape in options.parameters(c.dim, c.n_experts).items()}
+            shapes |= {router + name: (c.n_experts,) for name in options.buffers(c.n_experts)}
             shapes[block + "ffn.experts.w13"] = (c.n_experts, 2, c.ffn_dim, c.dim)
             shapes[block + "ffn.experts.w2"] = (c.n_experts, c.dim, c.ffn_dim)
+            if c.shared_experts:
+                shapes[block + "ffn.shared.w13"] = (2, c.shared_experts * c.ffn_dim, c.dim)
+                shapes[block + "ffn.shared.w2"] = (c.dim, c.shared_experts * c.ffn_dim)
         else:
             shapes[block + "ffn.w13"] = (2, c.ffn_dim, c.dim)
             shapes[block + "ffn.w2"] = (c.dim, c.ffn_dim)
@@ -46,6 +55,13 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not c.tie_embeddings:
         shapes["output.weight"] = (c.vocab_size, c.dim)
     return shapes
+
+
+def fixed_dtype(name: str) -> torch.dtype | None:
+    """The dtype of our tensor `name` when no cast may change it: buffers decide choices; None for weights."""
+    if name == "k_of_token":
+        return torch.int64
+    return torch.float32 if name.endswith((".router.bias", ".router.threshold")) else None
 
 
 # -- views: our tensor -> the elements of the foreign one, in its order ------------------------------------------------
@@ -128,6 +144,7 @@ _NATIVE, _NATIVE_EXPERT = _BLOCK + "feed_forward.", _BLOCK + "feed_forward.exper
 _OLD = _BLOCK + "block_sparse_moe."
 
 RULES = (
+    Rule("k_of_token", _whole, "V", hf="model.k_of_token"),
     Rule("embedding.weight", _whole, "V D", hf="model.embed_tokens.weight", mistral="tok_embeddings.weight"),
     Rule(_BLOCK + "attention_norm.weight", _whole, "D",
          hf=_HF + "input_layernorm.weight", mistral=_BLOCK + "attention_norm.weight"),
@@ -157,6 +174,15 @@ RULES = (
          hf=_EXPERT + "w3.weight", mistral=_NATIVE_EXPERT + "w3.weight"),
     Rule(_W2, _expert, "D F", ffn="per-expert",
          hf=_EXPERT + "w2.weight", mistral=_NATIVE_EXPERT + "w2.weight"),
+
+    # routers and layers of our own; names after those of DeepSeek-V3 where it has them
+    Rule(_BLOCK + "ffn.router.noise_weight", _whole, "E D", hf=_MOE + "gate.noise_weight"),
+    Rule(_BLOCK + "ffn.router.k_weight", _whole, "K D", hf=_MOE + "gate.k_weight"),
+    Rule(_BLOCK + "ffn.router.bias", _whole, "E", hf=_MOE + "gate.e_score_correction_bias"),
+    Rule(_BLOCK + "ffn.router.threshold", _whole, "E", hf=_MOE + "gate.threshold"),
+    Rule(_BLOCK + "ffn.shared.w13", _part(0), "SF D", hf=_MOE + "shared_experts.gate_proj.weight"),
+    Rule(_BLOCK + "ffn.shared.w13", _part(1), "SF D", hf=_MOE + "shared_experts.up_proj.weight"),
+    Rule(_BLOCK + "ffn.shared.w2", _whole, "D SF", hf=_MOE + "shared_experts.down_proj.weight"),
 
     # transformers 5 holds experts like this; its files do too when saved with save_original_format=False
     Rule(_BLOCK + "ffn.router.weight", _whole, "E D", ffn="fused", hf=_HF + "mlp.gate.weight"),
@@ -193,11 +219,12 @@ def layouts(config: ModelConfig, format: Format) -> tuple[Ffn, ...]:
 
 
 def slots(config: ModelConfig, format: Format, ffn: Ffn) -> dict[str, Slot]:
-    """Every tensor that a file of this format and layout holds: its name -> its slot, in the order of the model.
+    """Every tensor that a file of this format and layout holds: its name -> its slot.
 
     With tied embeddings the output matrix is among them, as a second name of the embedding: files may hold it or not.
     """
     found: dict[str, Slot] = {}
+    shapes = parameter_shapes(config)
     rules = [rule for rule in RULES if getattr(rule, format) and rule.ffn in (None, ffn)]
     for layer, block in _blocks(rules, config.n_layers):
         for rule in block:
@@ -206,8 +233,10 @@ def slots(config: ModelConfig, format: Format, ffn: Ffn) -> dict[str, Slot]:
                 ours = rule.ours.format(l=layer)
                 if ours == "output.weight" and config.tie_embeddings:
                     ours = "embedding.weight"
+                if ours not in shapes:  # a router's own tensors
+                    continue
                 view = partial(_bound, rule.view, config, expert)
-                found[name.format(l=layer, e=expert)] = Slot(ours, _file_shape(rule.shape, config), view)
+                found[name.format(l=layer, e=expert)] = Slot(ours, _file_shape(rule.shape, config, shapes[ours]), view)
     return found
 
 
@@ -228,10 +257,11 @@ def _blocks(rules: list[Rule], n_layers: int) -> list[tuple[int, list[Rule]]]:
     return [(0, rules[:first]), *((layer, per_layer) for layer in range(n_layers)), (0, rules[last:])]
 
 
-def _file_shape(shape: str, config: ModelConfig) -> tuple[int, ...]:
+def _file_shape(shape: str, config: ModelConfig, ours: tuple[int, ...]) -> tuple[int, ...]:
     c = config
     sizes = {
         "V": c.vocab_size, "D": c.dim, "E": c.n_experts, "F": c.ffn_dim, "2F": 2 * c.ffn_dim,
-        "EF": c.n_experts * c.ffn_dim, "HC": c.n_heads * c.head_dim, "GC": c.n_kv_heads * c.head_dim,
+        "EF": c.n_experts * c.ffn_dim, "SF": c.shared_experts * c.ffn_dim, "K": ours[0],
+        "HC": c.n_heads * c.head_dim, "GC": c.n_kv_heads * c.head_dim,
     }  # fmt: skip
     return tuple(sizes[size] for size in shape.split())

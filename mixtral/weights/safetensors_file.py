@@ -20,7 +20,10 @@ from torch import Tensor
 
 from mixtral.errors import WeightsError
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+}  # fmt: skip
+FLOATS = [dtype for dtype in DTYPES.values() if dtype.is_floating_point]
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_LIMIT = 100_000_000  # bytes; the reference implementation's
 

@@ -17,9 +17,9 @@ from mixtral.config import ModelConfig
 from mixtral.config_formats import to_hf, to_mistral
 from mixtral.errors import UsageError, WeightsError
 from mixtral.files import atomic_folder
-from mixtral.weights.names import Ffn, Format, Slot, layouts, output_name, parameter_shapes, slots
+from mixtral.weights.names import Ffn, Format, Slot, fixed_dtype, layouts, output_name, parameter_shapes, slots
 from mixtral.weights.progress import Progress, counter
-from mixtral.weights.safetensors_file import DTYPES, Entry, write_safetensors
+from mixtral.weights.safetensors_file import FLOATS, Entry, write_safetensors
 
 State = dict[str, Tensor]
 
@@ -44,7 +44,10 @@ def save_hf(
 
 
 def save_mistral(state: State, config: ModelConfig, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write `params.json` and `consolidated.safetensors`; dtype and errors as for `save_hf`."""
+    """Write `params.json` and `consolidated.safetensors`; dtype and errors as for `save_hf`.
+
+    Raises ConfigError too, for a model that is not plain Mistral or Mixtral.
+    """
     check_free(folder)
     with atomic_folder(folder) as new:
         write_mistral(state, config, new, dtype)
@@ -91,10 +94,11 @@ def write_mistral(
     progress: Progress | None = None,
 ) -> None:
     """`save_mistral` into a folder that is there; `progress` is called after each tensor."""
+    params = to_mistral(config)
     entries = _entries(state, config, "mistral", layouts(config, "mistral")[0], dtype)
     done = counter(progress, "writing", sum(entry.nbytes for entry in entries))
     write_safetensors(folder / "consolidated.safetensors", entries, done)
-    _write_json(folder / "params.json", to_mistral(config))
+    _write_json(folder / "params.json", params)
 
 
 def _entries(state: State, config: ModelConfig, format: Format, ffn: Ffn, dtype: torch.dtype | None) -> list[Entry]:
@@ -108,7 +112,8 @@ def _entries(state: State, config: ModelConfig, format: Format, ffn: Ffn, dtype:
 
 def _entry(name: str, slot: Slot, ours: Tensor, dtype: torch.dtype | None) -> Entry:
     # Cast the small view, not our whole tensor; `reshape` makes the one copy that is in memory at a time.
-    return Entry(name, dtype or ours.dtype, slot.shape, lambda: slot.view(ours.detach()).reshape(slot.shape))
+    written = fixed_dtype(slot.ours) or dtype or ours.dtype
+    return Entry(name, written, slot.shape, lambda: slot.view(ours.detach()).reshape(slot.shape))
 
 
 def _check_state(state: State, config: ModelConfig, dtype: torch.dtype | None) -> None:
@@ -119,7 +124,7 @@ def _check_state(state: State, config: ModelConfig, dtype: torch.dtype | None) -
     for name, shape in shapes.items():
         if tuple(state[name].shape) != shape:
             raise WeightsError(f"state: {name} is {list(state[name].shape)}, the config asks for {list(shape)}")
-        if (dtype or state[name].dtype) not in DTYPES.values():
+        if (dtype or state[name].dtype) not in FLOATS and fixed_dtype(name) is None:
             raise WeightsError(f"state: {name} as {dtype or state[name].dtype} cannot be saved; give a float dtype")
 
 

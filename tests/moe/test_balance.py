@@ -96,7 +96,7 @@ def _shifted(made: Routing, by: int, k: int) -> Routing:
 def _padded(made: Routing, at: Tensor) -> tuple[Routing, Tensor]:
     """`made` spread over the places of mask `at`, with rubbish tokens, all on expert 0, between."""
     parts = []
-    for value in made:
+    for value in made[:4]:
         wide = torch.zeros(len(at), value.shape[1], dtype=value.dtype)
         wide[:, 0] = 9
         wide[at] = value.detach()
@@ -118,7 +118,7 @@ def test_padding_changes_no_value() -> None:
 def test_nothing_that_counts_is_zero_not_nan(mask: Tensor | None) -> None:
     made = _random(3)
     if mask is None:
-        made = Routing(*(value[:0] for value in made))
+        made = made.tokens(0, 0)
     for loss in (load_balance, z_loss, lambda r, m: load_balance_hf([r, r], m)):
         assert loss(made, mask).item() == 0.0
 

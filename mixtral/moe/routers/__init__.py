@@ -1,0 +1,49 @@
+"""The routers behind the one contract (moe/router.py). `make_router` builds the one that a configuration names."""
+
+from mixtral.config import ModelConfig
+from mixtral.moe.router import Router
+from mixtral.moe.routers.expert_choice import ExpertChoiceRouter
+from mixtral.moe.routers.grouped import GroupedRouter
+from mixtral.moe.routers.learned_k import LearnedKRouter
+from mixtral.moe.routers.needed import MinPRouter, ThresholdRouter, TopPRouter
+from mixtral.moe.routers.noise import JitterRouter, NoisyRouter
+from mixtral.moe.routers.scored import SigmoidRouter, SwitchRouter
+from mixtral.router_options import (
+    ExpertChoice,
+    Grouped,
+    Jitter,
+    LearnedK,
+    MinP,
+    Noisy,
+    RouterOptions,
+    Sigmoid,
+    Switch,
+    Threshold,
+    TokenK,
+    TopK,
+    TopP,
+)
+
+_ROUTERS: dict[type[RouterOptions], type[Router]] = {
+    TopK: Router,
+    Switch: SwitchRouter,
+    Noisy: NoisyRouter,
+    Jitter: JitterRouter,
+    Sigmoid: SigmoidRouter,
+    Grouped: GroupedRouter,
+    LearnedK: LearnedKRouter,
+    TokenK: Router,
+    TopP: TopPRouter,
+    MinP: MinPRouter,
+    Threshold: ThresholdRouter,
+    ExpertChoice: ExpertChoiceRouter,
+}
+
+
+def make_router(config: ModelConfig) -> Router:
+    """One layer's router, uninitialised, as `config.router` names it."""
+    options = config.router_options
+    return _ROUTERS[type(options)](config.dim, config.n_experts, config.experts_per_token, options)
+
+
+__all__ = ["make_router"]
