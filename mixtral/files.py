@@ -12,6 +12,7 @@ from pathlib import Path
 from mixtral.errors import MixtralError
 
 _serial = itertools.count()  # two threads writing the same path must not share a temporary name
+_in_use: set[str] = set()  # temporary names; others with this process's id were left by an earlier one with that id
 
 
 def atomic_write(path: Path | str, data: bytes | str) -> None:
@@ -41,26 +42,55 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         yield temporary
         for folder, _, names in os.walk(temporary):
             for name in names:
-                _sync(Path(folder) / name)
-            _sync(Path(folder))
+                sync(Path(folder) / name)
+            sync(Path(folder))
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that a kill on the way leaves it whole, or gone from under its name.
+
+    Raises OSError when it cannot be renamed, and leaves it whole then.
+    """
+    clear_leftovers(path.parent, path.name)
+    temporary = _temporary(path)
+    os.replace(path, temporary)
+    _remove(temporary)
+
+
+def clear_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove what processes that were killed left half-written or half-removed of `name` in `folder`."""
+    for left in folder.glob(f".{name}.*-*.tmp"):
+        pid = left.name.removesuffix(".tmp").rpartition(".")[2].partition("-")[0]
+        gone = left.name not in _in_use if pid == str(os.getpid()) else pid.isdigit() and not _alive(int(pid))
+        if gone:
+            _remove(left)
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside `path` that only this process uses, and that tells whose it is."""
+    return path.parent / f".{path.name}.{os.getpid()}-{next(_serial)}.tmp"
 
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, renamed over it if the block succeeds and removed if not."""
-    temporary = path.parent / f".{path.name}.{os.getpid()}-{next(_serial)}.tmp"
+    temporary = _temporary(path)
     try:
+        new_folders = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         _tidy(path)
+        _in_use.add(temporary.name)  # only now: a killed process with our id may have left the same name
         yield temporary
         _swap_in(temporary, path)
-        _sync(path.parent)
+        for folder in (path.parent, *(new.parent for new in new_folders)):
+            sync(folder)
     except Exception as error:
         if is_write_failure(error):
             raise MixtralError(f"cannot write {path}: {_one_line(error)}") from error
         raise
     finally:
         _remove(temporary)
+        _in_use.discard(temporary.name)
 
 
 def is_write_failure(error: Exception) -> bool:
@@ -101,10 +131,7 @@ def _tidy(path: Path) -> None:
             _remove(_old(path))
         else:
             os.replace(_old(path), path)
-    for left in path.parent.glob(f".{path.name}.*-*.tmp"):
-        pid = left.name.removeprefix(f".{path.name}.").split("-")[0]
-        if pid.isdigit() and not _alive(int(pid)):
-            _remove(left)
+    clear_leftovers(path.parent, path.name)
 
 
 def _alive(pid: int) -> bool:
@@ -117,7 +144,7 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until the file, or the folder's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

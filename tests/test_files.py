@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from mixtral import files
 from mixtral.errors import MixtralError
-from mixtral.files import atomic_folder, atomic_write
+from mixtral.files import atomic_folder, atomic_write, clear_leftovers, remove_folder
 
 
 @pytest.fixture
@@ -127,6 +127,70 @@ def test_what_a_killed_process_left_is_cleared_up(tmp_path: Path) -> None:
     with pytest.raises(ValueError), atomic_folder(tmp_path / "model"):
         raise ValueError
     assert names(tmp_path) == [living.name, "model"] and names(tmp_path / "model") == ["one"]
+
+
+def test_leftovers_of_an_earlier_process_with_our_id_are_cleared_up(tmp_path: Path) -> None:
+    """In a container every run of a program may have the same process id."""
+    for serial in range(1000):
+        (tmp_path / f".model.{os.getpid()}-{serial}.tmp").mkdir()
+    with atomic_folder(tmp_path / "model") as folder:
+        assert names(tmp_path) == [folder.name]
+        clear_leftovers(tmp_path)  # as another thread of this process may do meanwhile
+        (folder / "one").write_text("1")
+    assert names(tmp_path) == ["model"]
+
+
+def test_leftovers_of_all_names(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    gone = [f".a.{dead.pid}-0.tmp", f".b.txt.{dead.pid}-17.tmp"]
+    kept = [f".a.{os.getppid()}-0.tmp", ".a.x-0.tmp", ".hidden", f"a.{dead.pid}-0.tmp"]
+    for name in gone + kept:
+        (tmp_path / name).write_text("")
+    clear_leftovers(tmp_path)
+    assert names(tmp_path) == sorted(kept)
+    clear_leftovers(tmp_path / "nowhere")
+
+
+def test_a_removed_folder_is_whole_or_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("1")
+    remove_folder(tmp_path / "one")
+    assert names(tmp_path) == ["two"]
+
+    def killed(path: Path, **_: object) -> None:
+        (path / "file").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove_folder(tmp_path / "two")
+    assert [name[:5] for name in names(tmp_path)] == [".two."]
+
+
+def test_everything_is_on_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a crash of the machine could leave the name without the content."""
+    done: list[object] = []
+    replace, fsync = os.replace, os.fsync
+
+    def record_replace(source: Path, target: Path) -> None:
+        done.append("rename")
+        replace(source, target)
+
+    def record_sync(descriptor: int) -> None:
+        done.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "replace", record_replace)
+    monkeypatch.setattr(os, "fsync", record_sync)
+    path = tmp_path / "new" / "model"
+    with atomic_folder(path) as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "one").write_text("1")
+    before, after = done[: done.index("rename")], done[done.index("rename") :]
+    assert {p.stat().st_ino for p in (path, path / "deep", path / "deep" / "one")} == set(before)
+    assert {p.stat().st_ino for p in (path.parent, tmp_path)} < set(after)
 
 
 def test_other_errors_are_not_taken_for_write_failures() -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import threading
 import warnings
 from pathlib import Path
@@ -28,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mixtral.errors import MixtralError
-from mixtral.files import atomic_folder
+from mixtral.files import atomic_folder, clear_leftovers, remove_folder, sync
 from mixtral.train.optim import Optimizer
 
 _NAME = re.compile(r"step_(\d+)")
@@ -71,10 +70,12 @@ class CheckpointWriter:
 
     def _write(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         try:
+            for log in self.folder.glob("*.jsonl"):  # or a crash of the machine loses lines of steps before this one
+                sync(log)
             write_checkpoint(checkpoint_path(self.folder, state["step"]), tensors, state)
             for old in checkpoints(self.folder)[: -self.keep]:
                 if _step(old) != state["best_step"]:
-                    shutil.rmtree(old)
+                    remove_folder(old)
         except Exception as error:  # whatever it is, it must reach the run, not die with the thread
             self._failure = str(error)
 
@@ -125,10 +126,11 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def drop_later(folder: Path, step: int) -> None:
-    """Remove the checkpoints after `step`: a run that goes on from there makes them anew."""
+    """Remove the checkpoints after `step`, which a run that goes on from there makes anew, and what kills left."""
+    clear_leftovers(folder / "checkpoints")
     for path in checkpoints(folder):
         if _step(path) > step:
-            shutil.rmtree(path)
+            remove_folder(path)
 
 
 def _step(path: Path) -> int:

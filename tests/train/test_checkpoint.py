@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import resource
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +40,14 @@ def save(folder: Path, optimizer: Optimizer, step: int, best_step: int | None = 
 def names(folder: Path) -> list[str]:
     """Everything in the checkpoints' folder, hidden leftovers too."""
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+@pytest.fixture
+def killed_id() -> int:
+    """The id of a process that is no more."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -101,6 +111,58 @@ def test_the_latest_and_those_after_a_step(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints/step_000008"
     drop_later(tmp_path, 4)
     assert names(tmp_path) == ["step_000000", "step_000004"]
+
+
+# -- kills and crashes -------------------------------------------------------------------------------------------------
+
+
+def test_what_kills_left_goes_when_a_run_goes_on(tmp_path: Path, killed_id: int) -> None:
+    """Also of steps that it will not save again, such as one at which Ctrl-C came."""
+    _, optimizer = fresh_optimizer(train_config())
+    save(tmp_path, optimizer, 4)
+    for name in (f".step_000007.{killed_id}-0.tmp", f".step_000004.{killed_id}-3.tmp"):
+        (tmp_path / "checkpoints" / name / "model").mkdir(parents=True)
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints/step_000004"
+    drop_later(tmp_path, 4)
+    assert names(tmp_path) == ["step_000004"]
+
+
+def test_a_kill_while_later_ones_are_dropped_leaves_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, optimizer = fresh_optimizer(train_config())
+    for step in (0, 4, 8):
+        save(tmp_path, optimizer, step, keep=9)
+
+    def killed(path: Path, **_: object) -> None:
+        (path / "state.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            drop_later(tmp_path, 0)
+    for path in checkpoints(tmp_path):
+        load_checkpoint(path, fresh_optimizer(train_config())[1])
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_000000", "step_000008"]
+
+
+def test_the_disk_has_files_and_logs_before_the_checkpoint_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a crash of the machine leaves the checkpoint before, or this one with every line up to it."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    synced: set[int] = set()
+    replace = os.replace
+    at_rename: list[set[int]] = []
+
+    def record(source: Path, target: Path) -> None:
+        at_rename.append(set(synced))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(os, "replace", record)
+    assert save(tmp_path, fresh_optimizer(train_config())[1], 0) is None
+    whole = [tmp_path / "metrics.jsonl", *(tmp_path / "checkpoints/step_000000").rglob("*")]
+    assert len(whole) > 3 and at_rename and {path.stat().st_ino for path in whole} <= at_rename[0]
 
 
 # -- damage ------------------------------------------------------------------------------------------------------------
