@@ -71,10 +71,10 @@ def seed_everything(seed: int) -> None:
 
 
 def set_threads(threads: int | None = None) -> int:
-    """Let torch and numpy use `threads` threads, by default the cores allowed to us (or OMP_NUM_THREADS); returns the number.
+    """Let torch and numpy use `threads` threads, by default the cores allowed to us (or OMP_NUM_THREADS).
 
-    torch by itself looks at the whole machine: in a container with a quota it starts too many. Raises UsageError
-    unless threads is positive.
+    Returns the number. torch by itself looks at the whole machine: in a container with a quota it starts too many.
+    Raises UsageError unless threads is positive.
     """
     if threads is None:
         threads = torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else cpu_count()

@@ -114,7 +114,7 @@ def test_numpy_multiplies_on_amd_with_openblas_alone(
     vendor: str, blas: str, faster: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hardware, "_cpu_vendor", lambda: vendor)
-    monkeypatch.setattr(hardware.numpy, "show_config", lambda mode: {"Build Dependencies": {"blas": {"name": blas}}})
+    monkeypatch.setattr(hardware.numpy, "show_config", lambda **_: {"Build Dependencies": {"blas": {"name": blas}}})
     hardware.numpy_multiplies_faster.cache_clear()
     try:
         assert hardware.numpy_multiplies_faster() == (faster and torch.backends.mkl.is_available())

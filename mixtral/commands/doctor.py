@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     import torch
     from rich.table import Table
 
-CORE = ("torch", "numpy", "safetensors", "sentencepiece", "tokenizers", "mistral-common", "rich", "typer")
+CORE = (
+    "torch", "numpy", "threadpoolctl", "safetensors", "sentencepiece", "tokenizers", "mistral-common", "rich", "typer",
+)  # fmt: skip
 EXTRAS = {  # as pyproject.toml has them; a test compares
     "server": ("fastapi", "uvicorn", "prometheus-client", "llguidance"),
     "eval": ("lm-eval",),

@@ -1,6 +1,7 @@
 """Every op the model needs, each by name through one table (table.py): the only place where a backend is chosen.
 
-`reference` defines what is correct; `torch` is the fast road. An op's meaning and shapes stand in reference.py.
+`reference` defines what is correct; `torch` is the fast road, `compiled` one to be asked for. An op's meaning and
+shapes stand in reference.py.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mixtral.kernels import dense, loss, reference, rows, sdpa, stacked, table
+from mixtral.kernels import compiled, dense, loss, reference, rows, sdpa, stacked, table
 from mixtral.kernels.table import backends, choose, ops, use_backend
 
 __all__ = [
@@ -88,6 +89,9 @@ def _register_all() -> None:
     table.register("gather_rows", "torch", rows.gather_rows, "gathers both ways, deterministic")
     table.register("combine", "torch", rows.combine, "gathers both ways, deterministic")
     table.register("cross_entropy", "torch", loss.cross_entropy, "fused with the output projection, by blocks")
+    why = "element-wise work through torch.compile"
+    for op in ("experts", "rms_norm", "rotary"):
+        table.register(op, "compiled", getattr(compiled, op), why, compiled.supports)
     for op in table.ops():
         table.register(op, "reference", getattr(reference, op), "the definition of correct")
 

@@ -9,8 +9,8 @@ Legend: N routed rows, D model width, F expert hidden width, E experts, n rows o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,30 +45,42 @@ def _hidden(h_n2F: Tensor) -> Tensor:
 
 
 def _hidden_backward(grad_nF: Tensor, h_n2F: Tensor) -> tuple[Tensor, Tensor]:
-    """(silu(gate) * up, and the gradient of [gate, up]) from the gradient of the hidden rows."""
     gate_nF, up_nF = h_n2F.chunk(2, dim=-1)
     silu_nF = F.silu(gate_nF)
     grad_n2F = torch.empty_like(h_n2F)
     grad_gate_nF, grad_up_nF = grad_n2F.chunk(2, dim=-1)
     torch.mul(grad_nF, silu_nF, out=grad_up_nF)
-    grad_gate_nF.copy_(torch.ops.aten.silu_backward(grad_nF * up_nF, gate_nF))
+    torch.ops.aten.silu_backward.grad_input(grad_nF * up_nF, gate_nF, grad_input=grad_gate_nF)
     return silu_nF.mul_(up_nF), grad_n2F
+
+
+class Pointwise(NamedTuple):
+    """The element-wise work between the products of an expert's rows n; `h_n2F` holds [gate, up]."""
+
+    hidden: Callable[[Tensor], Tensor]  # h_n2F -> silu(gate) * up
+    hidden_backward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # its gradient, h_n2F -> (it, h's gradient)
+
+
+EAGER = Pointwise(_hidden, _hidden_backward)
 
 
 class _ExpertsLoop(torch.autograd.Function):
     """One product an expert. Autograd through `w13[e]` would build a full-size gradient for every expert selected."""
 
     @staticmethod
-    def forward(ctx: Any, rows_ND: Tensor, counts_E: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, rows_ND: Tensor, counts_E: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, pointwise: Pointwise
+    ) -> Tensor:
         w13_EHD = w13_E2FD.flatten(1, 2)
         h_N2F = rows_ND.new_empty(len(rows_ND), w13_EHD.shape[1])
         y_ND = torch.empty_like(rows_ND)
         end = 0
         for e, begin, end in _runs(counts_E):
             matmul_into(h_N2F[begin:end], rows_ND[begin:end], w13_EHD[e].T)
-            matmul_into(y_ND[begin:end], _hidden(h_N2F[begin:end]), w2_EDF[e].T)
+            matmul_into(y_ND[begin:end], pointwise.hidden(h_N2F[begin:end]), w2_EDF[e].T)
         y_ND[end:] = 0
         ctx.save_for_backward(rows_ND, counts_E, w13_E2FD, w2_EDF, h_N2F)
+        ctx.pointwise = pointwise
         return y_ND
 
     @staticmethod
@@ -76,7 +88,7 @@ class _ExpertsLoop(torch.autograd.Function):
     def backward(ctx: Any, grad_y_ND: Tensor) -> tuple[Tensor | None, ...]:
         rows_ND, counts_E, w13_E2FD, w2_EDF, h_N2F = ctx.saved_tensors
         w13_EHD = w13_E2FD.flatten(1, 2)
-        need_rows, _, need_w13, need_w2 = ctx.needs_input_grad
+        need_rows, _, need_w13, need_w2, _ = ctx.needs_input_grad
         grad_rows_ND = torch.empty_like(rows_ND) if need_rows else None
         grad_w13_EHD = torch.empty_like(w13_EHD) if need_w13 else None
         grad_w2_EDF = torch.empty_like(w2_EDF) if need_w2 else None
@@ -84,7 +96,8 @@ class _ExpertsLoop(torch.autograd.Function):
         grad_y_ND = grad_y_ND.contiguous()
         for e, begin, end in _runs(counts_E):
             grad_y_nD = grad_y_ND[begin:end]
-            hidden_nF, grad_h_n2F = _hidden_backward(matmul(grad_y_nD, w2_EDF[e]), h_N2F[begin:end])
+            grad_nF = matmul(grad_y_nD, w2_EDF[e])
+            hidden_nF, grad_h_n2F = ctx.pointwise.hidden_backward(grad_nF, h_N2F[begin:end])
             if grad_w2_EDF is not None:
                 matmul_into(grad_w2_EDF[e], grad_y_nD.T, hidden_nF)
             if grad_w13_EHD is not None:
@@ -92,12 +105,14 @@ class _ExpertsLoop(torch.autograd.Function):
             if grad_rows_ND is not None:
                 matmul_into(grad_rows_ND[begin:end], grad_h_n2F, w13_EHD[e])
         grad_w13 = None if grad_w13_EHD is None else grad_w13_EHD.view_as(w13_E2FD)
-        return grad_rows_ND, None, grad_w13, grad_w2_EDF
+        return grad_rows_ND, None, grad_w13, grad_w2_EDF, None
 
 
-def experts_loop(rows_ND: Tensor, counts_E: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
+def experts_loop(
+    rows_ND: Tensor, counts_E: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, pointwise: Pointwise = EAGER
+) -> Tensor:
     """See reference.experts."""
-    return _ExpertsLoop.apply(rows_ND, counts_E, w13_E2FD, w2_EDF)
+    return _ExpertsLoop.apply(rows_ND, counts_E, w13_E2FD, w2_EDF, pointwise)
 
 
 def experts_grouped(rows_ND: Tensor, counts_E: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
