@@ -29,6 +29,7 @@ from mixtral.train.optim import Optimizer
 from mixtral.train.step import train_step
 
 LENGTH = 512
+COEFFICIENT = 0.01  # of the load-balancing loss, on both sides
 
 
 def our_step(config: TrainConfig, dtype: str, ids_BS: Tensor) -> Callable[[], object]:
@@ -41,7 +42,7 @@ def our_step(config: TrainConfig, dtype: str, ids_BS: Tensor) -> Callable[[], ob
 def their_step(config: TrainConfig, experts: str, autocast: bool, ids_BS: Tensor) -> Callable[[], object]:
     model: nn.Module = peer(make_ours(config.model, "fp32"), torch.float32, experts)
     settings: Any = model.config
-    settings.router_aux_loss_coef = config.load_balance
+    settings.router_aux_loss_coef = COEFFICIENT
     adamw = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=config.betas, fused=True)
 
     def step() -> None:
@@ -89,7 +90,8 @@ def main() -> None:
     set_threads()
     transformers.logging.set_verbosity_error()
     shape = small().replace(n_layers=2) if args.quick else small()
-    config = TrainConfig(model=shape, rows=args.rows, context=LENGTH, lr=1e-5, warmup=0.0, z_loss=0.0)
+    balance = (f"micro_batch?weight={COEFFICIENT}",)
+    config = TrainConfig(model=shape, rows=args.rows, context=LENGTH, lr=1e-5, warmup=0.0, balance=balance)
     ids_BS = torch.randint(shape.vocab_size, (args.rows, LENGTH), generator=torch.Generator().manual_seed(1))
     rows = [contest(config, dtype, ids_BS, 1 if args.quick else args.repeats) for dtype in DTYPES]
     title = f"training step, {args.rows} x {LENGTH}, against transformers {transformers.__version__}: tokens/s"

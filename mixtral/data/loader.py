@@ -39,9 +39,11 @@ class TrainBatch(NamedTuple):
 
     batch: Packed
     targets_T: Tensor  # int64, NO_TARGET (-100) at the last token of each document
+    domains_T: Tensor | None = None  # int64, index into TokenData.domains, -1: unknown; None: the data has one alone
 
     def to(self, device: torch.device | str) -> TrainBatch:
-        return TrainBatch(self.batch.to(device), self.targets_T.to(device))
+        domains_T = None if self.domains_T is None else self.domains_T.to(device)
+        return TrainBatch(self.batch.to(device), self.targets_T.to(device), domains_T)
 
 
 class Loader:
@@ -97,11 +99,11 @@ class Loader:
         rows = [stream.read(first, min(first + self.context, stop) + 1) for first in firsts]
         return [self._pack(rows[i : i + self.rows]) for i in range(0, len(rows), self.rows)]
 
-    def _pack(self, rows: list[tuple[np.ndarray, np.ndarray]]) -> TrainBatch:
+    def _pack(self, rows: list[Row]) -> TrainBatch:
         """The batch of rows as `Stream.read` gives them, each with one token more than it has inputs."""
-        tokens_T = np.concatenate([tokens[:-1] for tokens, _ in rows])
-        targets_T = np.concatenate([np.where(begins[1:], NO_TARGET, tokens[1:]) for tokens, begins in rows])
-        begins_T = np.concatenate([np.append(True, begins[1:-1]) for _, begins in rows])
+        tokens_T = np.concatenate([row.tokens[:-1] for row in rows])
+        targets_T = np.concatenate([np.where(row.begins[1:], NO_TARGET, row.tokens[1:]) for row in rows])
+        begins_T = np.concatenate([np.append(True, row.begins[1:-1]) for row in rows])
         starts = np.flatnonzero(begins_T)
         lengths = np.diff(starts, append=len(tokens_T))
         positions_T = np.arange(len(tokens_T)) - np.repeat(starts, lengths)
@@ -112,7 +114,18 @@ class Loader:
             torch.from_numpy(cu_seqlens),
             int(lengths.max()),
         )
-        return TrainBatch(packed, torch.from_numpy(targets_T))
+        domains_T = None
+        if len(self.data.domains) > 1:
+            domains_T = torch.from_numpy(np.concatenate([row.domains[:-1] for row in rows]))
+        return TrainBatch(packed, torch.from_numpy(targets_T), domains_T)
+
+
+class Row(NamedTuple):
+    """A stretch of the stream."""
+
+    tokens: np.ndarray  # int64
+    begins: np.ndarray  # bool, whether a document begins there
+    domains: np.ndarray  # int64, of the document
 
 
 class _Epoch(NamedTuple):
@@ -132,9 +145,10 @@ class Stream:
         self.epoch_ends: list[int] = []  # in tokens, of the epochs planned so far
         self.planned: dict[int, _Epoch] = {}  # shuffled rows step between neighbouring epochs at their seam
 
-    def read(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens int64, whether a document begins there) from position `first` to `stop`."""
+    def read(self, first: int, stop: int) -> Row:
+        """The stream from position `first` to `stop`."""
         begins = np.zeros(stop - first, dtype=bool)
+        domains = np.empty(stop - first, dtype=np.int64)
         pieces = []
         position = first
         while position < stop:
@@ -145,10 +159,11 @@ class Stream:
                 if begin >= position:
                     begins[begin - first] = True
                 pieces.append(self.documents.tokens(document)[position - begin : stop - begin])
+                domains[position - first : end - first] = self.documents.domain_M[document]
                 position = min(end, stop)
                 if position == stop:
                     break
-        return np.concatenate(pieces).astype(np.int64), begins
+        return Row(np.concatenate(pieces).astype(np.int64), begins, domains)
 
     def epoch_at(self, position: int) -> int:
         while not self.epoch_ends or self.epoch_ends[-1] <= position:

@@ -9,8 +9,9 @@ A source is written `NAME[?option=value&...][=WEIGHT]`, NAME one of
     hf:NAME[:CONFIG]      the train split of a dataset of the `datasets` library (an extra), by name or saved folder
     PATH                  a text, JSON lines or Parquet file, or a folder of them
 
-with the options `field` (JSON lines, Parquet, hf: where the text is), `max_bytes` (read no more than this) and `seed`
-(reasoning-gym). Everything comes in an order that depends on names and contents alone.
+with the options `field` (JSON lines, Parquet, hf: where the text is), `max_bytes` (read no more than this), `seed`
+(reasoning-gym) and `domain` (one name for all its documents, in place of each one's own). Everything comes in an order
+that depends on names and contents alone.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mixtral.data.readers import BadInput
 from mixtral.errors import UsageError, did_you_mean
 
 _WEIGHT = re.compile(r"(.+)=((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)", re.IGNORECASE)
-_OPTIONS = {"field": str, "max_bytes": int, "seed": int}
+_OPTIONS = {"field": str, "max_bytes": int, "seed": int, "domain": str}
 REASONING_GYM_BYTES = 4_000_000  # the generators never end: what is read without max_bytes
 
 
@@ -53,6 +54,7 @@ class Source:
     field: str = "text"
     max_bytes: int | None = None  # stop after the document that reaches this many bytes of text
     seed: int = 0
+    domain: str | None = None  # of all its documents; None: each has its own
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -104,7 +106,7 @@ def documents(source: Source, bad: BadInput) -> Iterator[Document]:
     for text, domain in texts(source.name, source.field, source.seed, bad):
         if not text.strip():
             continue
-        yield Document(text, source.name, domain)
+        yield Document(text, source.name, source.domain or domain)
         size += len(text.encode())
         if size >= limit:
             return

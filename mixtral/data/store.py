@@ -74,7 +74,7 @@ class Index:
 
     inputs: dict[str, Any]  # everything that the shards depend on; equal inputs, equal shards
     weights: list[float | None]  # of the sources, in order
-    domains: list[str]
+    domains: list[str]  # in the order in which they came
     shards: dict[str, list[Shard]]  # split: its shards, in order
     skipped: int = 0  # faulty inputs
     duplicates: int = 0  # documents that an earlier one equals
@@ -109,7 +109,7 @@ class Documents(NamedTuple):
     first_M: np.ndarray
     length_M: np.ndarray  # tokens, BOS and EOS counted
     source_M: np.ndarray  # index into the sources
-    domain_M: np.ndarray  # index into `domains`
+    domain_M: np.ndarray  # index into TokenData.domains, -1: unknown
 
     def tokens(self, document: int) -> np.ndarray:
         first = self.first_M[document]
@@ -145,7 +145,8 @@ class TokenData:
 
     @property
     def domains(self) -> list[str]:
-        return self.index.domains
+        """The domains of the documents of both splits, sorted, whatever order they came in."""
+        return sorted(self.index.domains)
 
     def _documents(self, split: str) -> Documents:
         shards, tables = [], [np.empty((0, 3), np.int64)]
@@ -155,6 +156,9 @@ class TokenData:
         shard_M = np.repeat(np.arange(len(shards)), np.array([len(table) for table in tables[1:]], np.int64))
         first_M = np.concatenate([np.cumsum(table[:, 0]) - table[:, 0] for table in tables])
         length_M, source_M, domain_M = np.concatenate(tables).T
+        place = [self.domains.index(name) for name in self.index.domains]
+        known_M = (domain_M >= 0) & (domain_M < len(place))
+        domain_M = np.array([*place, -1])[np.where(known_M, domain_M, -1)]  # unknown ones find the -1 at the end
         return Documents(shards, shard_M, first_M, length_M, source_M, domain_M)
 
     def documents(self, split: str) -> Documents:

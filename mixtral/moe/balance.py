@@ -1,6 +1,6 @@
-"""Balancing objectives: pure functions of routing, each per layer.
+"""Balancing losses: pure functions of routing, each of one layer. The rules that need no loss are in updates.py.
 
-Legend: T tokens, E experts, K experts a token.
+Legend: T tokens, E experts, K experts a token, M domains.
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ def assignment_counts(routing: Routing) -> Tensor:
     return place_N.new_zeros(n_experts + 1).scatter_add_(0, place_N, torch.ones_like(place_N))[1:]
 
 
+def share_of(counts_E: Tensor) -> Tensor:
+    """Counts of assignments -> fp32 [E], summing to 1, or zeros when nothing was assigned."""
+    return counts_E.float() / counts_E.float().sum().clamp(min=1)
+
+
 def assignment_share(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     """The share of assignments that each expert received -> fp32 [E], summing to 1, over the tokens of the mask."""
     if mask_T is not None:
         routing = routing._replace(experts_TK=routing.experts_TK[mask_T])
-    counts_E = assignment_counts(routing).float()
-    return counts_E / counts_E.sum().clamp(min=1)
+    return share_of(assignment_counts(routing))
 
 
 def _mean(values_T: Tensor) -> Tensor:
@@ -36,23 +40,58 @@ def _mean(values_T: Tensor) -> Tensor:
     return values_T.sum(0) / max(1, len(values_T))
 
 
-def load_balance(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
+def score_shares(scores_TE: Tensor) -> Tensor:
+    """Each token's scores as shares of their sum, so that losses mean the same for sigmoid scores (arXiv 2412.19437).
+
+    Softmax scores pass untouched, to the bit.
+    """
+    sum_T1 = scores_TE.sum(-1, keepdim=True)
+    return torch.where((sum_T1 - 1).abs() < 1e-5, scores_TE, scores_TE / sum_T1.clamp(min=1e-20))
+
+
+def load_balance(routing: Routing, mask_T: Tensor | None = None, counts_E: Tensor | None = None) -> Tensor:
     """E * sum over experts of f * p for one layer (arXiv 2101.03961, equation 4).
 
-    f is the share of assignments an expert received, p its mean score. 1 at balance for any E and K; E / K when all
-    tokens put all their score on the same K experts. Gradients flow through p alone.
+    f is the share of assignments an expert received, p its mean share of the score. 1 at balance for any E and K; E / K
+    when all tokens put all their score on the same K experts. Gradients flow through p alone.
 
     Args:
         mask_T: bool, the tokens that count (padding does not). Packed batches need none.
+        counts_E: assignments to take f from, instead of this routing's own: those of the whole global batch, of which
+            this is a part (arXiv 2501.11873). The mean of the parts' losses, weighted by their tokens, is then the
+            loss of the whole batch, and so are the gradients.
     """
     scores_TE = routing.scores_TE if mask_T is None else routing.scores_TE[mask_T]
-    return scores_TE.shape[1] * (assignment_share(routing, mask_T) @ _mean(scores_TE))
+    share_E = assignment_share(routing, mask_T) if counts_E is None else share_of(counts_E)
+    return scores_TE.shape[1] * (share_E @ _mean(score_shares(scores_TE)))
 
 
 def z_loss(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
     """Mean over tokens of (logsumexp of the router's logits) squared (arXiv 2202.08906, equation 5)."""
     logits_TE = routing.logits_TE if mask_T is None else routing.logits_TE[mask_T]
     return _mean(logits_TE.logsumexp(-1).square())
+
+
+def guidance(routing: Routing, domains_T: Tensor, groups_ME: Tensor) -> Tensor:
+    """Supervised specialisation: mean over tokens of -log of the score mass on the experts of the token's domain.
+
+    The cross-entropy of "which group does this token belong to" under the router's own distribution. 0 when all mass
+    lies on the right groups; -log(size of the group / E) for uniform scores.
+
+    Args:
+        domains_T: int64, the domain of each token, -1: unknown, does not count.
+        groups_ME: bool, the experts that each domain is to use.
+    """
+    inside_TE = groups_ME[domains_T.clamp(min=0)]
+    mass_T = (score_shares(routing.scores_TE) * inside_TE).sum(-1).clamp(min=1e-20)
+    known_T = domains_T >= 0
+    return -(mass_T.log() * known_T).sum() / known_T.sum().clamp(min=1)
+
+
+def k_price(k_T: Tensor, target: float | None = None) -> Tensor:
+    """What a learned number of experts costs: its mean over tokens, or that mean's squared distance from a target."""
+    mean = _mean(k_T)
+    return mean if target is None else (mean - target).square()
 
 
 def load_balance_hf(routings: Sequence[Routing], mask_T: Tensor | None = None) -> Tensor:
@@ -62,7 +101,10 @@ def load_balance_hf(routings: Sequence[Routing], mask_T: Tensor | None = None) -
     `load_balance`.
     """
     n_experts, k = routings[0].logits_TE.shape[1], routings[0].experts_TK.shape[1]
-    pooled = Routing(*(torch.cat(parts) for parts in zip(*routings, strict=True)))
-    mask = None if mask_T is None else mask_T.repeat(len(routings))
-    scores_TE = pooled.scores_TE if mask is None else pooled.scores_TE[mask]
-    return n_experts * k * (assignment_share(pooled, mask) @ _mean(scores_TE))
+    scores_TE = torch.cat([routing.scores_TE for routing in routings])
+    experts_TK = torch.cat([routing.experts_TK for routing in routings])
+    if mask_T is not None:
+        mask = mask_T.repeat(len(routings))
+        scores_TE, experts_TK = scores_TE[mask], experts_TK[mask]
+    pooled = Routing(scores_TE, scores_TE, scores_TE, experts_TK)
+    return n_experts * k * (assignment_share(pooled) @ _mean(scores_TE))

@@ -35,5 +35,6 @@ def sized(size: int) -> TrainConfig:
     rows = 4
     return TrainConfig(
         model=model, rows=rows, context=context, lr=round(4e-3 * (2 / size) ** 0.5, 6),
-        steps=round(TOKENS_PER_PARAMETER * model.n_active_params() / (rows * context)), load_balance=0.02,
+        steps=round(TOKENS_PER_PARAMETER * model.n_active_params() / (rows * context)),
+        balance=("micro_batch?weight=0.02", "z_loss?weight=0.001"),
     )  # fmt: skip

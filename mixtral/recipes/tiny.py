@@ -10,5 +10,6 @@ def tiny() -> TrainConfig:
     """1.2 M tokens in small batches: so short a run needs many updates more than it needs quiet gradients."""
     return TrainConfig(
         model=preset("tiny"), data=("stdlib?max_bytes=3500000",), steps=1175, rows=4, context=256, lr=4e-3,
-        final_lr=0.02, load_balance=0.02, val_every=400, val_tokens=32768, save_every=400,
+        final_lr=0.02, balance=("micro_batch?weight=0.02", "z_loss?weight=0.001"),
+        val_every=400, val_tokens=32768, save_every=400,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from mixtral.config import ModelConfig
 from mixtral.errors import ConfigError, did_you_mean
 from mixtral.specs import parse_value
+from mixtral.train.balance_options import parse_balance, split_balance
 
 DTYPES = ("auto", "fp32", "bf16")
 SCHEDULES = ("cosine", "wsd")
@@ -42,8 +43,7 @@ class TrainConfig:
     weight_decay: float = 0.1  # on matrices; norms have none
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0  # largest global gradient norm; 0: none
-    load_balance: float = 0.01  # coefficient of moe.balance.load_balance, mean over layers; 0: off
-    z_loss: float = 0.001  # coefficient of moe.balance.z_loss, mean over layers; 0: off
+    balance: tuple[str, ...] = ("micro_batch?weight=0.01", "z_loss?weight=0.001")  # train/balance_options.py
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the computation; auto: bf16 where it is faster
     device: str = "auto"  # auto: a GPU when there is one
     seed: int = 0
@@ -52,6 +52,7 @@ class TrainConfig:
     save_every: int = 200  # steps between checkpoints
     keep: int = 2  # checkpoints kept beside the best one
     recompute: bool = False  # compute each layer again in the backward pass instead of keeping its activations
+    compile: bool = False  # element-wise work through torch.compile: for long runs (kernels/compiled.py)
     stats_every: int = 10  # steps between lines of routing statistics
     trackers: tuple[str, ...] = ()  # of TRACKERS: who is told the metrics besides the JSON lines
 
@@ -59,7 +60,7 @@ class TrainConfig:
         for name in "steps rows context accumulation val_every val_tokens save_every keep stats_every".split():
             if getattr(self, name) < 1:
                 raise ConfigError(f"train: {name} must be at least 1, not {getattr(self, name)}")
-        for name in "lr warmup cooldown final_lr weight_decay clip load_balance z_loss".split():
+        for name in "lr warmup cooldown final_lr weight_decay clip".split():
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"train: {name} must not be negative, nor infinite, not {getattr(self, name)}")
         for name in ("warmup", "cooldown", "final_lr"):
@@ -81,6 +82,7 @@ class TrainConfig:
         if self.schedule == "wsd" and self.warmup + self.cooldown > 1 + 1e-9:
             both = f"warmup {self.warmup} and cooldown {self.cooldown}"
             raise ConfigError(f"train: {both} overlap; with schedule wsd they must not sum to more than 1")
+        parse_balance(self.balance, self.model.n_layers)
         if self.seed < 0:
             raise ConfigError(f"train: seed must not be negative, not {self.seed}")
         if not self.data:
@@ -97,7 +99,7 @@ class TrainConfig:
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         """From `to_dict`, also after a passage through JSON."""
         values = {**values, "model": ModelConfig.from_dict(values["model"])}
-        for name in {"data", "betas", "trackers"} & values.keys():
+        for name in {"data", "betas", "trackers", "balance"} & values.keys():
             values[name] = tuple(values[name])
         return cls(**values)
 
@@ -120,5 +122,6 @@ def override(config: TrainConfig, assignments: Sequence[str]) -> TrainConfig:
         if field not in types_of:
             known = [f"model.{n}" for n in typing.get_type_hints(ModelConfig)] if of_model else [*types_of, "model.dim"]
             raise ConfigError(f"--set {name}: unknown field; {did_you_mean(name, known)}")
-        (model_changes if of_model else changes)[field] = parse_value(f"--set {name}", text, types_of[field])
+        value = split_balance(text) if field == "balance" else parse_value(f"--set {name}", text, types_of[field])
+        (model_changes if of_model else changes)[field] = value
     return config.replace(model=config.model.replace(**model_changes), **changes)

@@ -19,7 +19,7 @@ def keep_batch(parts: Sequence[TrainBatch], folder: Path, step: int) -> Path:
     """Write a step's whole batch to FOLDER/nonfinite_step_N.safetensors: tokens, positions, targets, boundaries."""
     path = folder / f"nonfinite_step_{step:06d}.safetensors"
     tensors: dict[str, Tensor] = {}
-    for i, (batch, targets_T) in enumerate(parts):
+    for i, (batch, targets_T, _) in enumerate(parts):
         tensors |= {f"{i}.tokens": batch.tokens_T, f"{i}.positions": batch.positions_T, f"{i}.targets": targets_T}
         tensors[f"{i}.cu_seqlens"] = batch.cu_seqlens
     save_file(tensors, path)
@@ -47,8 +47,8 @@ def first_bad_layer(model: Mixtral, parts: Sequence[TrainBatch]) -> str:
     handles = [module.register_forward_hook(watch(name)) for name, module in watched]
     try:
         for part in parts:
-            batch, targets_T = part.to(model.output_weight.device)
-            model(batch, targets=targets_T)
+            part = part.to(model.output_weight.device)
+            model(part.batch, targets=part.targets_T)
     finally:
         for handle in handles:
             handle.remove()

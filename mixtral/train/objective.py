@@ -1,4 +1,7 @@
-"""What training minimises: next-token cross-entropy plus weighted router losses, each kept apart."""
+"""What training minimises: next-token cross-entropy plus weighted router losses, each kept apart.
+
+Legend: T tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +11,38 @@ import torch
 from torch import Tensor
 
 from mixtral.model import Output
-from mixtral.moe.balance import load_balance, z_loss
-from mixtral.train.config import TrainConfig
+from mixtral.train.balancing import Balancer
+
+
+class Shares(NamedTuple):
+    """What one part of a global batch counts for: its share of the batch's targets, and of its tokens."""
+
+    targets: float
+    tokens: float
+
+
+WHOLE = Shares(1.0, 1.0)
 
 
 class Objective(NamedTuple):
-    """The total to differentiate and its parts, unweighted; a part whose coefficient is 0 is not computed."""
+    """The part's contribution to the total, to differentiate, and its losses, unweighted."""
 
     total: Tensor
     cross_entropy: Tensor
-    load_balance: Tensor | None  # mean over layers, 1 at balance
-    z_loss: Tensor | None  # mean over layers
+    aux: dict[str, Tensor]  # router losses by name, each the mean over its layers; not those of weight 0
 
 
-def objective(output: Output, config: TrainConfig) -> Objective:
-    """Cross-entropy + load_balance * its coefficient + z_loss * its coefficient."""
+def objective(
+    output: Output, balancer: Balancer, domains_T: Tensor | None = None, shares: Shares = WHOLE
+) -> Objective:
+    """Cross-entropy by the share of targets, plus each router loss times its coefficient by the share of tokens.
+
+    So a batch cut into parts has the same total, and gradients, as the whole, if its losses are means over tokens.
+    """
     assert output.loss is not None, "the model was run without targets"
-    total = output.loss
-    parts: dict[str, Tensor | None] = {}
-    for name, function in (("load_balance", load_balance), ("z_loss", z_loss)):
-        coefficient = getattr(config, name)
-        parts[name] = None
-        if coefficient > 0 and output.routing:
-            parts[name] = part = torch.stack([function(r) for r in output.routing]).mean()
-            total = total + coefficient * part
-    return Objective(total, output.loss, **parts)
+    total = output.loss * shares.targets
+    values: dict[str, list[Tensor]] = {}
+    for term in balancer.terms(output.routing, domains_T):
+        total = total + term.coefficient * shares.tokens * torch.stack(term.values).mean()
+        values.setdefault(term.name, []).extend(term.values)
+    return Objective(total, output.loss, {name: torch.stack(found).mean() for name, found in values.items()})

@@ -1,11 +1,15 @@
-"""AdamW, or Muon for the matrices, over fp32 master weights, whatever dtype the model computes in."""
+"""What changes a model after each part's backward pass: AdamW or Muon over fp32 master weights, and the balancer."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from mixtral.model import Mixtral
+from mixtral.model import Mixtral, named_state
+from mixtral.moe import MoE
+from mixtral.train.balancing import Balancer
 from mixtral.train.config import TrainConfig
 from mixtral.train.muon import Muon
 
@@ -15,10 +19,15 @@ class Optimizer:
 
     In fp32 the masters are the model's own parameters. In bf16 the model holds bf16 copies, made once a step: gradients
     are added to the masters' in fp32 after each part of a batch, and the copies are refreshed after the step. Router
-    weights stay fp32 in the model.
+    weights stay fp32 in the model, and so do its buffers, which the balancer moves.
+
+    Args:
+        domains: the names of the data's domains, for objectives that need them.
     """
 
-    def __init__(self, model: Mixtral, config: TrainConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Mixtral, config: TrainConfig, dtype: torch.dtype, domains: Sequence[str] = ()
+    ) -> None:
         self.clip = config.clip
         self.model_params: dict[str, Tensor] = dict(model.named_parameters())
         self.masters: dict[str, Tensor] = {}
@@ -27,11 +36,18 @@ class Optimizer:
             _cast(model, dtype)
             self.model_params = dict(model.named_parameters())
         self.parts = _optimizers(self.params, config)
+        self.buffers = {name: b for name, b in named_state(model).items() if name not in self.model_params}
+        self.balancer = Balancer([m.router for m in model.modules() if isinstance(m, MoE)], config, domains)
 
     @property
     def params(self) -> dict[str, Tensor]:
         """The fp32 weights that are optimised."""
         return self.masters or self.model_params
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """All that makes up the model: `params` and the model's persistent buffers."""
+        return {**self.params, **self.buffers}
 
     def collect_gradients(self) -> None:
         """After each backward pass: move the model's gradients to the masters, summed in fp32."""
@@ -62,29 +78,37 @@ class Optimizer:
                 self.model_params[name].copy_(master)
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor needed to go on: masters' moments and step counts, named `exp_avg/NAME` and so on."""
+        """Every other tensor needed to go on: moments and step counts, `exp_avg/NAME`, and `balance/...`."""
         names = {p: name for name, p in self.params.items()}
-        return {
+        moments = {
             f"{kind}/{names[p]}": value
             for part in self.parts
             for p, state in part.state.items()
             for kind, value in state.items()
         }
+        return moments | {f"balance/{name}": value for name, value in self.balancer.state().items()}
 
     def load(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-        """Take over fp32 weights and the state that `state` gave."""
+        """Take over what `weights` and `state` gave."""
         with torch.no_grad():
             for name, p in self.params.items():
                 p.copy_(weights[name])
                 self.model_params[name].copy_(p)
+            for name, buffer in self.buffers.items():
+                buffer.copy_(weights[name])
         for part in self.parts:
             part.state.clear()
         owner = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
+        balance: dict[str, Tensor] = {}
         for key, value in state.items():
             kind, _, name = key.partition("/")
+            if kind == "balance":
+                balance[name] = value
+                continue
             p = self.params[name]
             # AdamW keeps its step counts where they were made, moments live beside their parameter
             owner[p].state[p][kind] = value if value.dim() == 0 else value.to(p.device)
+        self.balancer.load(balance)
 
 
 def _optimizers(params: dict[str, Tensor], config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -92,7 +116,7 @@ def _optimizers(params: dict[str, Tensor], config: TrainConfig) -> list[torch.op
     by_muon = {
         name: p
         for name, p in params.items()
-        if config.optimizer == "muon" and p.dim() > 1 and "layers." in name and not name.endswith("router.weight")
+        if config.optimizer == "muon" and p.dim() > 1 and "layers." in name and ".router." not in name
     }
     by_adamw = [p for name, p in params.items() if name not in by_muon]
     groups = [

@@ -1,7 +1,4 @@
-"""One training step, and validation.
-
-Legend: T tokens.
-"""
+"""One training step, and validation."""
 
 from __future__ import annotations
 
@@ -10,15 +7,18 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from mixtral.data.loader import TrainBatch
+from mixtral.data.store import NO_TARGET
 from mixtral.errors import MixtralError
 from mixtral.model import Mixtral
 from mixtral.moe.balance import assignment_counts
 from mixtral.moe.stats import LayerStats, layer_stats
 from mixtral.train.config import TrainConfig
-from mixtral.train.objective import objective
+from mixtral.train.objective import Shares, objective
 from mixtral.train.optim import Optimizer
 from mixtral.train.schedule import learning_rate
 from mixtral.train.watch import expert_output_norms
@@ -32,8 +32,7 @@ class StepResult(NamedTuple):
     """What one step reports; the losses apart, unweighted."""
 
     cross_entropy: float  # nats a token
-    load_balance: float | None
-    z_loss: float | None
+    aux: dict[str, float]  # by objective: router losses, and the load violation of objectives without a loss
     grad_norm: float  # before clipping
     lr: float
     layers: list[LayerStats] | None  # of the step's last part, when asked for
@@ -42,37 +41,76 @@ class StepResult(NamedTuple):
 def train_step(
     model: Mixtral, optimizer: Optimizer, parts: Sequence[TrainBatch], config: TrainConfig, step: int, stats: bool
 ) -> StepResult:
-    """Forward and backward over each part of a global batch, clip, update.
+    """Forward and backward over each part of a global batch, clip, update, balance.
 
-    A part's share in the loss is its share of the targets, so that one batch of B and two of B/2 have the same
-    cross-entropy and the same gradient of it. Router losses are means over each part's own tokens (micro-batch form).
+    A part's share in the loss is its share of the targets, and in router losses its share of the tokens, so that one
+    batch of B and two of B/2 have the same losses and the same gradients (but for micro_batch, which is each part's
+    own). Torch's global generator is seeded before each part: noise hangs on seed, step and part alone.
     """
-    counts = [int((part.targets_T != -100).sum()) for part in parts]
-    sums: dict[str, float] = {}
-    layers = None
-    for i, (part, count) in enumerate(zip(parts, counts, strict=True)):
-        share = count / max(1, sum(counts))
-        batch, targets_T = part.to(model.output_weight.device)
+    model.train()
+    balancer = optimizer.balancer
+    choices = _choose_first(model, optimizer, parts, config, step)
+    cross_entropy, aux, layers = 0.0, dict[str, float](), None
+    for i, (part, shares) in enumerate(zip(parts, _shares(parts), strict=True)):
         watched = stats and i == len(parts) - 1
+        part = part.to(model.output_weight.device)
+        seed_part(config.seed, step, i)
         with contextlib.ExitStack() as stack:
             norms = stack.enter_context(expert_output_norms(model)) if watched else []
-            output = model(batch, targets=targets_T)
-        terms = objective(output, config)
-        (terms.total * share).backward()
+            output = model(part.batch, targets=part.targets_T, replay=choices[i] if choices else None)
+        balancer.observe(output.routing)
+        terms = objective(output, balancer, part.domains_T, shares)
+        terms.total.backward()
         optimizer.collect_gradients()
-        for name in ("cross_entropy", "load_balance", "z_loss"):
-            if (value := getattr(terms, name)) is not None:
-                sums[name] = sums.get(name, 0.0) + float(value.detach()) * share
+        cross_entropy += float(terms.cross_entropy.detach()) * shares.targets
+        for name, value in terms.aux.items():
+            aux[name] = aux.get(name, 0.0) + float(value.detach()) * shares.tokens
         if watched:
             pairs = zip(output.routing, norms, strict=True)
-            layers = [layer_stats(routing, batch.cu_seqlens, norms_E) for routing, norms_E in pairs]
+            layers = [layer_stats(routing, part.batch.cu_seqlens, norms_E) for routing, norms_E in pairs]
     norm = optimizer.grad_norm()
     grad_norm = float(norm)
-    _require_finite(optimizer, sums, grad_norm, step)  # before clipping, which would spread a NaN over all gradients
+    losses = {"cross_entropy": cross_entropy, **aux}
+    _require_finite(optimizer, losses, grad_norm, step)  # before clipping, which would spread a NaN over all gradients
     optimizer.clip_gradients(norm)
     lr = learning_rate(step, config)
     optimizer.step(lr)
-    return StepResult(sums["cross_entropy"], sums.get("load_balance"), sums.get("z_loss"), grad_norm, lr, layers)
+    return StepResult(cross_entropy, aux | balancer.update(), grad_norm, lr, layers)
+
+
+def seed_part(seed: int, step: int, part: int) -> None:
+    """Seed torch's global generator, from which routers draw their noise."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)[0]))
+
+
+def _shares(parts: Sequence[TrainBatch]) -> list[Shares]:
+    targets = [int((part.targets_T != NO_TARGET).sum()) for part in parts]
+    tokens = [len(part.targets_T) for part in parts]
+    return [Shares(a / max(1, sum(targets)), b / sum(tokens)) for a, b in zip(targets, tokens, strict=True)]
+
+
+@torch.no_grad()
+def _choose_first(
+    model: Mixtral, optimizer: Optimizer, parts: Sequence[TrainBatch], config: TrainConfig, step: int
+) -> list[list[Tensor]]:
+    """Begin the balancer's step. -> for each part the choice of experts of each layer, to be replayed; or nothing.
+
+    The exact form of global_batch must know the assignments of all parts before its first loss. So they are counted in
+    a pass of their own, without gradients, and the choices are kept: made again, one near a tie could fall otherwise.
+    One part alone needs no such pass.
+    """
+    if len(parts) == 1 or not model.config.is_sparse or not optimizer.balancer.counts_first(step):
+        optimizer.balancer.begin(step)
+        return []
+    choices, counts = [], []
+    for i, part in enumerate(parts):
+        seed_part(config.seed, step, i)
+        batch = part.batch.to(model.output_weight.device)
+        routing = model(batch, rows=batch.tokens_T.new_zeros(1)).routing  # one row of logits, which nobody reads
+        choices.append([layer.experts_TK for layer in routing])
+        counts.append([assignment_counts(layer) for layer in routing])
+    optimizer.balancer.begin(step, [torch.stack(layer).sum(0) for layer in zip(*counts, strict=True)])
+    return choices
 
 
 def _require_finite(optimizer: Optimizer, losses: dict[str, float], grad_norm: float, step: int) -> None:
@@ -95,17 +133,23 @@ class Validation(NamedTuple):
 
 @torch.no_grad()
 def validate(model: Mixtral, batches: Iterable[TrainBatch], byte_lengths_V: torch.Tensor) -> Validation:
-    """Cross-entropy over `batches`, in nats a token and in bits a byte of the text those tokens stand for."""
+    """Cross-entropy over `batches`, in nats a token and in bits a byte of the text those tokens stand for.
+
+    In evaluation mode; the model's mode is then what it was before.
+    """
     nats, tokens, n_bytes = 0.0, 0, 0
     counts: list[torch.Tensor] = []
+    training = model.training
+    model.eval()
     for part in batches:
-        counted = part.targets_T[part.targets_T != -100]
-        batch, targets_T = part.to(model.output_weight.device)
-        output = model(batch, targets=targets_T)
+        counted = part.targets_T[part.targets_T != NO_TARGET]
+        part = part.to(model.output_weight.device)
+        output = model(part.batch, targets=part.targets_T)
         nats += float(output.loss) * len(counted)
         tokens += len(counted)
         n_bytes += int(byte_lengths_V[counted].sum())
         taken = [assignment_counts(r) for r in output.routing]
         counts = taken if not counts else [a + b for a, b in zip(counts, taken, strict=True)]
+    model.train(training)
     loads = [(c / c.sum()).tolist() for c in counts]
     return Validation(nats / max(1, tokens), nats / math.log(2) / max(1, n_bytes), loads)

@@ -29,6 +29,7 @@ class Fake:
         source_M = np.array(sources) if sources else none_M
         self.train = Documents([tokens], none_M, np.cumsum(length_M) - length_M, length_M, source_M, none_M)
         self.weights = weights or [None]
+        self.domains = [""]
 
     def documents(self, split: str) -> Documents:
         del split

@@ -25,11 +25,9 @@ from tests.train.tiny_run import fresh_optimizer, train_config
 
 STEPS = 10
 LARGE = {"init_std": 0.2}  # weights large enough for routing and attention to matter from the first step
-OFF = {"load_balance": 0.0, "z_loss": 0.0}
-
 
 def settings(model: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:
-    fields: dict[str, Any] = {"steps": STEPS, "lr": 5e-3, "warmup": 0.3, "clip": 0.5, "context": 64, **OFF}
+    fields: dict[str, Any] = {"steps": STEPS, "lr": 5e-3, "warmup": 0.3, "clip": 0.5, "context": 64, "balance": ()}
     return train_config({**LARGE, **(model or {})}, **{**fields, **changes})
 
 
@@ -89,7 +87,7 @@ def compare(data: TokenData, config: TrainConfig, coefficient: float) -> None:
         assert result.cross_entropy == pytest.approx(loss, rel=1e-5), step
         assert result.grad_norm == pytest.approx(norm, rel=1e-5), step
         if coefficient:
-            assert result.load_balance == pytest.approx(balance * coefficient / config.load_balance, rel=1e-5), step
+            assert result.aux["micro_batch"] == pytest.approx(balance / config.model.experts_per_token, rel=1e-5), step
         if step == 0:
             assert ours[0].keys() == theirs.gradients.keys()
             for name, wanted in theirs.gradients.items():
@@ -102,7 +100,7 @@ def test_the_curve_and_the_gradients_are_theirs(data: TokenData) -> None:
 
 def test_with_the_balancing_loss_of_one_layer(data: TokenData) -> None:
     """Theirs is K times ours on one layer (K, not 1, at balance): ours with a coefficient c is theirs with c / K."""
-    config = settings({"n_layers": 1}, load_balance=0.5)
+    config = settings({"n_layers": 1}, balance=("micro_batch?weight=0.5",))
     compare(data, config, 0.5 / config.model.experts_per_token)
 
 

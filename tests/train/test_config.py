@@ -12,7 +12,7 @@ from mixtral.train.config import TrainConfig, override
 from tests.train.tiny_run import train_config
 
 COUNTS = "steps rows context accumulation val_every val_tokens save_every keep stats_every"
-AMOUNTS = "lr warmup cooldown final_lr weight_decay clip load_balance z_loss"
+AMOUNTS = "lr warmup cooldown final_lr weight_decay clip"
 
 
 @pytest.mark.parametrize("name", COUNTS.split())
@@ -40,6 +40,8 @@ def test_amounts_are_neither_negative_nor_infinite(name: str, value: float) -> N
     ({"dtype": "bf61"}, "unknown dtype 'bf61'; did you mean 'bf16'?"),
     ({"schedule": "cosin"}, "unknown schedule 'cosin'; did you mean 'cosine'?"),
     ({"optimizer": "adam"}, "unknown optimizer 'adam'; did you mean 'adamw'?"),
+    ({"trackers": ("wandb", "tensorbord")}, "unknown tracker 'tensorbord'; did you mean 'tensorboard'?"),
+    ({"schedule": "wsd", "warmup": 0.4, "cooldown": 0.7}, "warmup 0.4 and cooldown 0.7 overlap; with schedule wsd"),
     ({"data": ()}, "data names no source"),
     ({"seed": -1}, "seed must not be negative, not -1"),
 ])
@@ -49,7 +51,7 @@ def test_refusals(changes: dict[str, Any], reason: str) -> None:
 
 
 def test_zero_turns_off_what_may_be_off() -> None:
-    train_config(weight_decay=0.0, clip=0.0, load_balance=0.0, z_loss=0.0, warmup=0.0)
+    train_config(weight_decay=0.0, clip=0.0, balance=(), warmup=0.0)
 
 
 def test_a_step_takes_rows_times_context_tokens() -> None:
@@ -57,13 +59,24 @@ def test_a_step_takes_rows_times_context_tokens() -> None:
 
 
 def test_a_passage_through_json_changes_nothing() -> None:
-    config = train_config(tokenizer="own.model.v3", data=("a", "b=2"), betas=(0.8, 0.99), seed=3)
+    config = train_config(tokenizer="own.model.v3", data=("a", "b=2"), trackers=("wandb",), betas=(0.8, 0.99), seed=3)
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_an_unknown_field_of_a_recorded_configuration_is_not_dropped() -> None:
     with pytest.raises(TypeError, match="learning_rate"):
         TrainConfig.from_dict({**train_config().to_dict(), "learning_rate": 1})
+
+
+def test_a_record_from_before_a_field_was_there() -> None:
+    record = json.loads(json.dumps(train_config().to_dict()))
+    del record["trackers"]
+    assert TrainConfig.from_dict(record) == train_config()
+
+
+def test_warmup_and_cooldown_may_take_all_steps() -> None:
+    train_config(schedule="wsd", warmup=0.7, cooldown=0.3)
+    train_config(schedule="cosine", warmup=0.9, cooldown=0.2)  # cosine has no cooldown
 
 
 # -- override ----------------------------------------------------------------------------------------------------------
@@ -83,6 +96,8 @@ def test_an_unknown_field_of_a_recorded_configuration_is_not_dropped() -> None:
     ("tokenizer=123", "tokenizer", "123"),
     ("betas=0,0.95", "betas", (0.0, 0.95)),
     ("data=stdlib", "data", ("stdlib",)),
+    ("trackers=wandb,tensorboard", "trackers", ("wandb", "tensorboard")),
+    ("trackers=", "trackers", ()),
     ("data=a.txt=2,b.txt=1", "data", ("a.txt=2", "b.txt=1")),
     ("model.dim=48", "model.dim", 48),
     ("model.sliding_window=16", "model.sliding_window", 16),

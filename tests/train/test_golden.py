@@ -30,8 +30,9 @@ def losses() -> dict[str, list[float]]:
     config = train_config(model=model_config(init_std=0.1).to_dict())
     model, optimizer = fresh_optimizer(config)
     results = [train_step(model, optimizer, [batch(step % 2)], config, step, False) for step in range(STEPS)]
-    names = ("cross_entropy", "load_balance", "z_loss", "grad_norm", "lr")
-    return {name: [getattr(result, name) for result in results] for name in names}
+    lines = [{**result._asdict(), **result.aux} for result in results]
+    names = ("cross_entropy", "micro_batch", "z_loss", "grad_norm", "lr")
+    return {name: [line[name] for line in lines] for name in names}
 
 
 def test_golden_losses() -> None:

@@ -189,7 +189,7 @@ def test_lines_of_metrics(run_in: MakeRun, tmp_path: Path) -> None:
     assert [line["step"] for line in steps if "layers" in line] == [5, 10]
     assert validations[-1] == {"step": 10, "val_cross_entropy": last.cross_entropy,
                                "val_bits_per_byte": last.bits_per_byte, "val_loads": last.loads}  # fmt: skip
-    assert {"cross_entropy", "load_balance", "z_loss", "grad_norm"} < set(steps[0])
+    assert {"cross_entropy", "micro_batch", "z_loss", "grad_norm"} < set(steps[0])
     assert run.progress.start_loss == validations[0]["val_cross_entropy"]
     assert last.cross_entropy < 0.9 * run.progress.start_loss
 

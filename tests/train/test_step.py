@@ -16,7 +16,7 @@ from mixtral.train.optim import Optimizer
 from mixtral.train.step import NonFiniteLoss, StepResult, train_step
 from tests.train.tiny_run import fresh_optimizer, same, train_config, weights
 
-PLAIN = train_config(load_balance=0.0, z_loss=0.0, clip=0.0)
+PLAIN = train_config(balance=(), clip=0.0)
 
 
 def gradients(parts: list[TrainBatch], config: TrainConfig = PLAIN) -> tuple[StepResult, dict[str, Tensor]]:
@@ -67,14 +67,14 @@ def test_a_batch_without_any_target_is_no_nan(loader: Loader) -> None:
 
 
 def test_what_is_reported(loader: Loader) -> None:
-    config = train_config(load_balance=0.5, z_loss=0.25, lr=1e-2, warmup=0.2)
+    config = train_config(balance=("micro_batch?weight=0.5", "z_loss?weight=0.25"), lr=1e-2, warmup=0.2)
     model, optimizer = fresh_optimizer(config)
     part = loader.batch(0)
     output = model(part.batch, targets=part.targets_T)
     result = train_step(model, optimizer, [part], config, 0, True)
     assert output.loss is not None and result.cross_entropy == float(output.loss.detach())  # no router loss in it
-    assert result.load_balance is not None and 0.9 < result.load_balance < 4
-    assert result.z_loss == pytest.approx(math.log(4) ** 2, rel=0.1)  # fresh logits are near 0
+    assert 0.9 < result.aux["micro_batch"] < 4
+    assert result.aux["z_loss"] == pytest.approx(math.log(4) ** 2, rel=0.1)  # fresh logits are near 0
     assert result.lr == 0.005
     assert result.layers is not None
     for layer, routing in zip(result.layers, output.routing, strict=True):

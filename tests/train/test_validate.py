@@ -24,7 +24,7 @@ def test_by_hand(loader: Loader, lengths_V: torch.Tensor) -> None:
     assert len({len(b.targets_T) for b in batches}) > 1  # batches of unequal size count by their tokens
     nats, tokens, n_bytes = 0.0, 0, 0
     counts = torch.zeros(2, 4)
-    for batch, targets_T in batches:
+    for batch, targets_T, _ in batches:
         output = model(batch)
         assert output.logits is not None
         for row, target in zip(output.logits.log_softmax(-1), targets_T.tolist(), strict=True):
@@ -44,7 +44,7 @@ def test_the_bytes_are_those_of_the_text(loader: Loader, lengths_V: torch.Tensor
     """And one more a document: the vocabulary puts a space before each text, which the model has to predict too."""
     val = loader.data.summary()["val"]
     batches = loader.val_batches(10**6)
-    counted = sum(int(lengths_V[targets_T[targets_T != -100]].sum()) for _, targets_T in batches)
+    counted = sum(int(lengths_V[targets_T[targets_T != -100]].sum()) for _, targets_T, _ in batches)
     assert counted == val["text_bytes"] + val["documents"]
 
 
