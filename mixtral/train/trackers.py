@@ -70,7 +70,8 @@ def require_packages(names: Iterable[str]) -> None:
     for name in names:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:  # no origin: a mere folder of that name, such as wandb leaves behind
-            raise UsageError(f'trackers: {name} is not installed; pip install "mixtral[{name}]", or leave it out')
+            remedy = f'pip install "mixtral[{name}]", or leave it out of trackers'
+            raise UsageError(f"trackers: {name} is not installed; {remedy}")
 
 
 class Trackers:
