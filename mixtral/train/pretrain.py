@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -24,6 +25,8 @@ from mixtral.data.sources import Source, documents
 from mixtral.data.store import TokenData
 from mixtral.errors import ConfigError, DataError, UsageError
 from mixtral.files import atomic_folder, atomic_write
+from mixtral.kernels import use_backend
+from mixtral.kernels.memory import keep_freed_memory
 from mixtral.model import Mixtral, initialise
 from mixtral.runtime import choose_device, choose_dtype, environment, set_threads
 from mixtral.tokenizer import Tokenizer, load_tokenizer, train_bpe
@@ -94,13 +97,15 @@ def pretrain(out: Path, view: View) -> Trained:
     config = recorded_config(out)
     require_packages(config.trackers)
     set_threads()
+    keep_freed_memory()
     tokenizer = _tokenizer(config, out, view)
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
     config = config.replace(model=config.model.replace(**ids))
     run = _run(config, tokenizer, _data(config, tokenizer, out, view), out, view)
     if start := checkpoint or latest_checkpoint(out):
         run.resume(start)
-    validation = run.train()
+    with use_backend("compiled") if config.compile else contextlib.nullcontext():
+        validation = run.train()
     final = save_final(run, tokenizer)
     assert run.progress.start_loss is not None  # a run validates before its first step
     return Trained(final, run.progress.start_loss, validation, run)

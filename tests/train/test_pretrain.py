@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -23,6 +24,7 @@ from tests.train.tiny_run import Watching, texts, train_config
 @pytest.fixture(autouse=True)
 def _threads_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "set_threads", lambda: None)
+    monkeypatch.setattr(module, "keep_freed_memory", lambda: None)  # it would last for the whole test process
     monkeypatch.setattr(MatrixRate, "measure", lambda *_: MatrixRate(1e12, "float32"))
 
 
@@ -47,6 +49,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     out = tmp_path_factory.mktemp("runs") / "new" / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "set_threads", lambda: None)
+        patch.setattr(module, "keep_freed_memory", lambda: None)
         patch.setattr(MatrixRate, "measure", lambda *_: MatrixRate(1e12, "float32"))
         begin(config_of(corpus), out)
         return pretrain(out, Watching())
@@ -201,3 +204,14 @@ def test_a_folder_that_cannot_be_made(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(MixtralError, match=r"^cannot write [^\n]*: Not a directory$"):
         begin(config_of(corpus), tmp_path / "file/run")
+
+
+def test_compile_runs_the_loop_on_the_compiled_kernels(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    monkeypatch.setattr(module, "use_backend", lambda name: used.append(name) or contextlib.nullcontext())
+    for name, compiled in (("a", False), ("b", True)):
+        begin(config_of(corpus, steps=1, compile=compiled), tmp_path / name)
+        pretrain(tmp_path / name, Watching())
+    assert used == ["compiled"]
