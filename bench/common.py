@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
+import multiprocessing
+import os
 import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,46 @@ from mixtral.hardware import hardware_name, measure_matmul
 from mixtral.runtime import environment
 
 RESULTS = Path(__file__).parent / "results"
+
+
+class Apart:
+    """A run in a process of its own, with `environment` set there before torch loads; calling it makes one run.
+
+    `make(*args)` is called in that process and returns the run. Peers are measured so: settings that ours makes for its
+    process (threads, allocator) are not theirs, and theirs are not ours.
+    """
+
+    def __init__(self, make: Callable[..., Callable[[], object]], args: tuple[Any, ...], environment: dict[str, str]):
+        context = multiprocessing.get_context("spawn")
+        self.ours, theirs = context.Pipe()
+        before = dict(os.environ)
+        os.environ.update(environment)
+        try:
+            self.process = context.Process(target=_serve, args=(theirs, make, args), daemon=True)
+            self.process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        theirs.close()
+        self.ours.recv()  # it is made
+
+    def __call__(self) -> None:
+        self.ours.send("run")
+        self.ours.recv()
+
+    def close(self) -> None:
+        """End the process; its memory is free again."""
+        self.ours.close()
+        self.process.join()
+
+
+def _serve(pipe: Connection, make: Callable[..., Callable[[], object]], args: tuple[Any, ...]) -> None:
+    run = make(*args)
+    pipe.send("made")
+    with contextlib.suppress(EOFError):
+        while pipe.recv():
+            run()
+            pipe.send("done")
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -46,7 +90,7 @@ def matrix_rate(dtype: torch.dtype, device: str = "cpu") -> float:
 
 
 def publish(topic: str, result: dict[str, Any], keep: bool, device: str = "cpu") -> Path | None:
-    """Print `result` as one JSON line, with all that it depends on; with `keep`, write it to a file and return where."""
+    """Print `result` as one JSON line, with all that it depends on; with `keep`, write it and return where."""
     now = datetime.datetime.now(datetime.UTC)
     head = {"benchmark": topic, "date": now.isoformat(timespec="seconds"), "environment": environment(device)}
     whole = {**head, **result}

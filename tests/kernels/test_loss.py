@@ -80,7 +80,7 @@ def test_a_second_derivative_is_refused() -> None:
         grad.sum().backward()
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     targets=st.lists(st.one_of(st.just(-100), st.integers(0, 4)), min_size=1, max_size=9), rows=st.integers(1, 4),
     scale=st.sampled_from([0.1, 1.0, 30.0]), seed=st.integers(0, 99),
@@ -89,7 +89,8 @@ def test_any_pattern_of_targets_in_blocks_of_any_size(targets: list[int], rows: 
     """Against fp64, blocks without a target among them. Gradients are (probability - one-hot) / count times the other
     factor, and the first is known to an absolute 1e-6, or so much of it as large logits leave."""
     draw = torch.Generator().manual_seed(seed)
-    h, w, at = torch.randn(len(targets), 3, generator=draw) * scale, torch.randn(5, 3, generator=draw), torch.tensor(targets)
+    h, w = torch.randn(len(targets), 3, generator=draw) * scale, torch.randn(5, 3, generator=draw)
+    at = torch.tensor(targets)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss, "_BLOCK_BYTES", 4 * 5 * rows)
         value, grad_h, grad_w = run(loss.cross_entropy, [h, w, at])
@@ -98,7 +99,7 @@ def test_any_pattern_of_targets_in_blocks_of_any_size(targets: list[int], rows: 
     want = torch.nn.functional.cross_entropy(logits, at, reduction="sum") / max(1, int((at != -100).sum()))
     cotangent = torch.randn((), generator=torch.Generator().manual_seed(7)).double()
     want_h, want_w = torch.autograd.grad(want, exact, cotangent)
-    error = 1e-6 * max(1.0, float(logits.abs().max()))
+    error = 1e-6 * max(1.0, float(logits.detach().abs().max()))
     torch.testing.assert_close(value.double(), want.detach(), rtol=0, atol=error)
     torch.testing.assert_close(grad_h.double(), want_h, rtol=0, atol=error * float(w.abs().max()))
     torch.testing.assert_close(grad_w.double(), want_w, rtol=0, atol=error * float(h.abs().max()))
