@@ -24,6 +24,18 @@ def test_memory_is_what_the_system_has_left(tmp_path: Path) -> None:
     assert hardware.available_memory_bytes(root) == 3 * GIB
 
 
+def test_memory_in_use_grows_with_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = hardware.used_memory_bytes("cpu")
+    held = torch.ones(16 * 2**20)
+    assert before + 60 * 2**20 < hardware.used_memory_bytes("cpu") < before + 80 * 2**20 and held.numel()
+
+    def missing(path: Path) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert hardware.used_memory_bytes("cpu") > 64 * 2**20  # the most that has been
+
+
 def test_memory_respects_cgroup_2_and_the_groups_above(tmp_path: Path) -> None:
     group = "sys/fs/cgroup/a"
     files = {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +20,7 @@ from mixtral.tokenizer import Tokenizer
 from mixtral.train.checkpoint import checkpoints, load_checkpoint
 from mixtral.train.config import TrainConfig
 from mixtral.train.loop import Interrupted, Progress
-from mixtral.train.metrics import read_lines
+from mixtral.train.metrics import MatrixRate, read_lines
 from mixtral.train.step import NonFiniteLoss
 from tests.train.tiny_run import MakeRun, Watching, make_run, same, train_config, weights
 
@@ -199,6 +201,29 @@ def test_times_stand_apart(run_in: MakeRun, tmp_path: Path) -> None:
     assert "second" not in (tmp_path / "metrics.jsonl").read_text()
     timings = read_lines(tmp_path / "timings.jsonl")
     assert [line["step"] for line in timings] == [1, 2, 3] and all(line["tokens_per_second"] > 0 for line in timings)
+    assert all(line["memory_bytes"] > 0 and "matrix_share" not in line for line in timings)
+
+
+def test_steps_as_a_share_of_the_matrix_rate(run_in: MakeRun, tmp_path: Path) -> None:
+    config = train_config(steps=2)
+    run = run_in(tmp_path, config)
+    run.matrix_rate = MatrixRate(1e9, "float32")
+    run.train()
+    rate, *timings = read_lines(tmp_path / "timings.jsonl")
+    assert rate == {"step": 0, "matrix_rate": 1e9, "matrix_dtype": "float32"}
+    for line in timings:
+        flops = line["tokens_per_second"] * config.model.flops_per_token(32, backward=True)
+        assert line["matrix_share"] == pytest.approx(flops / 1e9, rel=1e-2)
+
+
+def test_bits_a_byte_of_a_step_are_those_of_its_targets(run_in: MakeRun, tmp_path: Path) -> None:
+    config = train_config(steps=1, accumulation=2)
+    run = run_in(tmp_path, config)
+    run.train()
+    line = next(line for line in read_lines(tmp_path / "metrics.jsonl") if "lr" in line)
+    targets = [t for part in (0, 1) for t in run.loader.batch(0, part, 2).targets_T.tolist() if t != -100]
+    n_bytes = sum(int(run.byte_lengths_V[t]) for t in targets)
+    assert line["bits_per_byte"] == pytest.approx(line["cross_entropy"] * len(targets) / math.log(2) / n_bytes)
 
 
 def test_routing_statistics_are_of_the_step(run_in: MakeRun, tmp_path: Path) -> None:
@@ -219,6 +244,17 @@ def test_the_best_checkpoint_is_kept(run_in: MakeRun, tmp_path: Path) -> None:
     best = min(losses, key=losses.__getitem__)
     assert run.progress.best_step == best == 4 and run.progress.best_loss == losses[best]
     assert [path.name for path in checkpoints(tmp_path)] == ["step_000004", "step_000014"]
+
+
+@pytest.mark.parametrize(("val_every", "spoilt_after", "best"), [(4, 4, 4), (5, 5, 5), (1, 7, 4)])
+def test_the_best_validation_is_saved_as_well(run_in: MakeRun, tmp_path: Path, val_every: int, spoilt_after: int,
+                                              best: int) -> None:
+    """None of these steps is due. Of validations at every step, those under half of save_every apart are not saved."""
+    run = run_in(tmp_path, train_config(steps=9, save_every=8, val_every=val_every, keep=1))
+    run.view = Watching(lambda step: run.model.output_weight.data.zero_() if step > spoilt_after else None)
+    run.train()
+    assert run.progress.best_step == best
+    assert [path.name for path in checkpoints(tmp_path)] == [f"step_{best:06d}", "step_000009"]
 
 
 def test_a_finished_run_only_validates(run_in: MakeRun, tmp_path: Path) -> None:
@@ -251,6 +287,44 @@ def test_a_failed_checkpoint_is_told_and_the_run_goes_on(run_in: MakeRun, tmp_pa
     run.train()
     assert run.progress.step == 10 and [path.name for path in checkpoints(tmp_path)] == ["step_000000"]
     assert len(view.said) == 3 and all("No space left on device" in line for line in view.said)
+
+
+@pytest.mark.parametrize(("saved", "told"), [
+    (True, "stopped after step 2, which is not saved; the last whole checkpoint is step_000000; go on with: "),
+    (False, "stopped after step 2, with no checkpoint; go on with: "),
+])
+def test_ctrl_c_whose_checkpoint_fails(run_in: MakeRun, tmp_path: Path, saved: bool, told: str,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    real, view = dcp.save, ctrl_c_after(2)
+
+    def full(*arguments: object, **options: object) -> object:
+        if view.losses or not saved:
+            raise OSError(28, "No space left on device")
+        return real(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(dcp, "save", full)
+    with pytest.raises(Interrupted) as caught:
+        run_in(tmp_path, train_config(), view).train()
+    assert str(caught.value) == f"{told}mixtral train --resume {tmp_path}"
+    assert any("No space left on device" in line for line in view.said)
+
+
+def test_nothing_is_being_written_once_an_error_arrives(run_in: MakeRun, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    real = dcp.save
+
+    def slow(*arguments: object, **options: object) -> object:
+        time.sleep(0.2)
+        return real(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(dcp, "save", slow)
+    with pytest.raises(Killed):
+        run_in(tmp_path, train_config(), kill_after(1)).train()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000000"]
 
 
 def test_a_non_finite_loss_leaves_the_last_checkpoint(run_in: MakeRun, tmp_path: Path) -> None:

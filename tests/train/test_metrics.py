@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from mixtral.errors import MixtralError
-from mixtral.train.metrics import MetricsLog, read_lines
+from mixtral.train import metrics
+from mixtral.train.metrics import MatrixRate, MetricsLog, read_lines
 
 
 def test_lines_come_back_as_written(tmp_path: Path) -> None:
@@ -61,3 +63,21 @@ def test_a_line_that_cannot_be_written_is_told_in_one_line(tmp_path: Path) -> No
     log = MetricsLog(tmp_path / "missing", 0)
     with pytest.raises(MixtralError, match=r"^cannot write [^\n]*metrics.jsonl: No such file or directory$"):
         log.write("metrics", json.loads('{"step": 1}'))
+
+
+@pytest.mark.parametrize(("dtype", "rate"), [
+    (torch.float32, MatrixRate(5e9, "float32")), (torch.bfloat16, MatrixRate(9e9, "bfloat16")),
+    (torch.float16, MatrixRate(5e9, "float32")),
+])
+def test_the_matrix_rate_is_the_faster_one(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype,
+                                           rate: MatrixRate) -> None:
+    """And measuring leaves the global draws as they were."""
+
+    def measure(kind: torch.dtype, device: torch.device) -> float:
+        torch.randn(3, device=device)
+        return {torch.float32: 5e9, torch.bfloat16: 9e9, torch.float16: 1e9}[kind]
+
+    monkeypatch.setattr(metrics, "measure_matmul", measure)
+    before = torch.get_rng_state()
+    assert MatrixRate.measure(dtype, torch.device("cpu")) == rate
+    assert torch.equal(torch.get_rng_state(), before)
