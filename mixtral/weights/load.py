@@ -160,7 +160,7 @@ def _match(headers: dict[str, Header], config: ModelConfig, format: Format, fold
         complaints.append(f"{len(misshapen)} misshapen: {_some(misshapen)} ({first} is {shapes})")
     if foreign := [name for name in common if not _readable(headers[name].dtype, fixed_dtype(found[name].ours))]:
         stored = ", ".join(sorted({headers[name].stored for name in foreign}))
-        complaints.append(f"{len(foreign)} stored as {stored}, not as F64, F32, F16 or BF16: {_some(foreign)}")
+        complaints.append(f"{len(foreign)} stored as {stored}, not as F64, F32, F16 or BF16 (a table of numbers: I64): {_some(foreign)}")
     if complaints:
         raise WeightsError(f"{folder}: the tensors do not fit the config: {'; '.join(complaints)}")
     return found

@@ -1,0 +1,214 @@
+"""Each router against its equation, and what holds for all of them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mixtral.errors import UsageError
+from mixtral.moe import Router, Routing
+from mixtral.moe.choice import taken
+from mixtral.router_options import Bounded, ExpertChoice, LearnedK, Sigmoid, Switch, Threshold, TopK
+from tests.moe import naive_routers
+from tests.moe.naive_routers import SPECS, dense_weights
+
+E = 8
+TRAINING_ONLY = [spec for spec in SPECS if spec.startswith("expert_choice")]
+
+
+def _call(router: Router, x: Tensor, replay: Tensor | None = None, seed: int = 5) -> Routing:
+    torch.manual_seed(seed)
+    return router(x, replay)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("tokens", [1, 23])
+@pytest.mark.parametrize("spec", SPECS)
+def test_equals_its_equation_token_by_token(spec: str, tokens: int, training: bool) -> None:
+    if spec in TRAINING_ONLY and not training:
+        pytest.skip("for training alone")
+    router = naive_routers.router(spec).train(training)
+    x = torch.randn(tokens, 6, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    cotangent = torch.randn(tokens, E, generator=torch.Generator().manual_seed(2))
+    routing = _call(router, x)
+    got, want = dense_weights(routing.experts_TK, routing.weights_TK, E), naive_routers.route(router, x, 5)
+    assert torch.equal(got > 0, want > 0)
+    torch.testing.assert_close(got, want)
+    wrt = [x, router.weight, *([router.noise_weight] if spec.startswith("noisy") and training else [])]
+    if spec.startswith("learned_k"):  # its head has a test of its own, and adds to the gradient of x
+        wrt = [router.weight]
+    if not want.requires_grad:
+        return
+    for a, b in zip(*(torch.autograd.grad((w * cotangent).sum(), wrt) for w in (got, want)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def _sums(routing: Routing, options: object) -> None:
+    """Rows sum to 1 (to `scale`, below 1 where scores stay raw); tokens without experts to 0."""
+    sums = routing.weights_TK.sum(-1)
+    some = (routing.experts_TK >= 0).any(-1)
+    assert not sums[~some].any()
+    if isinstance(options, Switch | Threshold | ExpertChoice):
+        assert (sums <= 1 + 1e-5).all()
+    else:
+        whole = options.scale if isinstance(options, Sigmoid) else 1.0
+        torch.testing.assert_close(sums[some], torch.full_like(sums[some], whole))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(SPECS), st.integers(0, 40), st.integers(0, 1000), st.sampled_from([0.0, 0.1, 1.0, 30.0]))
+def test_laws(spec: str, tokens: int, seed: int, spread: float) -> None:
+    router = naive_routers.router(spec, seed)
+    x = spread * torch.randn(tokens, 6, generator=torch.Generator().manual_seed(seed))
+    routing = _call(router, x, seed=seed)
+    experts, weights, options = routing.experts_TK, routing.weights_TK, router.options
+    counts = (experts >= 0).sum(-1)
+    _sums(routing, options)
+    assert not weights[experts < 0].any() and (experts >= -1).all() and (experts < E).all()
+    assert {t.dtype for t in (routing.logits_TE, routing.scores_TE, weights)} == {torch.float32}
+    first, second = experts[:, :-1], experts[:, 1:]
+    assert ((first >= 0) | (second < 0)).all(), "unused places come last"
+    used = second >= 0
+    assert (weights[:, :-1] >= weights[:, 1:])[used].all(), "sorted by weight"
+    tied = used & (routing.logits_TE.gather(1, first.clamp(min=0)) == routing.logits_TE.gather(1, second.clamp(min=0)))
+    assert (first < second)[tied].all(), "ties to the lower index"
+    assert torch.equal(taken(experts, E).sum(-1), counts), "no expert twice"
+    again = _call(router, x, replay=experts, seed=seed)
+    assert torch.equal(again.weights_TK, weights) and torch.equal(again.experts_TK, experts)
+    _within_bounds(router, routing, counts)
+
+
+def _within_bounds(router: Router, routing: Routing, counts_T: Tensor) -> None:
+    options, k, tokens = router.options, router.experts_per_token, len(counts_T)
+    load_E = [(routing.experts_TK == e).sum().item() for e in range(E)]
+    if isinstance(options, LearnedK):
+        assert ((counts_T >= 1) & (counts_T <= (options.most or E))).all()
+        assert ((routing.k_T >= 1 - 1e-4) & (routing.k_T <= (options.most or E) + 1e-4)).all()
+    elif isinstance(options, Bounded):
+        assert ((counts_T >= options.least) & (counts_T <= (options.most or E))).all()
+    elif isinstance(options, ExpertChoice):
+        assert load_E == [math.ceil(tokens * k / E)] * E
+    elif isinstance(options, TopK) and options.capacity_factor:
+        assert max(load_E) <= math.ceil(options.capacity_factor * tokens * k / E) and (counts_T <= k).all()
+    elif isinstance(options, TopK):
+        assert (counts_T == k).all()
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec not in TRAINING_ONLY])
+def test_evaluation_is_deterministic_and_each_token_stands_alone(spec: str) -> None:
+    router, x = naive_routers.router(spec).eval(), torch.randn(9, 6)
+    whole, again = _call(router, x, seed=1), _call(router, x, seed=2)
+    assert torch.equal(whole.weights_TK, again.weights_TK) and torch.equal(whole.experts_TK, again.experts_TK)
+    for t in range(9):
+        alone = router(x[t : t + 1])
+        assert torch.equal(alone.experts_TK[0], whole.experts_TK[t])
+        torch.testing.assert_close(alone.weights_TK[0], whole.weights_TK[t])
+
+
+@pytest.mark.parametrize("spec", ["noisy", "jitter?eps=0.3"])
+def test_training_noise_follows_the_seed(spec: str) -> None:
+    router, x = naive_routers.router(spec), torch.randn(9, 6)
+    a, same, other = (_call(router, x, seed=seed).logits_TE for seed in (1, 1, 2))
+    assert torch.equal(a, same) and not torch.equal(a, other)
+
+
+def test_capacity_drops_second_choices_first_and_renormalises() -> None:
+    """All four tokens want expert 0, then 1; each may have ceil(0.5 * 4 * 2 / 8) = 1 token."""
+    router = naive_routers.router("topk?capacity_factor=0.5")
+    with torch.no_grad():
+        router.weight.zero_()
+        router.weight[0, 0], router.weight[1, 0] = 2.0, 1.0
+    x = torch.zeros(4, 6)
+    x[:, 0] = 1
+    routing = router(x)
+    assert routing.experts_TK.tolist() == [[0, 1], [-1, -1], [-1, -1], [-1, -1]]
+    assert int((routing.experts_TK < 0).sum()) == 6  # dropped assignments can be counted
+    x[1, 0] = -1  # this one ranks 0 and 1 last: first choices 2, 3
+    routing = router(x)
+    assert routing.experts_TK.tolist() == [[0, 1], [2, 3], [-1, -1], [-1, -1]]
+    x[0, 0], x[2, 0] = 0.0, 1.0  # the first token has no preference: 0, then 1
+    with torch.no_grad():
+        router.weight[1, 1] = 5.0
+    x[2, 1] = 1.0  # and the third prefers 1 to 0
+    routing = router(x)
+    assert routing.experts_TK.tolist() == [[0, -1], [2, 3], [1, -1], [-1, -1]]
+    assert routing.weights_TK[0].tolist() == [1.0, 0.0]
+    assert (router.eval()(x).experts_TK >= 0).all(), "nothing is dropped in evaluation"
+
+
+def test_a_bias_moves_the_choice_and_never_the_weight() -> None:
+    plain, biased = (naive_routers.router(spec) for spec in ("topk", "topk?bias=true"))
+    x = torch.randn(20, 6)
+    biased.bias.zero_()
+    torch.testing.assert_close(biased(x).weights_TK, plain(x).weights_TK)
+    biased.bias[3] = 2.0
+    moved = biased(x)
+    assert (moved.experts_TK == 3).any(-1).all() and (plain(x).experts_TK == 3).any(-1).sum() < 20
+    torch.testing.assert_close(moved.weights_TK, plain(x, replay=moved.experts_TK).weights_TK)
+
+
+def test_the_head_of_learned_k_sees_what_an_expert_is_worth() -> None:
+    """d weight_j / d head = weight_j * d P(K >= j) / d head, and k_T is the expected number."""
+    router = naive_routers.router("learned_k")
+    x = torch.randn(7, 6)
+    routing, cotangent = router(x), torch.randn(7, 8)
+    p = (x @ router.k_weight.T).softmax(-1)
+    at_least = torch.stack([p[:, j:].sum(-1) for j in range(8)], dim=1)
+    torch.testing.assert_close(routing.k_T, (p * torch.arange(1, 9)).sum(-1))
+    got = torch.autograd.grad((routing.weights_TK * cotangent).sum(), router.k_weight, retain_graph=True)[0]
+    want = torch.autograd.grad((routing.weights_TK.detach() * at_least * cotangent).sum(), router.k_weight)[0]
+    torch.testing.assert_close(got, want)
+    assert got.abs().sum() > 0
+    assert torch.autograd.grad(routing.k_T.sum(), router.k_weight)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("spec", ["topk", "noisy", "sigmoid", "grouped?groups=4&taken=2", "learned_k?most=3", "token_k"])
+def test_a_call_may_set_k(spec: str) -> None:
+    router, x = naive_routers.router(spec), torch.randn(6, 6)
+    for k in (1, 2, 4):
+        assert ((router(x, k=k).experts_TK >= 0).sum(-1) == k).all()
+    each = router(x, k=torch.tensor([0, 1, 2, 2, 1, 0]))
+    assert (each.experts_TK >= 0).sum(-1).tolist() == [0, 1, 2, 2, 1, 0] and each.weights_TK.isfinite().all()
+
+
+@pytest.mark.parametrize("spec", ["top_p", "min_p", "threshold"])
+def test_routers_that_find_k_refuse_one(spec: str) -> None:
+    with pytest.raises(UsageError, match="k cannot be set"):
+        naive_routers.router(spec)(torch.randn(2, 6), k=2)
+
+
+def test_k_beyond_the_groups_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"k must lie in 1\.\.4"):
+        naive_routers.router("grouped?groups=4&taken=2")(torch.randn(2, 6), k=5)
+
+
+def test_expert_choice_is_for_training() -> None:
+    router, x = naive_routers.router("expert_choice"), torch.randn(4, 6)
+    made = router(x, k=4)
+    with pytest.raises(UsageError, match="later ones included"):
+        router.eval()(x)
+    assert torch.equal(router(x, replay=made.experts_TK).weights_TK, made.weights_TK)
+    for k in (0, 9, torch.tensor([1, 1, 1, 1])):
+        with pytest.raises(UsageError, match="one number for all tokens"):
+            router.train()(x, k=k)
+
+
+def test_routings_of_several_calls_make_one() -> None:
+    router, x = naive_routers.router("learned_k"), torch.randn(6, 6)
+    whole = router(x)
+    assert torch.equal(Routing.cat([whole.tokens(0, 2), whole.tokens(2, 6)]).k_T, whole.k_T)
+    narrow = Routing.cat([router(x[:2], k=1), router(x[2:], k=3)])
+    assert narrow.experts_TK.shape == (6, 3) and (narrow.experts_TK[:2, 1:] == -1).all()
+    assert not narrow.weights_TK[:2, 1:].any()
+
+
+def test_buffers_go_back_to_their_start() -> None:
+    for spec, name, start in (("topk?bias=true", "bias", 0.0), ("threshold", "threshold", 1 / 8)):
+        router = naive_routers.router(spec)
+        router.reset_buffers()
+        assert (router.get_buffer(name) == start).all()
