@@ -22,6 +22,7 @@ from mixtral.weights.progress import Progress, counter
 from mixtral.weights.safetensors_file import Header, SafetensorsFile
 from mixtral.weights.torch_file import TorchFile
 
+_FLOATS = "F64, F32, F16 or BF16"
 _SINGLE, _INDEX, _NATIVE = "model.safetensors", "model.safetensors.index.json", "consolidated.safetensors"
 
 
@@ -160,7 +161,8 @@ def _match(headers: dict[str, Header], config: ModelConfig, format: Format, fold
         complaints.append(f"{len(misshapen)} misshapen: {_some(misshapen)} ({first} is {shapes})")
     if foreign := [name for name in common if not _readable(headers[name].dtype, fixed_dtype(found[name].ours))]:
         stored = ", ".join(sorted({headers[name].stored for name in foreign}))
-        complaints.append(f"{len(foreign)} stored as {stored}, not as F64, F32, F16 or BF16 (a table of numbers: I64): {_some(foreign)}")
+        wanted = "I64" if all(fixed_dtype(found[name].ours) == torch.int64 for name in foreign) else _FLOATS
+        complaints.append(f"{len(foreign)} stored as {stored}, not as {wanted}: {_some(foreign)}")
     if complaints:
         raise WeightsError(f"{folder}: the tensors do not fit the config: {'; '.join(complaints)}")
     return found

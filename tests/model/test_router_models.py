@@ -144,4 +144,4 @@ def test_initialisation_of_router_tensors() -> None:
     made = initialise(empty.to_empty(device="cpu"))
     assert (made.layers[0].ffn.router.threshold == 1 / 8).all()
     tokens = initialise(Mixtral(config("token_k")))
-    assert list(named_state(tokens))[0] == "k_of_token" and (tokens.k_of_token == 2).all()
+    assert next(iter(named_state(tokens))) == "k_of_token" and (tokens.k_of_token == 2).all()
