@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mixtral.commands.common import DeviceOption, DtypeOption, ModelOption, load_model, say, show_routing
+from mixtral.commands.common import DeviceOption, DtypeOption, ModelOption, load_model, say, show_routing, shown
 
 if TYPE_CHECKING:
     from mixtral.engine import SamplingParams
@@ -102,7 +102,7 @@ class Conversation:
         with contextlib.suppress(KeyboardInterrupt):
             for piece in stream(self.lm.model, [self._ids()], self.params, tokenizer=self.tokenizer):
                 self.text += piece.text
-                print(piece.text, end="", flush=True)
+                print(shown(piece.text), end="", flush=True)
         print()
 
     def _routing(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
@@ -34,6 +35,16 @@ def console(stderr: bool = False) -> Console:
 def say(text: str) -> None:
     """A remark to the person at the terminal, on standard error, out of the way of the output."""
     print(text, file=sys.stderr, flush=True)
+
+
+def shown(text: str) -> str:
+    """Text as standard output gets it: as it is, but on a terminal with control characters escaped, as in \\x1b.
+
+    Generated and given text could otherwise move the cursor or change the terminal. Newlines and tabs stay.
+    """
+    if not sys.stdout.isatty():
+        return text
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else f"\\x{ord(c):02x}" for c in text)
 
 
 @contextmanager
@@ -83,7 +94,7 @@ def show_routing(lm: LM, tokens: Sequence[int]) -> None:
     if out.color_system is None:
         return
     decoder = lm.tokenizer.stream()
-    pieces = [decoder.add(token) for token in tokens]
+    pieces = [shown(decoder.add(token)) for token in tokens]
     out.print("\nThe text by each token's first choice:", expert_legend(lm.config.n_experts))
     for number in sorted({0, len(layers) // 2, len(layers) - 1}):
         out.print(f"\nlayer {number}", style="bold")

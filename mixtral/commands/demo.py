@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixtral.commands.common import JsonOption, console, show_loads
+from mixtral.commands.common import JsonOption, console, show_loads, shown
 from mixtral.commands.train import summary
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _show(trained: Trained, figures: dict[str, Any]) -> None:
     loads = figures["val_loads"]
     least = min(min(load) * len(load) for load in loads)
     out.print(f"\n{PROMPT}", style="dim", end="")
-    out.print(figures["text"])
+    out.print(shown(figures["text"]))
     show_loads(loads, "Where the held-out tokens went, by layer and expert")
     out.print(
         f"\nheld-out text   {figures['start_cross_entropy']:.3f} -> {figures['val_cross_entropy']:.3f} nats a token, "

@@ -20,10 +20,13 @@ EXTRAS = {  # as pyproject.toml has them; a test compares
     "eval": ("lm-eval",),
     "data": ("pyarrow", "datasets"),
     "plots": ("matplotlib",),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
     "gguf": ("gguf",),
     "tasks": ("reasoning-gym",),
     "dev": (
         "transformers", "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "pyarrow", "matplotlib", "datasets",
+        "tensorboard",
     ),
 }
 

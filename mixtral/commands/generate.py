@@ -20,6 +20,7 @@ from mixtral.commands.common import (
     loads,
     say,
     show_routing,
+    shown,
 )
 
 if TYPE_CHECKING:
@@ -70,10 +71,10 @@ def generate(
         _print_json(lm, prompt, ids, samples, speed, routing)
         return
     if n == 1 and sys.stdout.isatty():
-        console().print(prompt, style="dim", end="", soft_wrap=True)
+        console().print(shown(prompt), style="dim", end="", soft_wrap=True)
     samples = _continue(lm, ids, params, n, speed, show=n == 1)
     for number, sample in enumerate(samples, start=1):
-        print("" if n == 1 else f"--- {number} of {n} ---\n{sample.text}")
+        print("" if n == 1 else f"--- {number} of {n} ---\n{shown(sample.text)}")
     say(speed.text())
     for sample in samples if routing else ():
         show_routing(lm, [*ids, *sample.tokens])
@@ -88,7 +89,7 @@ def _continue(lm: LM, ids: list[int], params: SamplingParams, n: int, speed: Spe
         speed.count()
         samples[piece.sequence].add(piece)
         if show:
-            print(piece.text, end="", flush=True)
+            print(shown(piece.text), end="", flush=True)
     return samples
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mixtral.commands.common import JsonOption, console
+
+if TYPE_CHECKING:
+    from mixtral.train.compare import RunSummary
 
 
 def runs(
@@ -18,9 +21,13 @@ def runs(
 ) -> None:
     """Compare training runs, finished or not, in a table and a plot.
 
+    best val and b/B (bits a byte) are of the validation with the lowest loss, tok/s and matrix (the share of the
+    machine's matrix rate) medians over steps, max/mean (the worst layer) and dead experts of the last statistics.
+
     Examples:
     mixtral runs runs/a runs/b
     mixtral runs runs/* --plot curves.png
+    mixtral runs runs/* --json
     """
     from rich.table import Table
 
@@ -34,18 +41,30 @@ def runs(
         return
     table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("run", overflow="fold")
-    for name in ("active/all", "step", "tokens", "loss", "val", "best", "bits/byte", "gini", "tok/s"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for s in summaries:
-        figures = (s.cross_entropy, s.val_cross_entropy, s.best_val_cross_entropy, s.val_bits_per_byte, s.gini)
-        table.add_row(
-            s.name,
-            f"{s.active_parameters / 1e6:.1f}/{s.parameters / 1e6:.1f} M",
-            f"{s.step}/{s.steps}",
-            f"{s.tokens / 1e6:.2f} M",
-            *("-" if x is None else f"{x:.3f}" for x in figures),
-            "-" if s.tokens_per_second is None else f"{s.tokens_per_second:,.0f}",
-        )
+    for name in ("active/all", "step", "loss", "best val", "b/B", "tok/s", "matrix", "memory", "max/mean", "dead"):
+        table.add_column(name, justify="right")
+    for summary in summaries:
+        table.add_row(*_row(summary))
     console().print(table)
     if plot is not None:
         console().print(f"curves: {plot}", soft_wrap=True)
+
+
+def _row(s: RunSummary) -> list[str]:
+    return [
+        s.name,
+        f"{s.active_parameters / 1e6:.1f}/{s.parameters / 1e6:.1f}M",
+        f"{s.step}/{s.steps}",
+        _text(s.cross_entropy, "{:.3f}"),
+        _text(s.best_val_cross_entropy, "{:.3f}"),
+        _text(s.best_val_bits_per_byte, "{:.3f}"),
+        _text(s.tokens_per_second, "{:,.0f}"),
+        _text(s.matrix_share, "{:.0%}"),
+        _text(None if s.memory_bytes is None else s.memory_bytes / 1e9, "{:.1f}GB"),
+        _text(s.max_over_mean, "{:.2f}"),
+        _text(s.dead, "{}"),
+    ]
+
+
+def _text(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

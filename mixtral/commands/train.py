@@ -31,6 +31,9 @@ def train(
         list[str] | None,
         typer.Option(metavar="SOURCE", help="Text, JSONL, Parquet, a folder of them, or stdlib; may be repeated."),
     ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Count unreadable inputs and go on, instead of stopping at the first.")
+    ] = False,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any other field; may be repeated.")
     ] = None,
@@ -46,6 +49,7 @@ def train(
     Examples:
     mixtral train tiny --out runs/tiny
     mixtral train tiny --out runs/mine --data texts/ --max-steps 2000 --seed 1
+    mixtral train tiny --out runs/mixed --data a.jsonl=0.7 --data web/=0.3 --skip-bad
     mixtral train tiny --out runs/wide --set lr=2e-3 --set model.dim=384
     mixtral train --size 4 --out runs/four
     mixtral train --resume runs/mine
@@ -56,11 +60,12 @@ def train(
 
     if resume is not None:
         new = {"RECIPE": recipe, "--size": size, "--out": out, "--max-steps": max_steps, "--seed": seed, "--data": data}
-        if given := [name for name, value in {**new, "--set": assignments}.items() if value is not None]:
+        new |= {"--skip-bad": skip_bad or None, "--set": assignments}
+        if given := [name for name, value in new.items() if value is not None]:
             raise UsageError(f"--resume goes on with the run as it was begun; leave out {', '.join(given)}")
         config = recorded_config(resume)
     else:
-        config = override_options(base_config(recipe, size), max_steps, seed, data, assignments)
+        config = override_options(base_config(recipe, size), max_steps, seed, data, skip_bad, assignments)
     folder = resume or out
     if show:
         print(json.dumps(config.to_dict(), indent=1))
@@ -87,12 +92,17 @@ def base_config(name: str | None, size: int | None) -> TrainConfig:
 
 
 def override_options(
-    config: TrainConfig, max_steps: int | None, seed: int | None, data: list[str] | None, assignments: list[str] | None
+    config: TrainConfig,
+    max_steps: int | None,
+    seed: int | None,
+    data: list[str] | None,
+    skip_bad: bool,
+    assignments: list[str] | None,
 ) -> TrainConfig:
     """`config` with the command line's own options and its --set assignments."""
     from mixtral.train.config import override
 
-    given = {"steps": max_steps, "seed": seed, "data": tuple(data) if data else None}
+    given = {"steps": max_steps, "seed": seed, "data": tuple(data) if data else None, "skip_bad": skip_bad or None}
     return override(config.replace(**{k: v for k, v in given.items() if v is not None}), assignments or [])
 
 

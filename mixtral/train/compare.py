@@ -11,6 +11,8 @@ from mixtral.errors import MixtralError, UsageError
 from mixtral.train.metrics import read_lines
 from mixtral.train.pretrain import recorded_config
 
+SMOOTHED = 20  # steps that a point of the speed's curve is the median of
+
 
 class RunSummary(NamedTuple):
     """A run's figures; None where it has not come that far."""
@@ -24,9 +26,14 @@ class RunSummary(NamedTuple):
     cross_entropy: float | None  # of the last step, nats a token
     val_cross_entropy: float | None  # of the last validation
     val_bits_per_byte: float | None
-    best_val_cross_entropy: float | None
-    gini: float | None  # of the last routing statistics, the worst layer
-    tokens_per_second: float | None  # median over steps
+    best_val_cross_entropy: float | None  # of the lowest one
+    best_val_bits_per_byte: float | None
+    max_over_mean: float | None  # of the last routing statistics, the worst layer; so is the next
+    gini: float | None
+    dead: int | None  # experts of all layers
+    tokens_per_second: float | None  # median over steps; so is the next
+    matrix_share: float | None
+    memory_bytes: int | None  # the most of any step
 
 
 def summarise(folder: Path) -> RunSummary:
@@ -35,6 +42,7 @@ def summarise(folder: Path) -> RunSummary:
     lines, times = (_lines(folder / f"{name}.jsonl") for name in ("metrics", "timings"))
     steps = [line for line in lines if "cross_entropy" in line]
     validations = [line for line in lines if "val_cross_entropy" in line]
+    best = min(validations, key=lambda v: v["val_cross_entropy"], default={})
     layers = next((line["layers"] for line in reversed(steps) if "layers" in line), None)
     last = steps[-1] if steps else {"step": 0, "tokens": 0}
     return RunSummary(
@@ -47,14 +55,24 @@ def summarise(folder: Path) -> RunSummary:
         cross_entropy=last.get("cross_entropy"),
         val_cross_entropy=validations[-1]["val_cross_entropy"] if validations else None,
         val_bits_per_byte=validations[-1]["val_bits_per_byte"] if validations else None,
-        best_val_cross_entropy=min((v["val_cross_entropy"] for v in validations), default=None),
+        best_val_cross_entropy=best.get("val_cross_entropy"),
+        best_val_bits_per_byte=best.get("val_bits_per_byte"),
+        max_over_mean=max(layer["max_over_mean"] for layer in layers) if layers else None,
         gini=max(layer["gini"] for layer in layers) if layers else None,
-        tokens_per_second=statistics.median(t["tokens_per_second"] for t in times) if times else None,
+        dead=sum(layer["dead"] for layer in layers) if layers else None,
+        tokens_per_second=_median(times, "tokens_per_second"),
+        matrix_share=_median(times, "matrix_share"),
+        memory_bytes=max((line["memory_bytes"] for line in times if "memory_bytes" in line), default=None),
     )
 
 
+def _median(lines: Sequence[dict[str, Any]], key: str) -> float | None:
+    values = [line[key] for line in lines if key in line]
+    return statistics.median(values) if values else None
+
+
 def plot_runs(folders: Sequence[Path], path: Path) -> None:
-    """Write a PNG of training and validation loss, and of the worst layer's Gini coefficient, over tokens.
+    """Write a PNG of three panels over tokens: training and validation loss, speed, and how uneven the loads are.
 
     Raises UsageError without matplotlib, MixtralError when the file cannot be written.
     """
@@ -62,31 +80,51 @@ def plot_runs(folders: Sequence[Path], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UsageError('plots need matplotlib: pip install "mixtral[plots]"') from error
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    loss, balance = figure.subplots(1, 2)
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    panels = loss, speed, balance = figure.subplots(1, 3)
     for number, folder in enumerate(folders):
-        _draw(loss, balance, folder, f"C{number % 10}")
-    loss.set(title="loss: steps (faint) and validation", xlabel="tokens", ylabel="nats a token")
-    balance.set(title="imbalance of the worst layer", xlabel="tokens", ylabel="Gini coefficient (0: balanced)")
-    balance.set_ylim(bottom=0)
-    loss.legend()
+        _draw(panels, folder, f"C{number % 10}")
+    loss.set(title="loss: steps (faint) and validation", ylabel="nats a token")
+    speed.set(title="speed: steps (faint), median of the last ones", ylabel="tokens/s")
+    balance.set(title="loads of the worst layer", ylabel="max / mean (1: balanced)")
+    for panel in panels:
+        panel.set_xlabel("tokens")
+        panel.grid(alpha=0.25)
+    speed.set_ylim(bottom=0)
+    balance.set_ylim(bottom=1)
+    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib does not know
         raise MixtralError(f"cannot write {path}: {error}") from error
 
 
-def _draw(loss: Any, balance: Any, folder: Path, colour: str) -> None:
+def _draw(panels: Sequence[Any], folder: Path, colour: str) -> None:
+    loss, speed, balance = panels
     per_step = recorded_config(folder).tokens_per_step
-    lines = _lines(folder / "metrics.jsonl")
-    named: dict[str, Any] = {"marker": "o", "label": str(folder)}
-    for key, style in (("cross_entropy", {"alpha": 0.25}), ("val_cross_entropy", named)):
-        points = [(line["step"] * per_step, line[key]) for line in lines if key in line]
-        if points:
-            loss.plot(*zip(*points, strict=True), color=colour, **style)
-    points = [(line["step"] * per_step, max(x["gini"] for x in line["layers"])) for line in lines if line.get("layers")]
-    if points:
-        balance.plot(*zip(*points, strict=True), color=colour)
+    lines, times = (_lines(folder / f"{name}.jsonl") for name in ("metrics", "timings"))
+
+    def draw(panel: Any, points: list[tuple[int, float]], **style: Any) -> None:
+        tokens, values = [per_step * step for step, _ in points], [value for _, value in points]
+        panel.plot(tokens, values, color=colour, **style)
+
+    draw(loss, _series(lines, "cross_entropy"), alpha=0.25)
+    draw(loss, _series(lines, "val_cross_entropy"), marker="o", markersize=4, label=str(folder))
+    rates = _series(times, "tokens_per_second")
+    draw(speed, rates, alpha=0.25)
+    draw(speed, _running_median(rates))
+    worst = [(x["step"], max(layer["max_over_mean"] for layer in x["layers"])) for x in lines if x.get("layers")]
+    draw(balance, worst)
+
+
+def _series(lines: Sequence[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[key]) for line in lines if key in line]
+
+
+def _running_median(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """At each step the median of the last SMOOTHED values."""
+    values = [value for _, value in points]
+    return [(step, statistics.median(values[max(0, i + 1 - SMOOTHED) : i + 1])) for i, (step, _) in enumerate(points)]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

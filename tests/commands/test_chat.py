@@ -29,6 +29,13 @@ def test_the_text_runs_on(chat: Run, folder: Path) -> None:
     assert chat("To be\nor not\n") == (0, f"{first}\n{second}\n", chat("").err)
 
 
+def test_on_a_terminal_control_characters_are_escaped(chat: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "stream", lambda *_, **__: iter([engine.Piece(0, 65, -1.0, "a\x1b[2J\n", "length")]))
+    assert chat("To be\n").out == "a\x1b[2J\n\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert chat("To be\n").out == r"a\x1b[2J" + "\n\n"
+
+
 def test_reset_starts_anew_and_quit_leaves(chat: Run, folder: Path) -> None:
     first = load(folder).generate("To be", max_tokens=6)
     code, out, err = chat("To be\n/reset\nTo be\n/quit\nTo be\n")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mixtral.commands.common import bytes_text, rate_text
+from mixtral.commands.common import bytes_text, rate_text, shown
 
 
 @pytest.mark.parametrize(
@@ -19,3 +19,10 @@ def test_bytes(n_bytes: int, text: str) -> None:
 )
 def test_rates(rate: float, text: str) -> None:
     assert rate_text(rate, "B/s") == text
+
+
+def test_a_terminal_gets_control_characters_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "a\x1b[2Jb\rc\x00\x7f\x9b\td\né ∑ 👩‍🚀"
+    assert shown(text) == text  # a file or pipe gets every byte
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert shown(text) == r"a\x1b[2Jb\x0dc\x00\x7f\x9b" + "\td\né ∑ 👩‍🚀"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mixtral.engine import Piece
 from mixtral.lm import load
 from tests.commands.conftest import Run
 
@@ -16,6 +17,17 @@ def test_greedy_text_is_the_library_s(run: Run, folder: Path) -> None:
     code, out, err = run("generate", "--model", folder, "--prompt", "To be", "--max-tokens", "12")
     assert code == 0 and out == load(folder).generate("To be", max_tokens=12) + "\n"
     assert err.startswith("[12 tokens; prompt of ") and "tokens/s]" in err
+
+
+def test_on_a_terminal_control_characters_are_escaped(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = [Piece(0, 65, -1.0, "a\x1b[2J", None), Piece(0, 66, -1.0, "b\n", "length")]
+    monkeypatch.setattr("mixtral.engine.stream", lambda *_, **__: iter(pieces))
+    ask = ("generate", "--model", folder, "--prompt", "To be", "--n")
+    assert run(*ask, "1").out == "a\x1b[2Jb\n\n"
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout.isatty", lambda: True)
+        for number in ("1", "2"):
+            assert r"a\x1b[2Jb" + "\n" in run(*ask, number).out
 
 
 def test_a_seed_repeats(run: Run, folder: Path) -> None:

@@ -12,7 +12,7 @@ from mixtral.presets import preset
 from mixtral.train.config import TrainConfig
 from mixtral.train.pretrain import begin
 
-LAYER = {"load": [0.5, 0.5], "max_over_mean": 1.0, "entropy": 0.9, "repeats": 0.1}
+LAYER = {"load": [0.5, 0.5], "max_over_mean": 1.0, "gini": 0.1, "entropy": 0.9, "repeats": 0.1, "dead": 1}
 
 
 @pytest.fixture
@@ -22,12 +22,16 @@ def run(tmp_path: Path) -> Path:
     begin(TrainConfig(model=preset("tiny"), rows=4, context=256, steps=9), folder)
     metrics = [
         {"step": 0, "val_cross_entropy": 7.0, "val_bits_per_byte": 3.0},
-        {"step": 1, "tokens": 1024, "cross_entropy": 6.5, "layers": [LAYER | {"gini": 0.1}, LAYER | {"gini": 0.3}]},
+        {"step": 1, "tokens": 1024, "cross_entropy": 6.5, "layers": [LAYER, LAYER | {"gini": 0.3}]},
         {"step": 2, "tokens": 2048, "cross_entropy": 6.0},
         {"step": 2, "val_cross_entropy": 7.5, "val_bits_per_byte": 3.2},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
-    times = [{"step": 1, "tokens_per_second": 100.0}, {"step": 2, "tokens_per_second": 300.0}]
+    times = [
+        {"step": 0, "matrix_rate": 1e9, "matrix_dtype": "float32"},
+        {"step": 1, "tokens_per_second": 100.0, "matrix_share": 0.2, "memory_bytes": 3 * 10**9},
+        {"step": 2, "tokens_per_second": 300.0, "matrix_share": 0.4, "memory_bytes": 2 * 10**9},
+    ]
     (folder / "timings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in times))
     return folder
 
@@ -38,7 +42,27 @@ def test_figures(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert figures["parameters"] == preset("tiny").n_params()
     wanted = {"step": 2, "steps": 9, "tokens": 2048, "cross_entropy": 6.0, "val_cross_entropy": 7.5, "gini": 0.3}
     assert wanted.items() <= figures.items()
-    assert (figures["best_val_cross_entropy"], figures["tokens_per_second"]) == (7.0, 200.0)
+    assert (figures["best_val_cross_entropy"], figures["best_val_bits_per_byte"]) == (7.0, 3.0)
+    assert (figures["max_over_mean"], figures["dead"]) == (1.0, 2)
+    assert (figures["tokens_per_second"], figures["memory_bytes"]) == (200.0, 3 * 10**9)
+    assert figures["matrix_share"] == pytest.approx(0.3)
+
+
+def test_the_table_has_a_run_on_a_line_of_100_columns(run: Path, capsys: pytest.CaptureFixture[str],
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.chdir(run.parent)
+    assert main(["runs", "run"]) == 0
+    head, row = capsys.readouterr().out.splitlines()
+    assert head.split() == "run active/all step loss best val b/B tok/s matrix memory max/mean dead".split()
+    assert row.split()[2:] == "2/9 6.000 7.000 3.000 200 30% 3.0GB 1.00 2".split()
+
+
+def test_runs_from_before_these_figures_were_logged(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "timings.jsonl").write_text('{"step": 1, "tokens_per_second": 50.0}\n')
+    assert main(["runs", str(run), "--json"]) == 0
+    (figures,) = json.loads(capsys.readouterr().out)
+    assert (figures["tokens_per_second"], figures["matrix_share"], figures["memory_bytes"]) == (50.0, None, None)
 
 
 def test_a_run_that_has_logged_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

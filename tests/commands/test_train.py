@@ -12,11 +12,12 @@ from tests.commands.conftest import Run
 
 def test_show_resolves_and_does_nothing(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    options = ("--max-steps", "7", "--seed", "3", "--set", "lr=2e-3", "--set", "model.dim=384")
+    options = ("--max-steps", "7", "--seed", "3", "--skip-bad", "--set", "lr=2e-3", "--set", "model.dim=384")
     told = run("train", "tiny", "--show", *options)
     config = json.loads(told.out)
     assert (config["steps"], config["seed"], config["lr"], config["model"]["dim"]) == (7, 3, 2e-3, 384)
-    assert list(tmp_path.iterdir()) == []
+    assert config["skip_bad"] is True and list(tmp_path.iterdir()) == []
+    assert json.loads(run("train", "tiny", "--show", "--set", "skip_bad=true").out)["skip_bad"] is True
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,8 @@ def test_show_resolves_and_does_nothing(run: Run, tmp_path: Path, monkeypatch: p
         (["tiny", "--out", "new", "--max-steps", "0"], 2, "steps must be at least 1, not 0"),
         (["--resume", "nowhere"], 2, "nowhere is not a training run"),
         (["tiny", "--resume", "full", "--seed", "1"], 2, "leave out RECIPE, --seed"),
+        (["--resume", "full", "--skip-bad"], 2, "leave out --skip-bad"),
+        (["tiny", "--out", "new", "--set", "trackers=wand"], 2, "unknown tracker 'wand'; did you mean 'wandb'?"),
     ],
 )
 def test_misuse(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int,
@@ -41,3 +44,11 @@ def test_misuse(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argum
     got = run("train", *arguments)
     assert (got.code, got.out) == (code, "") and got.err.count("\n") == 1 and message in got.err
     assert not (tmp_path / "new").exists() and (tmp_path / "full/file").read_text() == "precious"
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_any_work(run: Run, tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    got = run("train", "tiny", "--out", tmp_path / "new", "--set", "trackers=wandb")
+    assert got.code == 2 and 'wandb is not installed; pip install "mixtral[wandb]"' in got.err
+    assert got.err.count("\n") == 1 and not (tmp_path / "new").exists()
