@@ -1,20 +1,20 @@
 """A full training step against transformers with the same weights: forward, router losses, backward, clipping, AdamW.
 
 Width 512, ffn 1792, 8 layers, 8 experts top-2, vocabulary 8,192, a batch of 8 x 512, in fp32 and bf16. transformers
-runs in each of its settings once and is then measured, in its fastest, in turn with ours. Both keep fp32 weights.
+runs in each of its settings once and is then measured, in its fastest, in turn with ours, each side in a process of its
+own. Both keep fp32 weights.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
-from common import interleave, matrix_rate, publish, seconds
+from common import Apart, interleave, matrix_rate, publish, seconds
 from model import DTYPES, make_ours, pack
 from peer import EXPERTS, peer
 from rich.console import Console
@@ -22,31 +22,47 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from mixtral.data.loader import TrainBatch
+from mixtral.hardware import cpu_count
+from mixtral.kernels.memory import keep_freed_memory
 from mixtral.presets import small
 from mixtral.runtime import set_threads
+from mixtral.threads import CALM
 from mixtral.train.config import TrainConfig
 from mixtral.train.optim import Optimizer
 from mixtral.train.step import train_step
 
 LENGTH = 512
+SLOW_SECONDS = 60  # a peer's step longer than this is timed once, without a warm-up
 COEFFICIENT = 0.01  # of the load-balancing loss, on both sides
 
 
-def our_step(config: TrainConfig, dtype: str, ids_BS: Tensor) -> Callable[[], object]:
+def sequences(config: TrainConfig, rows: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(config.model.vocab_size, (rows, LENGTH), generator=generator)
+
+
+def our_step(config: TrainConfig, dtype: str) -> Callable[[], object]:
+    """Our step as `mixtral train` sets up its process."""
+    set_threads()
+    keep_freed_memory()
     model = make_ours(config.model, "fp32")
     optimizer = Optimizer(model, config, DTYPES[dtype])
-    batch = TrainBatch(*pack(ids_BS))
+    batch = TrainBatch(*pack(sequences(config, config.rows)))
     return lambda: train_step(model, optimizer, [batch], config, 0, stats=False)
 
 
-def their_step(config: TrainConfig, experts: str, autocast: bool, ids_BS: Tensor) -> Callable[[], object]:
+def their_step(config: TrainConfig, experts: str, dtype: str, rows: int) -> Callable[[], object]:
+    """transformers' step as its users write it, on as many threads; bf16 by autocast."""
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(cpu_count())
     model: nn.Module = peer(make_ours(config.model, "fp32"), torch.float32, experts)
     settings: Any = model.config
     settings.router_aux_loss_coef = COEFFICIENT
     adamw = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=config.betas, fused=True)
+    ids_BS = sequences(config, rows)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
             loss = model(input_ids=ids_BS, labels=ids_BS, use_cache=False, output_router_logits=True).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -56,27 +72,38 @@ def their_step(config: TrainConfig, experts: str, autocast: bool, ids_BS: Tensor
     return step
 
 
-def contest(config: TrainConfig, dtype: str, ids_BS: Tensor, repeats: int) -> dict[str, Any]:
-    """Tokens/s of both sides in one dtype."""
+def trials(config: TrainConfig, dtype: str) -> dict[str, float]:
+    """Seconds of one step on a quarter of the rows in each of transformers' settings."""
     tried: dict[str, float] = {}
     for experts in EXPERTS:
-        step = their_step(config, experts, dtype == "bf16", ids_BS[:2])
-        step()
+        step = Apart(their_step, (config, experts, dtype, max(1, config.rows // 4)), {})
+        if dtype == "fp32":
+            step()  # bf16 steps are too long, where they are emulated, for a warm-up to matter
         tried[experts] = seconds(step)
+        step.close()
         print(f"trial, {dtype}: {experts} {tried[experts]:.2f} s", file=sys.stderr)
-        del step
-        gc.collect()
+    return tried
+
+
+def contest(config: TrainConfig, dtype: str, repeats: int) -> dict[str, Any]:
+    """Tokens/s of both sides in one dtype."""
+    tried = trials(config, dtype)
     fastest = min(tried, key=lambda name: tried[name])
-    theirs = their_step(config, fastest, dtype == "bf16", ids_BS)
-    medians = interleave({"ours": our_step(config, dtype, ids_BS), "theirs": theirs}, repeats)
-    tokens = ids_BS.numel()
-    flops = config.model.flops_per_token(LENGTH, backward=True) * tokens
+    slow = 4 * tried[fastest] > SLOW_SECONDS
+    ours = Apart(our_step, (config, dtype), CALM)
+    theirs = Apart(their_step, (config, fastest, dtype, config.rows), {})
     rate = matrix_rate(DTYPES[dtype])
+    medians = interleave({"ours": ours, "theirs": theirs}, 1 if slow else repeats, warm_up=0 if slow else 1)
+    rate = max(rate, matrix_rate(DTYPES[dtype]))
+    for side in (ours, theirs):
+        side.close()
+    tokens = config.tokens_per_step
+    flops = config.model.flops_per_token(LENGTH, backward=True) * tokens
     return {
-        "dtype": dtype, "setting": fastest, "settings_tried": tried,
+        "dtype": dtype, "setting": fastest, "settings_tried": tried, "runs": 1 if slow else repeats,
         "ours": tokens / medians["ours"], "theirs": tokens / medians["theirs"],
         "ratio": medians["theirs"] / medians["ours"], "of_matrix_rate": flops / medians["ours"] / rate,
-        "theirs_of_matrix_rate": flops / medians["theirs"] / rate,
+        "theirs_of_matrix_rate": flops / medians["theirs"] / rate, "matrix_rate": rate,
     }  # fmt: skip
 
 
@@ -88,12 +115,10 @@ def main() -> None:
     parser.add_argument("--json-out", action="store_true", help="write bench/results/train_<hardware>_<date>.json")
     args = parser.parse_args()
     set_threads()
-    transformers.logging.set_verbosity_error()
     shape = small().replace(n_layers=2) if args.quick else small()
     balance = (f"micro_batch?weight={COEFFICIENT}",)
     config = TrainConfig(model=shape, rows=args.rows, context=LENGTH, lr=1e-5, warmup=0.0, balance=balance)
-    ids_BS = torch.randint(shape.vocab_size, (args.rows, LENGTH), generator=torch.Generator().manual_seed(1))
-    rows = [contest(config, dtype, ids_BS, 1 if args.quick else args.repeats) for dtype in DTYPES]
+    rows = [contest(config, dtype, 1 if args.quick else args.repeats) for dtype in DTYPES]
     title = f"training step, {args.rows} x {LENGTH}, against transformers {transformers.__version__}: tokens/s"
     table = Table(title=title)
     for column in ("dtype", "mixtral", "transformers", "ratio", "of matrix rate", "its best setting"):

@@ -28,6 +28,7 @@ from mixtral.commands.info import info
 from mixtral.commands.runs import runs
 from mixtral.commands.train import train
 from mixtral.errors import MixtralError
+from mixtral.threads import calm_idle_threads
 
 COMMANDS: tuple[Callable[..., None], ...] = (
     demo,
@@ -114,9 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Whatever goes wrong is told in one line on standard error.
     """
     _log.setLevel(logging.WARNING)
-    # torch's idle threads would spin for some 10 ms after each op, on the cores that numpy's large products want; read
-    # when torch is first imported, which no command has done yet (docs/log.md, 2026-11-22)
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    calm_idle_threads()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a console that lacks a character gets "?" for it, not a failure
     try:
