@@ -49,11 +49,14 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 def remove_folder(path: Path) -> None:
     """Remove a folder so that a kill on the way leaves it whole, or gone from under its name.
 
-    Raises OSError when it cannot be renamed, and leaves it whole then.
+    Raises MixtralError when the system refuses, and leaves it whole then.
     """
     clear_leftovers(path.parent, path.name)
     temporary = _temporary(path)
-    os.replace(path, temporary)
+    try:
+        os.replace(path, temporary)
+    except OSError as error:
+        raise MixtralError(f"cannot remove {path}: {_one_line(error)}") from error
     _remove(temporary)
 
 

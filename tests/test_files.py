@@ -158,6 +158,8 @@ def test_a_removed_folder_is_whole_or_gone(tmp_path: Path, monkeypatch: pytest.M
         (tmp_path / name / "file").write_text("1")
     remove_folder(tmp_path / "one")
     assert names(tmp_path) == ["two"]
+    with pytest.raises(MixtralError, match=r"^cannot remove .*/one: No such file or directory$"):
+        remove_folder(tmp_path / "one")
 
     def killed(path: Path, **_: object) -> None:
         (path / "file").unlink()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ from mixtral.data.shards import prepare
 from mixtral.data.sources import Source, documents
 from mixtral.data.store import TokenData
 from mixtral.errors import ConfigError, DataError, UsageError
-from mixtral.files import atomic_folder, atomic_write
+from mixtral.files import atomic_folder, atomic_write, remove_folder
 from mixtral.kernels import use_backend
 from mixtral.kernels.memory import keep_freed_memory
 from mixtral.model import Mixtral, initialise
@@ -63,9 +62,12 @@ def begin(config: TrainConfig, out: Path) -> None:
     holds anything else, or the package of a tracker is missing.
     """
     require_packages(config.trackers)
-    if out.exists() and not (out.is_dir() and {p.name for p in out.iterdir()} <= _BEFORE_TRAINING):
+    # .tmp: left by a kill while one of those was written; writing it again clears that up
+    names = {path.name for path in out.iterdir() if path.suffix != ".tmp"} if out.is_dir() else set()
+    if names - _BEFORE_TRAINING or (out.exists() and not out.is_dir()):
         raise UsageError(f"{out} is not empty; choose another --out, or go on with: mixtral train --resume {out}")
-    shutil.rmtree(out / "tokenizer", ignore_errors=True)  # it may be of other data
+    if (out / "tokenizer").exists():
+        remove_folder(out / "tokenizer")  # it may be of other data
     record = {"train": config.to_dict(), "environment": environment()}
     atomic_write(out / "config.json", json.dumps(record, indent=1))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,14 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(trained: Trained,
     (out / "metrics.jsonl").write_text('{"step": 0, "val_cross_entropy": 1.0}\n{"step": 1, "cr')
     pretrain(out, Watching())
     assert (out / "metrics.jsonl").read_bytes() == (trained.run.folder / "metrics.jsonl").read_bytes()
+
+
+def test_a_run_killed_while_it_claimed_its_folder_can_be_begun_again(corpus: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    (tmp_path / f".config.json.{process.pid}-0.tmp").write_text('{"train"')
+    begin(config_of(corpus), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
