@@ -83,7 +83,7 @@ class Histogram:
         return self.centre_E[:, None] + self.NEAR * torch.sinh(place_B)
 
     def quantile(self, q: float) -> Tensor:
-        """The value below which a share `q` of each expert's values lies, linear inside its bin -> fp32 [E]."""
+        """The value below which a share 0 < q <= 1 of each expert's values lies, linear inside its bin -> fp32 [E]."""
         ends_EB = self.counts_EB.cumsum(1).double()
         wanted_E1 = q * ends_EB[:, -1:]
         bin_E1 = torch.searchsorted(ends_EB, wanted_E1).clamp(max=BINS - 1)

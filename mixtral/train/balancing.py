@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixtral.errors import ConfigError
-from mixtral.moe import Routing, updates
+from mixtral.moe import Router, Routing, updates
 from mixtral.moe.balance import assignment_counts, guidance, k_price, load_balance, z_loss
+from mixtral.router_options import LearnedK
 from mixtral.train.balance_options import (
     BalanceOptions,
     GlobalBatch,
@@ -33,7 +34,7 @@ from mixtral.train.balance_options import (
 )
 from mixtral.train.config import TrainConfig
 
-ROUTERS_WITH = {"bias": "topk?bias=true or sigmoid", "threshold": "threshold"}  # buffer: the routers that have it
+ROUTERS_WITH = {"bias": "topk?bias=true or sigmoid?bias=true", "threshold": "threshold"}  # buffer: the routers that have it
 
 SumOverRanks = Callable[[Tensor], Tensor]
 
@@ -52,7 +53,7 @@ class Rule:
     `weight` is the share of the proposed move that is made.
     """
 
-    def __init__(self, options: BalanceOptions, layer: int, router: nn.Module, k: int) -> None:
+    def __init__(self, options: BalanceOptions, layer: int, router: Router, k: int) -> None:
         self.options, self.layer, self.router, self.k = options, layer, router, k
         assert options.buffer is not None
         if options.buffer not in dict(router.named_buffers(recurse=False)):
@@ -116,7 +117,7 @@ class HistogramRule(Rule):
 
 
 class QuantileRule(HistogramRule):
-    def __init__(self, options: BalanceOptions, layer: int, router: nn.Module, k: int) -> None:
+    def __init__(self, options: BalanceOptions, layer: int, router: Router, k: int) -> None:
         super().__init__(options, layer, router, k)
         if k >= len(self.moved_E):
             raise ConfigError(f"balance quantile: {k} of {len(self.moved_E)} experts a token leaves nothing to balance")
@@ -160,7 +161,7 @@ class Balancer:
 
     sum_over_ranks: SumOverRanks = staticmethod(lambda counts: counts)  # with several ranks, an all-reduce
 
-    def __init__(self, routers: Sequence[nn.Module], config: TrainConfig, domains: Sequence[str] = ()) -> None:
+    def __init__(self, routers: Sequence[Router], config: TrainConfig, domains: Sequence[str] = ()) -> None:
         self.steps = config.steps
         self.n_experts, k = config.model.n_experts, config.model.experts_per_token
         entries = parse_balance(config.balance, len(routers)) if routers else []
@@ -172,7 +173,10 @@ class Balancer:
             for layer, router in enumerate(routers)
             if entry.covers(layer)
         ]
-        device = next(routers[0].parameters()).device if routers else torch.device("cpu")
+        if any(isinstance(entry, KPrice) for entry in entries):
+            if not all(isinstance(router.options, LearnedK) for router in routers):
+                raise ConfigError("balance k_price: the router learns no k; choose model.router=learned_k")
+        device = routers[0].weight.device if routers else torch.device("cpu")
         self.groups = {
             entry: _groups(entry, domains, self.n_experts).to(device) for entry in entries if isinstance(entry, Guided)
         }
@@ -224,8 +228,7 @@ class Balancer:
                     raise ConfigError("balance guided: the batch carries no domains")
                 return guidance(routing, domains_T, self.groups[entry])
             case KPrice():
-                if routing.k_T is None:
-                    raise ConfigError("balance k_price: the router learns no k; choose model.router=learned_k")
+                assert routing.k_T is not None, "a learned_k router gives it"
                 return k_price(routing.k_T, entry.target)
         raise AssertionError(entry)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixtral.data.loader import Loader, TrainBatch, epoch_quotas
+from mixtral.data.shards import prepare
+from mixtral.data.sources import Source
 from mixtral.data.store import NO_TARGET, Documents, TokenData
 from mixtral.errors import DataError, UsageError
+from tests.data.byte_tokenizer import ByteTokenizer
 
 BOS, EOS = 1, 2
 
@@ -187,3 +191,40 @@ def test_refusals(make_data: Callable[..., TokenData]) -> None:
         source.val_batches(0)
     with pytest.raises(DataError, match="no val documents"):
         Loader(make_data(["a", "b"]), 1, 4).val_batches(10)
+
+
+# -- domains -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def labelled(jsonl: Callable[..., Path], tmp_path: Path, tokenizer: ByteTokenizer) -> TokenData:
+    """Documents of "a", "m" and "z" in three domains, which come in another order than their names."""
+    letters = {"prose": "z", "code": "a", "logic": "m"}
+    sources = [
+        Source(str(jsonl(name, [letter * n for n in range(1, 6)])), domain=name) for name, letter in letters.items()
+    ]
+    return prepare(sources, tokenizer, tmp_path / "labelled", val_share=0.2)
+
+
+def test_each_token_knows_its_domain(labelled: TokenData) -> None:
+    assert labelled.domains == ["code", "logic", "prose"]
+    source = Loader(labelled, 2, 16)
+    batches = [source.batch(step) for step in range(4)] + source.val_batches(1000)
+    number = {ord("a") + 3: 0, ord("m") + 3: 1, ord("z") + 3: 2}
+    for batch in batches:
+        assert batch.domains_T is not None and batch.domains_T.dtype == torch.int64
+        assert batch.domains_T.shape == batch.targets_T.shape
+        for tokens, domains in zip(
+            torch.tensor_split(batch.batch.tokens_T, batch.batch.cu_seqlens[1:-1].long()),
+            torch.tensor_split(batch.domains_T, batch.batch.cu_seqlens[1:-1].long()),
+            strict=True,
+        ):
+            assert len(set(domains.tolist())) == 1  # BOS and EOS are their document's
+            assert all(number[t] == d for t, d in zip(tokens.tolist(), domains.tolist(), strict=True) if t > EOS)
+    moved = batches[0].to("meta")
+    assert moved.domains_T is not None and moved.domains_T.device.type == "meta"
+
+
+def test_one_domain_is_no_label(make_data: Callable[..., TokenData]) -> None:
+    data = make_data(["abc", "def"])
+    assert len(data.domains) == 1 and Loader(data, 1, 4).batch(0).domains_T is None

@@ -25,6 +25,7 @@ from mixtral.errors import DataError, UsageError
         ("a.jsonl?field=body=3e-1", Source("a.jsonl", 0.3, field="body")),
         ("packages?max_bytes=900", Source("packages", max_bytes=900)),
         ("reasoning-gym?max_bytes=900&seed=5=2", Source("reasoning-gym", 2.0, max_bytes=900, seed=5)),
+        ("a.txt?domain=prose=2", Source("a.txt", 2.0, domain="prose")),
         ("hf:org/name:config=2", Source("hf:org/name:config", 2.0)),
         ("/data/day=monday/a.txt", Source("/data/day=monday/a.txt")),
     ],

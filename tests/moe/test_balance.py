@@ -1,12 +1,22 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from mixtral.moe import Routing
-from mixtral.moe.balance import assignment_share, load_balance, load_balance_hf, z_loss
+from mixtral.moe.balance import (
+    assignment_share,
+    guidance,
+    k_price,
+    load_balance,
+    load_balance_hf,
+    score_shares,
+    z_loss,
+)
 from tests.moe.naive import routing
 
 
@@ -131,3 +141,82 @@ def test_z_loss_by_hand() -> None:
     (grad,) = torch.autograd.grad(value, logits)
     want = torch.stack((first * torch.tensor([0.5, 0.5]), second * torch.tensor([0.25, 0.75])))
     torch.testing.assert_close(grad, want)  # 2 / T * logsumexp * softmax
+
+
+# -- counts of a larger batch, other scores, domains, a price ----------------------------------------------------------
+
+
+def test_with_given_counts_by_hand() -> None:
+    """f = (1, 1, 4) / 6 whatever this part chose, p = (0.5, 0.3, 0.2)."""
+    scores = torch.tensor([[0.6, 0.3, 0.1], [0.4, 0.3, 0.3]])
+    part = routing([[0, 1], [0, 1]], scores, 3)
+    found = load_balance(part, counts_E=torch.tensor([1, 1, 4]))
+    assert found.item() == pytest.approx(3 * (0.5 + 0.3 + 4 * 0.2) / 6)
+
+
+@pytest.mark.parametrize("cut", [1, 10, 25])
+def test_parts_with_the_counts_of_all_are_the_whole(cut: int) -> None:
+    whole = _random(50)
+    counts = torch.bincount(whole.experts_TK.flatten(), minlength=8)
+    parts = [Routing(*(t[a:b] for t in whole[:4])) for a, b in ((0, cut), (cut, 50))]
+    total = sum(load_balance(part, counts_E=counts) * len(part.scores_TE) / 50 for part in parts)
+    assert isinstance(total, Tensor)
+    torch.testing.assert_close(total, load_balance(whole), atol=1e-6, rtol=0)
+    grads = [torch.autograd.grad(loss, whole.logits_TE, retain_graph=True)[0] for loss in (total, load_balance(whole))]
+    torch.testing.assert_close(*grads, atol=1e-7, rtol=1e-6)
+
+
+def test_sigmoid_scores_count_as_shares() -> None:
+    """Scores 0.9, 0.3 and 0.2, 0.6: shares 3/4, 1/4 and 1/4, 3/4; and scaling a token's scores changes nothing."""
+    scores = torch.tensor([[0.9, 0.3], [0.2, 0.6]], requires_grad=True)
+    torch.testing.assert_close(score_shares(scores), torch.tensor([[0.75, 0.25], [0.25, 0.75]]))
+    uneven = Routing(scores, scores, scores, torch.tensor([[0], [0]]))
+    assert load_balance(uneven).item() == pytest.approx(2 * 0.5)
+    (grad,) = torch.autograd.grad(load_balance(uneven), scores)
+    torch.testing.assert_close((grad * scores).sum(-1), torch.zeros(2))
+
+
+def test_softmax_scores_are_their_own_shares_to_the_bit() -> None:
+    made = _random(200, 64)
+    assert torch.equal(score_shares(made.scores_TE), made.scores_TE)
+    weights = torch.randn(200, 64)
+    for function in (score_shares, lambda scores: scores):
+        grads = torch.autograd.grad((function(made.scores_TE) * weights).sum(), made.logits_TE, retain_graph=True)
+        assert torch.equal(grads[0], torch.autograd.grad((made.scores_TE * weights).sum(), made.logits_TE,
+                                                         retain_graph=True)[0])  # fmt: skip
+
+
+GROUPS = torch.tensor([[True, True, False, False], [False, False, True, True]])
+
+
+def test_guidance_by_hand() -> None:
+    """Masses 0.7 and 0.25 on the right groups; the third token's domain is unknown."""
+    scores = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.5, 0.25, 0.125, 0.125], [0.1, 0.2, 0.3, 0.4]])
+    made = routing([[0], [0], [3]], scores)
+    found = guidance(made, torch.tensor([0, 1, -1]), GROUPS)
+    assert found.item() == pytest.approx(-(math.log(0.7) + math.log(0.25)) / 2)
+    assert guidance(made, torch.tensor([-1, -1, -1]), GROUPS).item() == 0.0
+    uniform = routing([[0]], torch.full((1, 4), 0.25))
+    assert guidance(uniform, torch.tensor([1]), GROUPS).item() == pytest.approx(math.log(2))
+
+
+def test_guidance_gradient_is_that_of_a_cross_entropy() -> None:
+    """d/dlogit = (p_j - p_j / mass inside the group) / known tokens; 0 for tokens of unknown domain."""
+    made = _random(12, 4)
+    domains = torch.tensor([0, 1, -1] * 4)
+    (grad,) = torch.autograd.grad(guidance(made, domains, GROUPS), made.logits_TE)
+    want = torch.zeros(12, 4)
+    for t, domain in enumerate(domains.tolist()):
+        p = made.scores_TE[t].detach()
+        if domain >= 0:
+            want[t] = (p - p * GROUPS[domain] / p[GROUPS[domain]].sum()) / 8
+    torch.testing.assert_close(grad, want)
+
+
+def test_k_price_by_hand() -> None:
+    k_T = torch.tensor([1.0, 2.5, 4.0], requires_grad=True)
+    assert k_price(k_T).item() == 2.5
+    torch.testing.assert_close(torch.autograd.grad(k_price(k_T), k_T)[0], torch.full((3,), 1 / 3))
+    assert k_price(k_T, target=2.0).item() == pytest.approx(0.25)
+    torch.testing.assert_close(torch.autograd.grad(k_price(k_T, 2.0), k_T)[0], torch.full((3,), 2 * 0.5 / 3))
+    assert k_price(k_T[:0]).item() == 0.0

@@ -1,0 +1,289 @@
+"""Objectives in a step: one batch or its parts, exact or running, resumed, recomputed, noisy, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixtral.data.loader import Loader, TrainBatch
+from mixtral.errors import ConfigError
+from mixtral.model import Packed, named_state
+from mixtral.moe import MoE
+from mixtral.moe.balance import assignment_counts, load_balance
+from mixtral.train.checkpoint import checkpoints
+from mixtral.train.config import TrainConfig
+from mixtral.train.optim import Optimizer
+from mixtral.train.recompute import recompute_layers
+from mixtral.train.step import StepResult, train_step, validate
+from tests.train.tiny_run import MakeRun, Watching, fresh_model, fresh_optimizer, model_config, same, train_config
+
+BIASED = {"router": "sigmoid?bias=true", "init_std": 0.3}
+RULES = ["loss_free?rate=0.01", "smebu?rate=0.01", "quantile", "threshold"]
+
+
+def router_for(rule: str) -> dict[str, Any]:
+    return {"router": "threshold", "init_std": 0.3} if rule == "threshold" else BIASED
+
+
+def config_of(*balance: str, model: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:
+    shape = model_config(**(model or {"init_std": 0.3})).to_dict()
+    return train_config(shape, balance=balance, clip=0.0, **changes)
+
+
+def step_of(
+    parts: list[TrainBatch], config: TrainConfig, recompute: bool = False, domains: tuple[str, ...] = ()
+) -> tuple[StepResult, dict[str, Tensor], Optimizer]:
+    """What the first step reports, the gradients that its update is given, and the optimiser after it."""
+    model = fresh_model(config.model)
+    if recompute:
+        recompute_layers(model)
+    optimizer = Optimizer(model, config, torch.float32, domains)
+    taken: dict[str, Tensor] = {}
+    optimizer.step = lambda _: taken.update({n: p.grad.clone() for n, p in optimizer.params.items()})  # type: ignore
+    return train_step(model, optimizer, parts, config, 0, False), taken, optimizer
+
+
+def parts_of(loader: Loader, n: int) -> list[TrainBatch]:
+    return [loader.batch(0, i, n) for i in range(n)]
+
+
+def uneven(loader: Loader) -> list[TrainBatch]:
+    """The same four rows in parts of one and three."""
+    whole, first = loader.batch(0), loader.batch(0, 0, 4)
+    n, cuts = len(first.targets_T), whole.batch.cu_seqlens
+    rest = cuts[cuts >= n] - n
+    packed = Packed(whole.batch.tokens_T[n:], whole.batch.positions_T[n:], rest, int(rest.diff().max()))
+    return [first, TrainBatch(packed, whole.targets_T[n:])]
+
+
+def assert_close(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    for name, wanted in right.items():
+        assert float((left[name] - wanted).norm()) <= 1e-6 * float(wanted.norm()) + 1e-9, name
+
+
+# -- the global batch --------------------------------------------------------------------------------------------------
+
+
+Cut = Callable[[Loader], list[TrainBatch]]
+
+
+@pytest.mark.parametrize("cut", [lambda x: parts_of(x, 2), lambda x: parts_of(x, 4), uneven], ids=["2", "4", "1 and 3"])
+def test_exact_global_batch_is_the_same_for_any_parts(loader: Loader, cut: Cut) -> None:
+    config = config_of("global_batch?weight=0.5", "z_loss?weight=0.1")
+    whole, whole_grads, _ = step_of([loader.batch(0)], config)
+    result, grads, _ = step_of(cut(loader), config)
+    for name in ("global_batch", "z_loss"):
+        assert result.aux[name] == pytest.approx(whole.aux[name], rel=1e-6)
+    assert result.cross_entropy == pytest.approx(whole.cross_entropy, rel=1e-6)
+    assert_close(grads, whole_grads)
+
+
+def test_the_micro_form_is_not(loader: Loader) -> None:
+    results = [step_of(parts_of(loader, n), config_of("micro_batch?weight=0.5"))[0].aux["micro_batch"] for n in (1, 4)]
+    assert results[1] > results[0] * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("form", ["", "&exact=false"])
+def test_in_one_part_it_is_micro_batch_to_the_bit(loader: Loader, form: str) -> None:
+    micro, grads, _ = step_of([loader.batch(0)], config_of("micro_batch?weight=0.5"))
+    found, same_grads, _ = step_of([loader.batch(0)], config_of("global_batch?weight=0.5" + form))
+    assert found.aux["global_batch"] == micro.aux["micro_batch"] and same(grads, same_grads)
+
+
+def test_the_running_form_takes_the_counts_so_far(loader: Loader) -> None:
+    parts = parts_of(loader, 4)
+    result, _, _ = step_of(parts, config_of("global_batch?weight=0.5&exact=false"))
+    model, wanted = fresh_model(model_config(init_std=0.3)), 0.0
+    counts = [torch.zeros(4), torch.zeros(4)]
+    for part in parts:
+        for layer, routing in enumerate(model(part.batch).routing):
+            counts[layer] = counts[layer] + assignment_counts(routing)
+            wanted += float(load_balance(routing, counts_E=counts[layer]).detach()) / 8
+    assert result.aux["global_batch"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_counts_are_summed_over_ranks_through_one_hook(loader: Loader) -> None:
+    """Another rank whose assignments all went to expert 3."""
+    config = config_of("global_batch?weight=0.5", "loss_free?rate=0.01", model=BIASED)
+    model, optimizer = fresh_optimizer(config)
+    optimizer.balancer.sum_over_ranks = lambda counts: counts + torch.tensor([0, 0, 0, 10_000])
+    train_step(model, optimizer, parts_of(loader, 2), config, 0, False)
+    bias = named_state(model)["layers.0.ffn.router.bias"]
+    torch.testing.assert_close(bias, 0.01 * torch.tensor([0.5, 0.5, 0.5, -1.5]))
+
+
+def test_replayed_and_recomputed(loader: Loader) -> None:
+    config = config_of("global_batch?weight=0.5")
+    kept, grads, _ = step_of(parts_of(loader, 2), config)
+    again, recomputed, _ = step_of(parts_of(loader, 2), config, recompute=True)
+    assert kept == again and same(grads, recomputed)
+
+
+# -- rules without a loss ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_see_the_whole_step_however_it_is_cut(loader: Loader, rule: str) -> None:
+    config = config_of(rule, model=router_for(rule))
+    moved = []
+    for n in (1, 2, 4):
+        result, _, optimizer = step_of(parts_of(loader, n), config)
+        moved.append(optimizer.buffers)
+        assert 0 < result.aux[rule.partition("?")[0]] < 3
+    for name, buffer in moved[0].items():
+        assert all(torch.allclose(buffer, other[name], atol=1e-6) for other in moved[1:]), name
+        if "bias" in name:
+            assert abs(float(buffer.mean())) < 1e-6 and float(buffer.abs().max()) > 0
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_weight_zero_is_absence(loader: Loader, rule: str) -> None:
+    model = router_for(rule)
+    absent, grads, before = step_of([loader.batch(0)], config_of(model=model))
+    off = rule + ("&" if "?" in rule else "?") + "weight=0"
+    result, same_grads, after = step_of([loader.batch(0)], config_of(off, model=model))
+    assert result == absent and same(grads, same_grads) and same(before.buffers, after.buffers)
+
+
+def test_threshold_is_a_mean_at_first_then_a_moving_average(loader: Loader) -> None:
+    """With decay 0.6 the rates are 1, 1/2, 0.4, 0.4. Layer 0's scores hang on no threshold: they are known before."""
+    config = config_of("threshold?decay=0.6", model=router_for("threshold"))
+    model, optimizer = fresh_optimizer(config)
+    wanted = torch.zeros(4)
+    for step, rate in enumerate((1, 0.5, 0.4, 0.4)):
+        part = loader.batch(step)
+        with torch.no_grad():
+            scores_TE = model(part.batch).routing[0].scores_TE
+        wanted = wanted.lerp(scores_TE.quantile(0.5, dim=0), rate)
+        train_step(model, optimizer, [part], config, step, False)
+        # The first one starts at 1/4, and the bins are wider the farther from there; then they are fine.
+        found = optimizer.buffers["layers.0.ffn.router.threshold"]
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0.01)
+        wanted = found.clone()
+    assert all(int(value) == 4 for value in optimizer.balancer.state().values())
+
+
+def test_layers_of_a_rule(loader: Loader) -> None:
+    _, _, optimizer = step_of([loader.batch(0)], config_of("quantile?layers=1", model=BIASED))
+    moved = {name: bool(buffer.any()) for name, buffer in optimizer.buffers.items()}
+    assert moved == {"layers.0.ffn.router.bias": False, "layers.1.ffn.router.bias": True}
+
+
+@pytest.mark.parametrize("rule", RULES[1:])
+def test_killed_and_resumed_keeps_what_balancing_knows(run_in: MakeRun, tmp_path: Path, rule: str) -> None:
+    config = config_of(rule, "micro_batch?weight=0.1&final=0", model=router_for(rule), steps=4, save_every=2)
+    whole = run_in(tmp_path / "whole", config)
+    whole.train()
+
+    def killed(step: int) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_in(tmp_path / "killed", config, Watching(killed)).train()
+    again = run_in(tmp_path / "killed", config)
+    again.writer.wait()
+    again.resume(checkpoints(tmp_path / "killed")[-1])
+    assert again.progress.step == 2
+    again.train()
+    assert same(again.optimizer.weights, whole.optimizer.weights)
+    assert same(again.optimizer.state(), whole.optimizer.state())
+    metrics = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "killed")]
+    assert metrics[0] == metrics[1]
+
+
+# -- noise, modes ------------------------------------------------------------------------------------------------------
+
+
+def test_noise_hangs_on_seed_step_and_part_alone(loader: Loader) -> None:
+    config = config_of("global_batch?weight=0.5", model={"router": "noisy", "init_std": 0.3})
+    results = []
+    for drawn in (1, 2):
+        torch.manual_seed(drawn)
+        results.append(step_of(parts_of(loader, 2), config))
+    assert results[0][0] == results[1][0] and same(results[0][1], results[1][1])
+    other = step_of(parts_of(loader, 2), config.replace(seed=5))[0]
+    assert other.cross_entropy != results[0][0].cross_entropy
+    kept, recomputed = step_of(parts_of(loader, 2), config), step_of(parts_of(loader, 2), config, recompute=True)
+    assert kept[0] == recomputed[0] and same(kept[1], recomputed[1])
+
+
+def test_training_and_evaluation_modes(loader: Loader) -> None:
+    config = config_of(model={"router": "noisy", "init_std": 0.3})
+    model, optimizer = fresh_optimizer(config)
+    seen = []
+    model.embedding.register_forward_hook(lambda *_: seen.append(model.training))
+    model.eval()
+    train_step(model, optimizer, [loader.batch(0)], config, 0, False)
+    assert model.training
+    lengths = torch.ones(model.config.vocab_size, dtype=torch.int64)
+    first, second = (validate(model, loader.val_batches(64), lengths) for _ in range(2))
+    assert first == second and model.training and set(seen[1:]) == {False} and seen[0]
+    model.eval()
+    validate(model, loader.val_batches(64), lengths)
+    assert not model.training
+
+
+# -- domains and a price -----------------------------------------------------------------------------------------------
+
+
+def test_guided_reads_the_domains(loader: Loader) -> None:
+    config = config_of("guided?weight=2")
+    part = loader.batch(0)
+    domains_T = torch.arange(len(part.targets_T)) % 3 - 1
+    result, grads, _ = step_of([part._replace(domains_T=domains_T)], config, domains=("code", "prose"))
+    assert 0.3 < result.aux["guided"] < 3
+    assert not same(grads, step_of([part], config_of())[1])
+    explicit = config_of("guided?weight=2&groups=0-1/2,3")
+    assert step_of([part._replace(domains_T=domains_T)], explicit, domains=("code", "prose"))[0] == result
+    unknown = part._replace(domains_T=torch.full_like(domains_T, -1))
+    assert step_of([unknown], config, domains=("code", "prose"))[0].aux["guided"] == 0.0
+
+
+def test_a_price_for_k(loader: Loader) -> None:
+    config = config_of("k_price?weight=0.5", model={"router": "learned_k", "init_std": 0.3})
+    result, grads, _ = step_of([loader.batch(0)], config)
+    _, free, _ = step_of([loader.batch(0)], config.replace(balance=()))
+    assert 1 <= result.aux["k_price"] <= 4
+    assert not torch.equal(grads["layers.0.ffn.router.k_weight"], free["layers.0.ffn.router.k_weight"])
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spec, model, domains, message",
+    [
+        ("loss_free", {}, (), "balance loss_free: the router of layer 0 has no bias; choose model.router=topk[?]bias"),
+        ("smebu?layers=1", {}, (), "balance smebu: the router of layer 1 has no bias"),
+        ("threshold", BIASED, (), "has no threshold; choose model.router=threshold"),
+        ("quantile", {**BIASED, "experts_per_token": 4}, (), "balance quantile: 4 of 4 experts a token leaves nothing"),
+        ("k_price", {}, (), "balance k_price: the router learns no k; choose model.router=learned_k"),
+        ("guided", {}, (), "balance guided: the data has one domain alone; name them with [?]domain=NAME"),
+        ("guided", {}, tuple("abcde"), "balance guided: 5 domains for 4 experts; give fewer domains"),
+        ("guided?groups=0/1/2", {}, ("a", "b"), r"balance guided: 3 groups for 2 domains \(a, b\)"),
+        ("guided?groups=0/4", {}, ("a", "b"), r"balance guided: groups name expert 4, but there are 0..3"),
+    ],
+)
+def test_what_does_not_fit_is_refused_at_the_start(
+    spec: str, model: dict[str, Any], domains: tuple[str, ...], message: str
+) -> None:
+    config = config_of(spec, model=model)
+    with pytest.raises(ConfigError, match=message) as caught:
+        Optimizer(fresh_model(config.model), config, torch.float32, domains)
+    assert "\n" not in str(caught.value)
+
+
+def test_guided_without_labels_in_the_batch_is_refused(loader: Loader) -> None:
+    with pytest.raises(ConfigError, match="balance guided: the batch carries no domains"):
+        step_of([loader.batch(0)], config_of("guided"), domains=("a", "b"))
+
+
+def test_every_sparse_layer_is_balanced() -> None:
+    model, optimizer = fresh_optimizer(config_of(*RULES[:1], model=BIASED))
+    assert len(optimizer.balancer.rules) == sum(isinstance(m, MoE) for m in model.modules()) == 2
