@@ -85,7 +85,7 @@ def plot_runs(folders: Sequence[Path], path: Path) -> None:
     for number, folder in enumerate(folders):
         _draw(panels, folder, f"C{number % 10}")
     loss.set(title="loss: steps (faint) and validation", ylabel="nats a token")
-    speed.set(title="speed: steps (faint), median of the last ones", ylabel="tokens/s")
+    speed.set(title=f"speed: steps (faint), median of {SMOOTHED}", ylabel="tokens/s")
     balance.set(title="loads of the worst layer", ylabel="max / mean (1: balanced)")
     for panel in panels:
         panel.set_xlabel("tokens")
