@@ -96,17 +96,20 @@ class LM:
         assert logits_TV is not None
         return logits_TV
 
-    def routing(self, token_ids: Sequence[int] | Tensor) -> tuple[Routing, ...]:
-        """How each layer routed the tokens of one sequence; raises UsageError for a dense model."""
+    def routing(self, token_ids: Sequence[int] | Tensor, k: int | None = None) -> tuple[Routing, ...]:
+        """How each layer routes the tokens of one sequence, to `k` experts each if given.
+
+        Raises UsageError for a dense model.
+        """
         if not self.config.is_sparse:
             raise UsageError("routing: this model is dense (one expert); only sparse models route their tokens")
-        return self._read(token_ids).routing
+        return self._read(token_ids, k).routing
 
     @torch.no_grad()  # not inference_mode: what comes back is the caller's, to change as he likes
-    def _read(self, token_ids: Sequence[int] | Tensor) -> Output:
+    def _read(self, token_ids: Sequence[int] | Tensor, k: int | None = None) -> Output:
         ids = _as_list(token_ids)
         check_prompt(ids, self.config, "token_ids")
-        return self.model(Packed.of([ids], device=self.device))
+        return self.model(Packed.of([ids], device=self.device), k=k)
 
     def _ids(self, prompt: str | Sequence[int] | Tensor) -> list[int]:
         if not isinstance(prompt, str):

@@ -84,12 +84,12 @@ def show_loads(layers: Sequence[Sequence[float]], title: str) -> None:
     out.print("max, min: the largest and smallest share, as multiples of the fair share.", style="dim")
 
 
-def show_routing(lm: LM, tokens: Sequence[int]) -> None:
+def show_routing(lm: LM, tokens: Sequence[int], k: int | None = None) -> None:
     """Print the table of a text's loads; where there is colour, the text by first choice at three of the layers too."""
     from mixtral.analysis import expert_legend, tokens_by_expert
 
     assert lm.tokenizer is not None
-    layers, out = lm.routing(tokens), console()
+    layers, out = lm.routing(tokens, k), console()
     show_loads(loads(layers), f"Routing of {len(tokens)} tokens")
     if out.color_system is None:
         return

@@ -42,6 +42,9 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this; may be repeated.")] = None,
     n: Annotated[int, typer.Option("--n", min=1, metavar="N", help="How many continuations, as one batch.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a continuation, a line each.")] = False,
+    k: Annotated[
+        int | None, typer.Option("--k", metavar="N", help="Experts a token takes; as in training by default.")
+    ] = None,
     routing: Annotated[bool, typer.Option("--routing", help="Show which experts took the tokens.")] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -54,6 +57,7 @@ def generate(
     Examples:
     mixtral generate --model runs/demo/final --prompt "def add(" --max-tokens 100
     mixtral generate --model DIR --prompt "Once" --temperature 0.8 --seed 1 --routing
+    mixtral generate --model DIR --prompt "Once" --k 1
     echo "To be or" | mixtral generate --model DIR --prompt - --json
     """
     from mixtral.engine import SamplingParams
@@ -67,25 +71,27 @@ def generate(
     ids = tokenizer.encode(prompt)
     speed = Speed(len(ids))
     if as_json:
-        samples = _continue(lm, ids, params, n, speed, show=False)
-        _print_json(lm, prompt, ids, samples, speed, routing)
+        samples = _continue(lm, ids, params, n, k, speed, show=False)
+        _print_json(lm, prompt, ids, samples, speed, routing, k)
         return
     if n == 1 and sys.stdout.isatty():
         console().print(shown(prompt), style="dim", end="", soft_wrap=True)
-    samples = _continue(lm, ids, params, n, speed, show=n == 1)
+    samples = _continue(lm, ids, params, n, k, speed, show=n == 1)
     for number, sample in enumerate(samples, start=1):
         print("" if n == 1 else f"--- {number} of {n} ---\n{shown(sample.text)}")
     say(speed.text())
     for sample in samples if routing else ():
-        show_routing(lm, [*ids, *sample.tokens])
+        show_routing(lm, [*ids, *sample.tokens], k)
 
 
-def _continue(lm: LM, ids: list[int], params: SamplingParams, n: int, speed: Speed, show: bool) -> list[Sample]:
-    """Generate `n` continuations of one prompt; `show` prints the text as it grows."""
+def _continue(
+    lm: LM, ids: list[int], params: SamplingParams, n: int, k: int | None, speed: Speed, show: bool
+) -> list[Sample]:
+    """Generate `n` continuations of one prompt with `k` experts a token; `show` prints the text as it grows."""
     from mixtral.engine import stream
 
     samples = [Sample() for _ in range(n)]
-    for piece in stream(lm.model, [ids] * n, params, tokenizer=lm.tokenizer):
+    for piece in stream(lm.model, [ids] * n, params, tokenizer=lm.tokenizer, k=k):
         speed.count()
         samples[piece.sequence].add(piece)
         if show:
@@ -93,7 +99,9 @@ def _continue(lm: LM, ids: list[int], params: SamplingParams, n: int, speed: Spe
     return samples
 
 
-def _print_json(lm: LM, prompt: str, ids: list[int], samples: Sequence[Sample], speed: Speed, routing: bool) -> None:
+def _print_json(
+    lm: LM, prompt: str, ids: list[int], samples: Sequence[Sample], speed: Speed, routing: bool, k: int | None
+) -> None:
     for sample in samples:
         line: dict[str, Any] = {
             "prompt": prompt,
@@ -104,7 +112,7 @@ def _print_json(lm: LM, prompt: str, ids: list[int], samples: Sequence[Sample], 
             "timing": speed.figures(),
         }
         if routing:
-            line["routing"] = loads(lm.routing([*ids, *sample.tokens]))
+            line["routing"] = loads(lm.routing([*ids, *sample.tokens], k))
         print(json.dumps(line))
 
 

@@ -57,6 +57,7 @@ def generate(
     prefill_chunk: int | None = None,
     cache: FullCache | None = None,
     keep_routing: bool = False,
+    k: int | None = None,
 ) -> list[Generation]:
     """Continue each prompt, all as one batch.
 
@@ -67,11 +68,12 @@ def generate(
         prefill_chunk: the most tokens of a prompt read in one step; all of them by default.
         cache: an empty one to use, for as many sequences as prompts; by default `make_cache`'s.
         keep_routing: record the routing of every token that the model read.
+        k: how many experts a token takes; by default what the model was trained with.
 
     Raises UsageError for a prompt that is empty, too long for the context or not of this vocabulary, and for arguments
     that contradict each other; MixtralError when the model's output is not finite.
     """
-    run = _Run(model, prompts, params, tokenizer, prefill_chunk, cache, keep_routing)
+    run = _Run(model, prompts, params, tokenizer, prefill_chunk, cache, keep_routing, k)
     while run.active:
         run.step()
     return [s.result() for s in run.sequences]
@@ -85,9 +87,10 @@ def stream(
     tokenizer: Tokenizer | None = None,
     prefill_chunk: int | None = None,
     cache: FullCache | None = None,
+    k: int | None = None,
 ) -> Iterator[Piece]:
     """The same as `generate`, token by token as they come. Errors in the arguments are raised at once."""
-    run = _Run(model, prompts, params, tokenizer, prefill_chunk, cache, keep_routing=False)
+    run = _Run(model, prompts, params, tokenizer, prefill_chunk, cache, keep_routing=False, k=k)
 
     def pieces() -> Iterator[Piece]:
         while run.active:
@@ -158,14 +161,14 @@ class _Run:
 
     def __init__(
         self, model: Mixtral, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams],
-        tokenizer: Tokenizer | None, prefill_chunk: int | None, cache: FullCache | None, keep_routing: bool,
+        tokenizer: Tokenizer | None, prefill_chunk: int | None, cache: FullCache | None, keep_routing: bool, k: int | None,
     ) -> None:  # fmt: skip
         params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         _check(prompts, params, model.config, tokenizer, prefill_chunk)
         weight = model.output_weight
         self.model, self.device = model, weight.device
         self.vocab_size = min(model.config.vocab_size, tokenizer.vocab_size) if tokenizer else model.config.vocab_size
-        self.prefill_chunk, self.keep_routing = prefill_chunk, keep_routing
+        self.prefill_chunk, self.keep_routing, self.k = prefill_chunk, keep_routing, k
         self.sequences = [
             _Sequence(i, prompt, wanted, model.config, tokenizer)
             for i, (prompt, wanted) in enumerate(zip(prompts, params, strict=True))
@@ -185,7 +188,7 @@ class _Run:
         ready = [i for i, s in enumerate(self.active) if s.read == len(s.all_tokens)]
         ends = batch.cu_seqlens.tolist()
         rows = torch.tensor([ends[i + 1] - 1 for i in ready], dtype=torch.int64, device=self.device)
-        out = self.model(batch, self.cache, rows=rows)
+        out = self.model(batch, self.cache, rows=rows, k=self.k)
         if self.keep_routing:
             self._record(out.routing, ends)
         pieces = self._draw(out.logits, [self.active[i] for i in ready]) if ready else []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtral.engine import Piece
+from mixtral.engine import Piece, SamplingParams, generate
 from mixtral.lm import load
 from tests.commands.conftest import Run
 
@@ -44,6 +44,20 @@ def test_json(run: Run, folder: Path) -> None:
     assert len(told["tokens"]) == 12 and told["finish_reason"] == "length" and told["prompt_tokens"] > 0
     assert told["timing"]["tokens_per_second"] > 0
     assert len(told["routing"]) == 2 and all(sum(load) == pytest.approx(1, abs=1e-5) for load in told["routing"])
+
+
+def test_k_experts_a_token(run: Run, folder: Path) -> None:
+    asked = ("generate", "--model", folder, "--prompt", "To be", "--max-tokens", "12")
+    code, out, _ = run(*asked, "--k", "1")
+    lm = load(folder)
+    ids = lm.tokenizer.encode("To be")
+    (want,) = generate(lm.model, [ids], SamplingParams(max_tokens=12), tokenizer=lm.tokenizer, k=1, keep_routing=True)
+    assert code == 0 and out == want.text + "\n"
+    assert all((layer.experts_TK >= 0).sum(-1).eq(1).all() for layer in want.routing)
+    told = [json.loads(run(*asked, "--json", "--routing", *k).out) for k in (("--k", "1"), ())]
+    assert told[0]["routing"] != told[1]["routing"] and told[0]["text"] == want.text
+    code, _, err = run(*asked, "--k", "99")
+    assert code == 2 and "k must lie in 1.." in err
 
 
 def test_several_continuations(run: Run, folder: Path) -> None:
