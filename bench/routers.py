@@ -86,8 +86,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = measure(args.router_repeats, args.layer_repeats)
-    table = Table("router", "experts a token", "router (ms)", "layer (ms)", "router / Mixtral's layer",
-                  title="Routers, forward and backward, fp32, 2,048 tokens, width 512, ffn 1792, 8 experts")  # fmt: skip
+    title = "Routers, forward and backward, fp32, 2,048 tokens, width 512, ffn 1792, 8 experts"
+    table = Table("router", "experts a token", "router (ms)", "layer (ms)", "router / Mixtral's layer", title=title)
     for spec, row in rows.items():
         table.add_row(spec, f"{row['experts a token']:.2f}", f"{row['router (ms)']:.2f}", f"{row['layer (ms)']:,.0f}",
                       f"{row['share']:.1%}")  # fmt: skip

@@ -161,7 +161,8 @@ class _Run:
 
     def __init__(
         self, model: Mixtral, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams],
-        tokenizer: Tokenizer | None, prefill_chunk: int | None, cache: FullCache | None, keep_routing: bool, k: int | None,
+        tokenizer: Tokenizer | None, prefill_chunk: int | None, cache: FullCache | None, keep_routing: bool,
+        k: int | None,
     ) -> None:  # fmt: skip
         params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         _check(prompts, params, model.config, tokenizer, prefill_chunk)
