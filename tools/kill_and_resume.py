@@ -31,7 +31,7 @@ PATIENCE = 600.0  # seconds without the awaited moment, after which a run counts
 PREPARING = ("config.json", "tokenizer")  # what a run has written when a kill "while preparing" may come
 DELAY = {"preparing": 0.2, "saving": 0.02, "step": 0.02}  # seconds from that moment to the kill, at most
 MODEL = "vocab_size=320 dim=32 n_layers=2 n_heads=4 n_kv_heads=2 head_dim=8 ffn_dim=48 n_experts=4".split()
-RUN = "context=32 rows=4 val_every=2 val_tokens=256 save_every=2 stats_every=3 device=cpu".split()
+RUN = "context=32 rows=4 val_every=5 val_tokens=256 save_every=5 stats_every=3 device=cpu".split()
 WORDS = "router expert token layer weight gate score load batch loss step norm head query key value".split()
 
 
