@@ -17,6 +17,7 @@ from mixtral.errors import MixtralError
 from mixtral.model import Mixtral
 from mixtral.moe.balance import assignment_counts
 from mixtral.moe.stats import LayerStats, layer_stats
+from mixtral.router_options import ExpertChoice
 from mixtral.train.config import TrainConfig
 from mixtral.train.objective import Shares, objective
 from mixtral.train.optim import Optimizer
@@ -135,12 +136,13 @@ class Validation(NamedTuple):
 def validate(model: Mixtral, batches: Iterable[TrainBatch], byte_lengths_V: torch.Tensor) -> Validation:
     """Cross-entropy over `batches`, in nats a token and in bits a byte of the text those tokens stand for.
 
-    In evaluation mode; the model's mode is then what it was before.
+    In evaluation mode; the model's mode is then what it was before. The router expert_choice has training mode alone:
+    its figures are of a choice that sees later tokens.
     """
     nats, tokens, n_bytes = 0.0, 0, 0
     counts: list[torch.Tensor] = []
     training = model.training
-    model.eval()
+    model.train(isinstance(model.config.router_options, ExpertChoice))
     for part in batches:
         counted = part.targets_T[part.targets_T != NO_TARGET]
         part = part.to(model.output_weight.device)

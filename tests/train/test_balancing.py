@@ -229,6 +229,13 @@ def test_training_and_evaluation_modes(loader: Loader) -> None:
     assert not model.training
 
 
+def test_expert_choice_is_validated_as_it_is_trained(loader: Loader) -> None:
+    model = fresh_model(model_config(router="expert_choice", init_std=0.3))
+    lengths = torch.ones(model.config.vocab_size, dtype=torch.int64)
+    found = validate(model, loader.val_batches(64), lengths)
+    assert all(sum(loads) == pytest.approx(1) for loads in found.loads) and model.training
+
+
 # -- domains and a price -----------------------------------------------------------------------------------------------
 
 
