@@ -56,6 +56,7 @@ class Router(nn.Module):
     Args:
         dim, n_experts: the shape [E, D] of the gate, which has no bias.
         experts_per_token: K, unless a call says otherwise.
+        options: of this kind of router; those of plain top-k by default.
     """
 
     weight: Tensor
