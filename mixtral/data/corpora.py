@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from mixtral.data.debian import debian_files, language_of, read_debian
 from mixtral.data.readers import SUFFIXES, BadInput, checked_text, pieces, read_texts
-from mixtral.errors import DataError, UsageError
+from mixtral.errors import DataError, UsageError, did_you_mean
 
 # Left out of the built-in corpora: tests, generated tables, bundled wheels. They are long and teach little.
 EXCLUDED_FOLDERS = frozenset({
@@ -26,6 +26,8 @@ EXCLUDED_FOLDERS = frozenset({
 })
 EXCLUDED_FILES = re.compile(r"_sysconfigdata.*|entities\.py|stringprep\.py|.*_pb2\.py|_?test_.*|.*_test\.py")
 MAX_SOURCE_BYTES = 400_000  # a longer source file is nearly always a generated table
+
+STDLIB_PARTS = ("code", "prose")
 
 # Generators of reasoning-gym that are left out: they need 0.1 s and more for one task, or draw from Python sets, so
 # that the same seed gives other tasks in another process.
@@ -52,16 +54,17 @@ class File(NamedTuple):
 
 def texts(name: str, field: str, seed: int, bad: BadInput) -> Iterator[tuple[str, str]]:
     """(text, domain) of every document of the source called `name`."""
-    if name == "reasoning-gym":
-        yield from _reasoning_gym(seed)
-    elif name.startswith("hf:"):
+    base, _, part = name.partition(":")
+    if base == "reasoning-gym":
+        yield from _reasoning_gym(seed, part)
+    elif base == "hf":
         yield from _hugging_face(name, field, bad)
     elif name == "debian":
         for file in list_files(name):
             for piece in pieces(read_debian(file.path, bad)):
                 yield piece, file.domain
     else:
-        if name in ("stdlib", "packages"):
+        if base in ("stdlib", "packages"):
             bad = BadInput(skip=True)  # nobody can mend a file of an installed package
         for file in list_files(name):
             for text in [file.text] if file.text else read_texts(file.path, field, bad):
@@ -73,8 +76,8 @@ def fingerprint(name: str) -> str:
 
     A data set `hf:NAME` is taken not to change under its name.
     """
-    if name == "reasoning-gym":
-        return f"reasoning-gym {_version('reasoning-gym')}"
+    if name.partition(":")[0] == "reasoning-gym":
+        return f"{name} {_version('reasoning-gym')}"
     if name.startswith("hf:"):
         return name
     digest = hashlib.sha256()
@@ -86,8 +89,9 @@ def fingerprint(name: str) -> str:
 
 def list_files(name: str) -> list[File]:
     """The files of a source, ordered by a hash of their relative names: a slice by `max_bytes` is a fair sample."""
-    if name == "stdlib":
-        files = _stdlib()
+    base, _, part = name.partition(":")
+    if base == "stdlib":
+        files = _stdlib(part)
     elif name == "packages":
         folders = {Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")}
         files = [file for folder in sorted(folders) for file in _python_files(folder)]
@@ -98,17 +102,20 @@ def list_files(name: str) -> list[File]:
     return sorted(files, key=lambda file: (hashlib.sha256(file.name.encode()).digest(), file.name))
 
 
-def _stdlib() -> list[File]:
-    """Sources as "code"; the language reference that `help()` shows as "prose".
+def _stdlib(part: str) -> list[File]:
+    """Sources as "code"; the language reference that `help()` shows as "prose". `part` is one of them, or "" for both.
 
     Docstrings are not taken out as prose of their own: they are in the sources, and a text that stood in two documents
     could be trained on in one and held out in the other.
     """
     from pydoc_data import topics
 
+    if part not in ("", *STDLIB_PARTS):
+        raise UsageError(f"data source stdlib:{part}: unknown part {part!r}; {did_you_mean(part, STDLIB_PARTS)}")
     path = Path(str(topics.__file__))
+    code = _python_files(Path(sysconfig.get_path("stdlib"))) if part != "prose" else []
     prose = [File(f"pydoc_data/{key}", path, "prose", text) for key, text in topics.topics.items()]
-    return [*_python_files(Path(sysconfig.get_path("stdlib"))), *prose]
+    return code if part == "code" else [*code, *prose]
 
 
 def _python_files(folder: Path) -> list[File]:
@@ -140,24 +147,57 @@ def _path_files(path: Path) -> list[File]:
     return files
 
 
-def _reasoning_gym(seed: int) -> Iterator[tuple[str, str]]:
+def _reasoning_gym(seed: int, part: str) -> Iterator[tuple[str, str]]:
+    """Tasks as texts: the question, and the answer on the next line."""
+    for task in reasoning_tasks(seed, part):
+        yield f"{task.question}\n{task.answer}", task.generator
+
+
+class Task(NamedTuple):
+    """One of reasoning-gym's tasks."""
+
+    generator: str
+    question: str
+    answer: str
+
+
+def reasoning_tasks(seed: int, part: str = "") -> Iterator[Task]:
     """Tasks with their answers, each generator in turn, without end.
 
-    The same seed gives the same tasks; an evaluation takes another seed.
+    The same seed gives the same tasks; an evaluation takes another seed. `part` chooses generators: categories of the
+    library and names of generators, with `+` between them; "" for all.
     """
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
-        raise UsageError('reasoning-gym is not installed: pip install "mixtral[data]"') from error
+        raise UsageError('reasoning-gym is not installed: pip install "mixtral[tasks]"') from error
+    generators = _generators({name: entry[0].__module__ for name, entry in DATASETS.items()}, part)
     for turn in count():
-        for task in sorted(set(DATASETS) - LEFT_OUT_TASKS):
+        for generator in generators:
             # Task i of a set is drawn with seed + i, so the turns of one seed must lie TASKS_AT_A_TIME apart.
             first = seed * 1_000_003 + turn * TASKS_AT_A_TIME
             with contextlib.redirect_stdout(io.StringIO()):  # some generators print while they search
-                items = list(reasoning_gym.create_dataset(task, size=TASKS_AT_A_TIME, seed=first))
+                items = list(reasoning_gym.create_dataset(generator, size=TASKS_AT_A_TIME, seed=first))
             for item in items:
-                yield f"{item['question']}\n{item['answer']}", task
+                yield Task(generator, str(item["question"]), str(item["answer"]))
+
+
+def _generators(modules: dict[str, str], part: str) -> list[str]:
+    """The names of generators that `part` chooses; `modules` has where each is defined, reasoning_gym.CATEGORY.NAME."""
+    open_to = {name: module for name, module in modules.items() if name not in LEFT_OUT_TASKS}
+    if not part:
+        return sorted(open_to)
+    categories: dict[str, set[str]] = {}
+    for name, module in open_to.items():
+        categories.setdefault(module.split(".")[1], set()).add(name)
+    chosen: set[str] = set()
+    for word in part.split("+"):
+        if word not in categories and word not in open_to:
+            known = [*categories, *open_to]
+            raise UsageError(f"data source reasoning-gym:{part}: unknown {word!r}; {did_you_mean(word, known)}")
+        chosen |= categories.get(word, {word})
+    return sorted(chosen)
 
 
 def _hugging_face(name: str, field: str, bad: BadInput) -> Iterator[tuple[str, str]]:

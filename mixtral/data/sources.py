@@ -2,9 +2,11 @@
 
 A source is written `NAME[?option=value&...][=WEIGHT]`, NAME one of
 
-    stdlib                the standard library's own sources, and the language reference that Python carries
+    stdlib[:PART]         the standard library's own sources, and the language reference that Python carries; the first
+                          alone is `stdlib:code`, the second `stdlib:prose`
     packages              the sources of the installed packages
-    reasoning-gym         generated tasks with their answers (an extra)
+    reasoning-gym[:PART]  generated tasks with their answers (an extra); PART: categories, such as `arithmetic` or
+                          `logic`, and names of generators, such as `chain_sum`, with `+` between them
     debian                texts of installed Debian packages
     hf:NAME[:CONFIG]      the train split of a dataset of the `datasets` library (an extra), by name or saved folder
     PATH                  a text, JSON lines or Parquet file, or a folder of them
@@ -101,7 +103,7 @@ def documents(source: Source, bad: BadInput) -> Iterator[Document]:
 
     Raises DataError at a fault unless `bad` skips, UsageError for a missing path or package.
     """
-    limit = source.max_bytes or (REASONING_GYM_BYTES if source.name == "reasoning-gym" else math.inf)
+    limit = source.max_bytes or (REASONING_GYM_BYTES if source.name.startswith("reasoning-gym") else math.inf)
     size = 0
     for text, domain in texts(source.name, source.field, source.seed, bad):
         if not text.strip():

@@ -98,10 +98,12 @@ def test_inputs_change_with_the_files(tmp_path: Path) -> None:
     assert Source("reasoning-gym").inputs()["content"].startswith("reasoning-gym ")
 
 
-@pytest.mark.parametrize(("name", "module"), [("reasoning-gym", "reasoning_gym"), ("hf:x", "datasets")])
-def test_missing_extra_is_named(name: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "module", "extra"), [("reasoning-gym", "reasoning_gym", "tasks"), ("hf:x", "datasets", "data")]
+)
+def test_missing_extra_is_named(name: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UsageError, match=r'pip install "mixtral\[data\]"'):
+    with pytest.raises(UsageError, match=rf'pip install "mixtral\[{extra}\]"'):
         list(documents(Source(name), BadInput()))
 
 
@@ -113,26 +115,66 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         list(documents(Source(str(path)), BadInput()))
 
 
-def test_reasoning_gym_is_seeded_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the library's two entry points in place of the library, which takes seconds to import."""
+@pytest.fixture
+def reasoning_gym(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's two entry points in place of the library, which takes seconds to import."""
 
     def create_dataset(task: str, size: int, seed: int) -> list[dict[str, object]]:
         print("noise")
         return [{"question": f"{task} {seed + item}?", "answer": seed + item} for item in range(size)]
 
+    categories = {"sums": "arithmetic", "primes": "arithmetic", "knights": "logic", "sudoku": "games", "cubes": "games"}
     library, factory = ModuleType("reasoning_gym"), ModuleType("reasoning_gym.factory")
     library.create_dataset = create_dataset  # type: ignore[attr-defined]
-    factory.DATASETS = {"sums": None, "sudoku": None, "cubes": None}  # type: ignore[attr-defined]
+    factory.DATASETS = {  # type: ignore[attr-defined]
+        name: (type(name, (), {"__module__": f"reasoning_gym.{category}.{name}"}), None)
+        for name, category in categories.items()
+    }
     monkeypatch.setitem(sys.modules, "reasoning_gym", library)
     monkeypatch.setitem(sys.modules, "reasoning_gym.factory", factory)
+
+
+@pytest.mark.usefixtures("reasoning_gym")
+def test_reasoning_gym_is_seeded_and_goes_on() -> None:
     first, again, other = (
-        list(documents(Source("reasoning-gym", max_bytes=3_000, seed=seed), BadInput())) for seed in (1, 1, 2)
+        list(documents(Source("reasoning-gym", max_bytes=6_000, seed=seed), BadInput())) for seed in (1, 1, 2)
     )
     assert first == again
     texts = [document.text for document in first]
-    assert len(set(texts)) == len(texts) > 2 * TASKS_AT_A_TIME and not set(first) & set(other)
+    assert len(set(texts)) == len(texts) > 4 * TASKS_AT_A_TIME and not set(first) & set(other)
     assert texts[0] == "cubes 1000003?\n1000003"
-    assert {document.domain for document in first} == {"cubes", "sums"}
+    assert {document.domain for document in first} == {"cubes", "knights", "primes", "sums"}
+
+
+@pytest.mark.usefixtures("reasoning_gym")
+@pytest.mark.parametrize(
+    ("part", "generators"),
+    [("arithmetic", {"primes", "sums"}), ("knights", {"knights"}), ("logic+sums", {"knights", "sums"})],
+)
+def test_a_part_of_reasoning_gym(part: str, generators: set[str]) -> None:
+    found = documents(Source(f"reasoning-gym:{part}", max_bytes=3_000), BadInput())
+    assert {document.domain for document in found} == generators
+
+
+@pytest.mark.usefixtures("reasoning_gym")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("reasoning-gym:arithmetics", "unknown 'arithmetics'; did you mean 'arithmetic'"),
+        ("reasoning-gym:sums+sudoku", "unknown 'sudoku'; known: arithmetic, cubes"),  # one of those left out
+        ("stdlib:cod", "unknown part 'cod'; did you mean 'code'"),
+    ],
+)
+def test_an_unknown_part(name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        list(documents(Source(name), BadInput()))
+
+
+@pytest.mark.parametrize("part", ["code", "prose"])
+def test_a_part_of_the_standard_library(part: str) -> None:
+    files = list_files(f"stdlib:{part}")
+    assert {file.domain for file in files} == {part}
+    assert files == [file for file in list_files("stdlib") if file.domain == part]
 
 
 def test_hugging_face_folder(tmp_path: Path) -> None:
