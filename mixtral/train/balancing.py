@@ -34,7 +34,8 @@ from mixtral.train.balance_options import (
 )
 from mixtral.train.config import TrainConfig
 
-ROUTERS_WITH = {"bias": "topk?bias=true or sigmoid?bias=true", "threshold": "threshold"}  # buffer: the routers that have it
+# buffer: the routers that have it
+ROUTERS_WITH = {"bias": "topk?bias=true or sigmoid?bias=true", "threshold": "threshold"}
 
 SumOverRanks = Callable[[Tensor], Tensor]
 
@@ -173,9 +174,9 @@ class Balancer:
             for layer, router in enumerate(routers)
             if entry.covers(layer)
         ]
-        if any(isinstance(entry, KPrice) for entry in entries):
-            if not all(isinstance(router.options, LearnedK) for router in routers):
-                raise ConfigError("balance k_price: the router learns no k; choose model.router=learned_k")
+        learns_k = all(isinstance(router.options, LearnedK) for router in routers)
+        if not learns_k and any(isinstance(entry, KPrice) for entry in entries):
+            raise ConfigError("balance k_price: the router learns no k; choose model.router=learned_k")
         device = routers[0].weight.device if routers else torch.device("cpu")
         self.groups = {
             entry: _groups(entry, domains, self.n_experts).to(device) for entry in entries if isinstance(entry, Guided)
