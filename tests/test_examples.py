@@ -48,4 +48,5 @@ def test_it_runs(command: str, folder: Path, capsys: pytest.CaptureFixture[str],
 
 
 def test_every_example_is_run() -> None:
-    assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == {command.split()[0] for command in RUNS}
+    run = {command.split()[0] for command in RUNS} | {"walkthrough.ipynb"}  # by test_walkthrough.py
+    assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == run
