@@ -56,8 +56,7 @@ def their_step(config: TrainConfig, experts: str, dtype: str, rows: int) -> Call
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(cpu_count())
     model: nn.Module = peer(make_ours(config.model, "fp32"), torch.float32, experts)
-    settings: Any = model.config
-    settings.router_aux_loss_coef = COEFFICIENT
+    model.router_aux_loss_coef = COEFFICIENT / config.model.experts_per_token  # type: ignore[assignment]  # K at balance
     adamw = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=config.betas, fused=True)
     ids_BS = sequences(config, rows)
 
