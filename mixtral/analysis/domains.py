@@ -90,4 +90,3 @@ def count_repeats(routing: Routing, cu_seqlens: Tensor) -> Repeats:
     first = (before[:, 0] == after[:, 0]) & (after[:, 0] >= 0)
     shared = ((before[:, :, None] == after[:, None, :]) & (after[:, None, :] >= 0)).any(2).any(1)
     return Repeats(int(inside.sum()), int((first & inside).sum()), int((shared & inside).sum()))
-
