@@ -48,22 +48,25 @@ def _legend(figure: Figure, panel: Any) -> None:
 
 
 def objectives(kinds: Kinds) -> Figure:
-    """Through training, means over layers and seeds: loss, inequality, information, repetition."""
-    figure, panels = _panels(
-        4, ["held-out loss (nats a token)", "Gini of loads", "information of domain and expert (bits)",
-            "first choice repeats"],
-    )  # fmt: skip
-    draws: list[Callable[[Mapping[str, Any]], float]] = [
-        lambda point: point["loss"],
-        *(lambda point, name=name: over_layers(point, name) for name in ("gini", "information", "first_repeats")),
-    ]
+    """Through training, means over layers and seeds: loss, inequality, information of domain and expert."""
+    draws: dict[str, Callable[[Mapping[str, Any]], float]] = {
+        "held-out loss (nats a token)": lambda point: point["loss"],
+        "Gini of loads": lambda point: over_layers(point, "gini"),
+        "information of domain and expert (bits)": lambda point: over_layers(point, "information"),
+        "beyond what tokens alone explain (bits)": _beyond_tokens,
+    }
+    figure, panels = _panels(len(draws), list(draws))
     for label, runs in kinds.items():
-        for panel, draw in zip(panels, draws, strict=True):
+        for panel, draw in zip(panels, draws.values(), strict=True):
             panel.plot(*curve(runs, draw), label=label)
     for panel in panels:
         panel.set_xlabel("tokens")
     _legend(figure, panels[0])
     return figure
+
+
+def _beyond_tokens(point: Mapping[str, Any]) -> float:
+    return over_layers(point, "information") - over_layers(point, "token_information")
 
 
 def repetition(kinds: Kinds) -> Figure:

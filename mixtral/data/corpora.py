@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
@@ -52,11 +52,11 @@ class File(NamedTuple):
     text: str | None = None
 
 
-def texts(name: str, field: str, seed: int, bad: BadInput) -> Iterator[tuple[str, str]]:
+def texts(name: str, field: str, seed: int, level: int | None, bad: BadInput) -> Iterator[tuple[str, str]]:
     """(text, domain) of every document of the source called `name`."""
     base, _, part = name.partition(":")
     if base == "reasoning-gym":
-        yield from _reasoning_gym(seed, part)
+        yield from _reasoning_gym(seed, part, level)
     elif base == "hf":
         yield from _hugging_face(name, field, bad)
     elif name == "debian":
@@ -147,9 +147,9 @@ def _path_files(path: Path) -> list[File]:
     return files
 
 
-def _reasoning_gym(seed: int, part: str) -> Iterator[tuple[str, str]]:
+def _reasoning_gym(seed: int, part: str, level: int | None) -> Iterator[tuple[str, str]]:
     """Tasks as texts: the question, and the answer on the next line."""
-    for task in reasoning_tasks(seed, part):
+    for task in reasoning_tasks(seed, part, level):
         yield f"{task.question}\n{task.answer}", task.generator
 
 
@@ -161,14 +161,16 @@ class Task(NamedTuple):
     answer: str
 
 
-def reasoning_tasks(seed: int, part: str = "") -> Iterator[Task]:
+def reasoning_tasks(seed: int, part: str = "", level: int | None = None) -> Iterator[Task]:
     """Tasks with their answers, each generator in turn, without end.
 
-    The same seed gives the same tasks; an evaluation takes another seed. `part` chooses generators: categories of the
-    library and names of generators, with `+` between them; "" for all.
+    The same seed gives the same tasks; an evaluation takes another seed.
+
+    Args:
+        part: chooses generators: categories of the library and names of generators, with `+` between them; "": all.
+        level: of difficulty in each generator's curriculum, 0 the easiest; None, or no curriculum: its own defaults.
     """
     try:
-        import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
         raise UsageError('reasoning-gym is not installed: pip install "mixtral[tasks]"') from error
@@ -178,9 +180,23 @@ def reasoning_tasks(seed: int, part: str = "") -> Iterator[Task]:
             # Task i of a set is drawn with seed + i, so the turns of one seed must lie TASKS_AT_A_TIME apart.
             first = seed * 1_000_003 + turn * TASKS_AT_A_TIME
             with contextlib.redirect_stdout(io.StringIO()):  # some generators print while they search
-                items = list(reasoning_gym.create_dataset(generator, size=TASKS_AT_A_TIME, seed=first))
+                items = list(_data_set(generator, first, level))
             for item in items:
                 yield Task(generator, str(item["question"]), str(item["answer"]))
+
+
+def _data_set(generator: str, seed: int, level: int | None) -> Iterable[dict[str, Any]]:
+    from reasoning_gym.factory import DATASETS, create_curriculum, has_curriculum
+
+    kind, defaults = DATASETS[generator]
+    given = {"size": TASKS_AT_A_TIME, "seed": seed}
+    if level is None or not has_curriculum(generator):
+        made: Iterable[dict[str, Any]] = kind(config=defaults(**given))
+        return made
+    curriculum = create_curriculum(generator)
+    curriculum.set_global_level(level)
+    made = kind(config=curriculum.generate_configuration(given))
+    return made
 
 
 def _generators(modules: dict[str, str], part: str) -> list[str]:

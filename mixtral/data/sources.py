@@ -11,9 +11,9 @@ A source is written `NAME[?option=value&...][=WEIGHT]`, NAME one of
     hf:NAME[:CONFIG]      the train split of a dataset of the `datasets` library (an extra), by name or saved folder
     PATH                  a text, JSON lines or Parquet file, or a folder of them
 
-with the options `field` (JSON lines, Parquet, hf: where the text is), `max_bytes` (read no more than this), `seed`
-(reasoning-gym) and `domain` (one name for all its documents, in place of each one's own). Everything comes in an order
-that depends on names and contents alone.
+with the options `field` (JSON lines, Parquet, hf: where the text is), `max_bytes` (read no more than this), `seed` and
+`level` (reasoning-gym: which tasks, and how hard, from 0 on, in place of the library's defaults) and `domain` (one name
+for all its documents, in place of each one's own). Everything comes in an order that depends on names and contents alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mixtral.data.readers import BadInput
 from mixtral.errors import UsageError, did_you_mean
 
 _WEIGHT = re.compile(r"(.+)=((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)", re.IGNORECASE)
-_OPTIONS = {"field": str, "max_bytes": int, "seed": int, "domain": str}
+_OPTIONS = {"field": str, "max_bytes": int, "seed": int, "level": int, "domain": str}
 REASONING_GYM_BYTES = 4_000_000  # the generators never end: what is read without max_bytes
 
 
@@ -56,6 +56,7 @@ class Source:
     field: str = "text"
     max_bytes: int | None = None  # stop after the document that reaches this many bytes of text
     seed: int = 0
+    level: int | None = None  # of the difficulty of generated tasks; None: the library's defaults
     domain: str | None = None  # of all its documents; None: each has its own
 
     def __post_init__(self) -> None:
@@ -63,6 +64,8 @@ class Source:
             raise UsageError("data source: the name is empty; give a path or one of stdlib, packages, hf:NAME ...")
         if self.weight is not None and not (self.weight > 0 and math.isfinite(self.weight)):
             raise UsageError(f"data source {self.name}: the weight must be a positive number, not {self.weight!r}")
+        if self.level is not None and self.level < 0:
+            raise UsageError(f"data source {self.name}: level must be 0 or more, not {self.level}")
         if self.max_bytes is not None and self.max_bytes < 1:
             raise UsageError(f"data source {self.name}: max_bytes must be a positive number, not {self.max_bytes}")
 
@@ -105,7 +108,7 @@ def documents(source: Source, bad: BadInput) -> Iterator[Document]:
     """
     limit = source.max_bytes or (REASONING_GYM_BYTES if source.name.startswith("reasoning-gym") else math.inf)
     size = 0
-    for text, domain in texts(source.name, source.field, source.seed, bad):
+    for text, domain in texts(source.name, source.field, source.seed, source.level, bad):
         if not text.strip():
             continue
         yield Document(text, source.name, source.domain or domain)

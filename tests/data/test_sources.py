@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -24,6 +25,7 @@ from mixtral.errors import DataError, UsageError
         ("a.jsonl?field=body", Source("a.jsonl", field="body")),
         ("a.jsonl?field=body=3e-1", Source("a.jsonl", 0.3, field="body")),
         ("packages?max_bytes=900", Source("packages", max_bytes=900)),
+        ("reasoning-gym:logic?level=1", Source("reasoning-gym:logic", level=1)),
         ("reasoning-gym?max_bytes=900&seed=5=2", Source("reasoning-gym", 2.0, max_bytes=900, seed=5)),
         ("a.txt?domain=prose=2", Source("a.txt", 2.0, domain="prose")),
         ("hf:org/name:config=2", Source("hf:org/name:config", 2.0)),
@@ -39,6 +41,7 @@ def test_parse(spec: str, source: Source) -> None:
     [
         ("", "name is empty"),
         ("stdlib=0", "weight must be a positive number"),
+        ("reasoning-gym?level=-1", "level must be 0 or more, not -1"),
         ("stdlib?max_bytes=0", "max_bytes must be a positive number"),
         ("stdlib?max_bytes=many", "max_bytes must be a whole number, not 'many'"),
         ("a.jsonl?fields=x", "unknown option 'fields'; did you mean 'field'"),
@@ -117,20 +120,32 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def reasoning_gym(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library's two entry points in place of the library, which takes seconds to import."""
+    """The library's entry points in place of the library, which takes seconds to import. `sums` has a curriculum."""
 
-    def create_dataset(task: str, size: int, seed: int) -> list[dict[str, object]]:
-        print("noise")
-        return [{"question": f"{task} {seed + item}?", "answer": seed + item} for item in range(size)]
+    class Tasks:
+        def __init__(self, config: dict[str, int]) -> None:
+            self.config = config
+
+        def __iter__(self) -> Iterator[dict[str, object]]:
+            print("noise")
+            first, level = self.config["seed"], self.config.get("level", "")
+            for number in range(first, first + self.config["size"]):
+                yield {"question": f"{type(self).__name__}{level} {number}?", "answer": number}
+
+    class Curriculum:
+        def set_global_level(self, level: int) -> None:
+            self.level = level
+
+        def generate_configuration(self, given: dict[str, int]) -> dict[str, int]:
+            return {**given, "level": self.level}
 
     categories = {"sums": "arithmetic", "primes": "arithmetic", "knights": "logic", "sudoku": "games", "cubes": "games"}
-    library, factory = ModuleType("reasoning_gym"), ModuleType("reasoning_gym.factory")
-    library.create_dataset = create_dataset  # type: ignore[attr-defined]
-    factory.DATASETS = {  # type: ignore[attr-defined]
-        name: (type(name, (), {"__module__": f"reasoning_gym.{category}.{name}"}), None)
-        for name, category in categories.items()
-    }
-    monkeypatch.setitem(sys.modules, "reasoning_gym", library)
+    kinds = {n: type(n, (Tasks,), {"__module__": f"reasoning_gym.{c}.{n}"}) for n, c in categories.items()}
+    factory = ModuleType("reasoning_gym.factory")
+    factory.DATASETS = {name: (kind, dict) for name, kind in kinds.items()}  # type: ignore[attr-defined]
+    factory.has_curriculum = lambda name: name == "sums"  # type: ignore[attr-defined]
+    factory.create_curriculum = lambda name: Curriculum()  # type: ignore[attr-defined]  # noqa: ARG005
+    monkeypatch.setitem(sys.modules, "reasoning_gym", ModuleType("reasoning_gym"))
     monkeypatch.setitem(sys.modules, "reasoning_gym.factory", factory)
 
 
@@ -144,6 +159,13 @@ def test_reasoning_gym_is_seeded_and_goes_on() -> None:
     assert len(set(texts)) == len(texts) > 4 * TASKS_AT_A_TIME and not set(first) & set(other)
     assert texts[0] == "cubes 1000003?\n1000003"
     assert {document.domain for document in first} == {"cubes", "knights", "primes", "sums"}
+
+
+@pytest.mark.usefixtures("reasoning_gym")
+def test_a_level_of_difficulty() -> None:
+    found = list(documents(Source("reasoning-gym:arithmetic", max_bytes=2_000, level=3), BadInput()))
+    assert found[0].text == "primes 0?\n0"  # it has no curriculum
+    assert next(d.text for d in found if d.domain == "sums") == "sums3 0?\n0"
 
 
 @pytest.mark.usefixtures("reasoning_gym")
