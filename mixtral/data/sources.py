@@ -13,7 +13,7 @@ A source is written `NAME[?option=value&...][=WEIGHT]`, NAME one of
 
 with the options `field` (JSON lines, Parquet, hf: where the text is), `max_bytes` (read no more than this), `seed` and
 `level` (reasoning-gym: which tasks, and how hard, from 0 on, in place of the library's defaults) and `domain` (one name
-for all its documents, in place of each one's own). Everything comes in an order that depends on names and contents alone.
+for all its documents, in place of each one's own). The order of documents depends on names and contents alone.
 """
 
 from __future__ import annotations
