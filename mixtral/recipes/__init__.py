@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mixtral.errors import ConfigError, did_you_mean
+from mixtral.recipes.nano import nano
 from mixtral.recipes.sized import sized
 from mixtral.recipes.tiny import tiny
 from mixtral.train.config import TrainConfig
 
 __all__ = ["RECIPES", "recipe", "sized"]
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {"tiny": tiny}
+RECIPES: dict[str, Callable[[], TrainConfig]] = {"tiny": tiny, "nano": nano}
 
 
 def recipe(name: str) -> TrainConfig:

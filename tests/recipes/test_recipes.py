@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from mixtral.data.sources import Source
 from mixtral.errors import ConfigError
 from mixtral.recipes import RECIPES, recipe
 from mixtral.train.config import TrainConfig
@@ -23,6 +24,16 @@ def test_the_demo_trains_enough_and_keeps_what_it_validates() -> None:
     assert config.steps * config.tokens_per_step >= 1_200_000
     assert [source.partition("?")[0] for source in config.data] == ["stdlib"] and config.tokenizer is None
     assert config.save_every % config.val_every == 0  # else no validated step would be a saved one
+
+
+def test_the_model_that_ships_fits_the_package() -> None:
+    config = recipe("nano")
+    assert config.model.weight_bytes(bits=16) < 15e6  # of 16 MB; the rest is the tokenizer's
+    assert 10e6 <= config.steps * config.tokens_per_step <= 15e6
+    assert config.save_every % config.val_every == 0
+    sources = [Source.parse(spec) for spec in config.data]
+    assert [source.name.partition(":")[0] for source in sources] == ["stdlib", "stdlib", *["reasoning-gym"] * 2]
+    assert all(source.weight and source.level == (1 if source.domain else None) for source in sources)
 
 
 def test_an_unknown_name() -> None:
