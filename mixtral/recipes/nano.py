@@ -10,7 +10,7 @@ LOGIC = "reasoning-gym:aiw+knights_knaves+propositional_logic+syllogism?level=1"
 
 
 def nano() -> TrainConfig:
-    """6.8 M parameters (1.65 M active), 13.6 MB in bf16; 10 M tokens of code, prose, arithmetic, logic as 6 : 1 : 2 : 1.
+    """6.8 M parameters (1.65 M active), 13.6 MB in bf16; 10 M tokens: code, prose, arithmetic, logic as 6:1:2:1.
 
     Sixteen experts, as those that a token does not take cost no time and the file has room for them; rows of 512, for
     code refers far back. The vocabulary is learnt from the data, with Mistral's v3 control tokens in it. Arithmetic and
