@@ -30,6 +30,7 @@ from runs import GROUPS, Run, planned
 
 from mixtral.data.readers import BadInput
 from mixtral.data.sources import Source, documents
+from mixtral.errors import MixtralError
 from mixtral.files import atomic_folder
 from mixtral.hardware import cpu_count
 from mixtral.presets import tiny
@@ -116,12 +117,20 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=cpu_count(), help="runs side by side (the number of cores)")
     parser.add_argument("--quick", action="store_true", help="a few steps of each run")
     options = parser.parse_args()
+    try:
+        print(study(options))
+    except MixtralError as error:
+        raise SystemExit(str(error)) from None
+
+
+def study(options: argparse.Namespace) -> Path:
+    """All of it -> the folder of the report."""
     scale = QUICK if options.quick else FULL
     out = (options.out or Path("runs/balancing-quick" if options.quick else "runs/balancing")).resolve()
     corpus = prepare_corpus(out, scale)
     runs = planned(corpus, out / "tokenizer", scale.steps, tuple(options.only))
     perform_all(runs, out, corpus, scale, options.jobs, 60 * options.budget_minutes)
-    print(report(out))
+    return report(out)
 
 
 if __name__ == "__main__":
