@@ -93,7 +93,7 @@ def planned(corpus: Path, tokenizer: Path, steps: int, groups: tuple[str, ...] =
 
 def _config(kind: Kind, corpus: Path, tokenizer: Path, steps: int, seed: int) -> TrainConfig:
     data = tuple(f"{corpus}/train/{domain}.jsonl?domain={domain}=1" for domain in DOMAINS)
-    checkpoints = max(1, steps // 8)  # measured after the run (measure.py)
+    checkpoints = -(-steps // 8)  # steps between them; measured after the run (measure.py)
     return TrainConfig(
         model=tiny().replace(**kind.model), data=data, tokenizer=str(tokenizer), steps=steps, rows=4, context=256,
         accumulation=4, lr=4e-3, final_lr=0.02, balance=kind.balance, dtype="fp32", device="cpu", seed=seed,
