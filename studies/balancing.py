@@ -113,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, help="folder of everything (runs/balancing; with --quick, -quick after it)")
     parser.add_argument("--budget-minutes", type=float, default=80, help="of all runs together")
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="the questions to serve")
+    parser.add_argument("--only", nargs="+", type=str.lower, choices=GROUPS, default=list(GROUPS), help="questions")
     parser.add_argument("--jobs", type=int, default=cpu_count(), help="runs side by side (the number of cores)")
     parser.add_argument("--quick", action="store_true", help="a few steps of each run")
     options = parser.parse_args()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from statistics import fmean
 
 from corpus import DOMAINS
 from figures import Kinds, Summary, by_kind, mean_k, over_layers, spread, training_flops
 
 from mixtral.presets import tiny
 
+Value = Callable[[Summary], float]
 Column = tuple[str, Callable[[Sequence[Summary]], str]]
 
 
@@ -34,7 +36,7 @@ def _table(kinds: Kinds, columns: Sequence[Column]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _number(name: str, figure: Callable[[Summary], float], digits: int = 3) -> Column:
+def _number(name: str, figure: Value, digits: int = 3) -> Column:
     def cell(runs: Sequence[Summary]) -> str:
         mean, half = spread(runs, figure)
         if mean != mean:
@@ -54,13 +56,18 @@ def _dead(run: Summary) -> float:
 
 def _repeats(layer: int) -> Column:
     def cell(runs: Sequence[Summary]) -> str:
-        shares = [
-            spread(runs, lambda run, name=name: run["final"]["layers"][layer][name])  # type: ignore[misc]
-            for name in ("first_repeats", "any_repeats")
-        ]
+        shares = [spread(runs, _in_layer(layer, name)) for name in ("first_repeats", "any_repeats")]
         return " / ".join(f"{100 * mean:.1f} ± {100 * half:.1f}" for mean, half in shares)
 
     return f"layer {layer}", cell
+
+
+def _in_layer(layer: int, name: str) -> Value:
+    return lambda run: run["final"]["layers"][layer][name]
+
+
+def _loss_of(domain: str) -> Value:
+    return lambda run: run["final"]["losses"][domain]
 
 
 LOSS = _number("loss", lambda run: run["final"]["loss"])
@@ -74,7 +81,7 @@ OBJECTIVES: tuple[Column, ...] = (
     _of_layers("by tokens alone", "token_information"),
     _of_layers("mean K", "mean_k", 2),
 )
-BY_DOMAIN = tuple(_number(domain, lambda run, domain=domain: run["final"]["losses"][domain]) for domain in DOMAINS)
+BY_DOMAIN = tuple(_number(domain, _loss_of(domain)) for domain in DOMAINS)
 REPEATS = tuple(_repeats(layer) for layer in range(tiny().n_layers))
 SIZES: tuple[Column, ...] = (
     _number("parameters (M)", lambda run: run["parameters"] / 1e6, 2),
@@ -100,7 +107,7 @@ def _failure_columns(kinds: Kinds) -> dict[str, tuple[Column, ...]]:
     cases = list(next(iter(kinds.values()))[0]["failures"])
 
     def columns(figure: str, digits: int) -> tuple[Column, ...]:
-        return tuple(_number(case, lambda run, case=case: _case(run, case, figure), digits) for case in cases)
+        return tuple(_number(case, _of_case(case, figure), digits) for case in cases)
 
     return {
         "Failure: loss (nats a token)": columns("loss", 3),
@@ -110,8 +117,12 @@ def _failure_columns(kinds: Kinds) -> dict[str, tuple[Column, ...]]:
     }
 
 
-def _case(run: Summary, case: str, figure: str) -> float:
-    value = run["failures"][case][figure]
-    if isinstance(value, list):
-        return sum(value) / len(value) if value else float("nan")
-    return float(value)
+def _of_case(case: str, figure: str) -> Value:
+    """A figure of one case, the mean over layers where each has one."""
+
+    def value(run: Summary) -> float:
+        found = run["failures"][case][figure]
+        values = found if isinstance(found, list) else [found]
+        return fmean(values) if values else float("nan")
+
+    return value
