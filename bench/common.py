@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import json
 import multiprocessing
-import os
 import re
 import statistics
 import time
@@ -24,23 +23,17 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Apart:
-    """A run in a process of its own, with `environment` set there before torch loads; calling it makes one run.
+    """A run in a process of its own; calling it makes one run.
 
     `make(*args)` is called in that process and returns the run. Peers are measured so: settings that ours makes for its
     process (threads, allocator) are not theirs, and theirs are not ours.
     """
 
-    def __init__(self, make: Callable[..., Callable[[], object]], args: tuple[Any, ...], environment: dict[str, str]):
+    def __init__(self, make: Callable[..., Callable[[], object]], args: tuple[Any, ...]) -> None:
         context = multiprocessing.get_context("spawn")
         self.ours, theirs = context.Pipe()
-        before = dict(os.environ)
-        os.environ.update(environment)
-        try:
-            self.process = context.Process(target=_serve, args=(theirs, make, args), daemon=True)
-            self.process.start()
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+        self.process = context.Process(target=_serve, args=(theirs, make, args), daemon=True)
+        self.process.start()
         theirs.close()
         self.ours.recv()  # it is made
 

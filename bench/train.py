@@ -26,7 +26,6 @@ from mixtral.hardware import cpu_count
 from mixtral.kernels.memory import keep_freed_memory
 from mixtral.presets import small
 from mixtral.runtime import set_threads
-from mixtral.threads import CALM
 from mixtral.train.config import TrainConfig
 from mixtral.train.optim import Optimizer
 from mixtral.train.step import train_step
@@ -75,7 +74,7 @@ def trials(config: TrainConfig, dtype: str) -> dict[str, float]:
     """Seconds of one step on a quarter of the rows in each of transformers' settings."""
     tried: dict[str, float] = {}
     for experts in EXPERTS:
-        step = Apart(their_step, (config, experts, dtype, max(1, config.rows // 4)), {})
+        step = Apart(their_step, (config, experts, dtype, max(1, config.rows // 4)))
         if dtype == "fp32":
             step()  # bf16 steps are too long, where they are emulated, for a warm-up to matter
         tried[experts] = seconds(step)
@@ -89,8 +88,8 @@ def contest(config: TrainConfig, dtype: str, repeats: int) -> dict[str, Any]:
     tried = trials(config, dtype)
     fastest = min(tried, key=lambda name: tried[name])
     slow = 4 * tried[fastest] > SLOW_SECONDS
-    ours = Apart(our_step, (config, dtype), CALM)
-    theirs = Apart(their_step, (config, fastest, dtype, config.rows), {})
+    ours = Apart(our_step, (config, dtype))
+    theirs = Apart(their_step, (config, fastest, dtype, config.rows))
     rate = matrix_rate(DTYPES[dtype])
     medians = interleave({"ours": ours, "theirs": theirs}, 1 if slow else repeats, warm_up=0 if slow else 1)
     rate = max(rate, matrix_rate(DTYPES[dtype]))

@@ -28,7 +28,6 @@ from mixtral.commands.info import info
 from mixtral.commands.runs import runs
 from mixtral.commands.train import train
 from mixtral.errors import MixtralError
-from mixtral.threads import calm_idle_threads
 
 COMMANDS: tuple[Callable[..., None], ...] = (
     demo,
@@ -115,7 +114,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Whatever goes wrong is told in one line on standard error.
     """
     _log.setLevel(logging.WARNING)
-    calm_idle_threads()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a console that lacks a character gets "?" for it, not a failure
     try:

@@ -14,9 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy
 import torch
 
 MEASURE_SECONDS = 0.6  # one measurement starts no new round after this long
@@ -89,17 +87,6 @@ def has_fast_bf16(device: torch.device | str) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-@functools.cache
-def numpy_multiplies_faster() -> bool:
-    """Whether numpy multiplies large fp32 matrices faster than torch does: on an AMD processor, where torch has MKL and
-    numpy OpenBLAS (57 against 42 GFLOP/s a thread on an EPYC with AVX2; docs/log.md, 2026-11-22).
-    """
-    if not (torch.backends.mkl.is_available() and _cpu_vendor() == "AuthenticAMD"):
-        return False
-    built: dict[str, Any] = numpy.show_config(mode="dicts")  # type: ignore[assignment]
-    return "openblas" in built["Build Dependencies"]["blas"]["name"]
-
-
 def measure_bandwidth(device: torch.device | str) -> float:
     """Bytes a second of reading memory with all of torch's threads, best of many rounds; about a second at most.
 
@@ -126,8 +113,6 @@ def measure_matmul(dtype: torch.dtype, device: torch.device | str) -> float:
     while True:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         product = functools.partial(torch.mm, left, right)
-        if device.type == "cpu" and dtype == torch.float32 and numpy_multiplies_faster():
-            product = functools.partial(numpy.matmul, left.numpy(), right.numpy())
         seconds = _best_seconds(product, device, MEASURE_SECONDS / 10)
         remaining = ends - time.perf_counter()
         if size == 8192 or 4 * 8 * seconds > remaining:  # 8 times the work; a warm-up round, two more, and some slack
@@ -135,7 +120,7 @@ def measure_matmul(dtype: torch.dtype, device: torch.device | str) -> float:
         size *= 2
 
 
-def _best_seconds(run: Callable[[], object], device: torch.device, budget: float) -> float:
+def _best_seconds(run: Callable[[], torch.Tensor], device: torch.device, budget: float) -> float:
     """Seconds of the fastest run: one goes first to warm up, then two or more until `budget` seconds are spent."""
     times: list[float] = []
     ends = time.perf_counter() + budget
@@ -213,15 +198,6 @@ def _meminfo_available(root: Path) -> float:
         return math.inf
     found = [line.split() for line in lines if line.startswith("MemAvailable:")]
     return float(found[0][1]) * 1024 if found else math.inf
-
-
-def _cpu_vendor(root: Path = Path("/")) -> str | None:
-    """The vendor that an x86 processor names itself; None elsewhere, and where the system does not tell."""
-    try:
-        lines = (root / "proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("vendor_id")), None)
 
 
 def _cpu_model() -> str:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy
 import torch
-from threadpoolctl import threadpool_limits
 
 import mixtral
 from mixtral.errors import UsageError, did_you_mean
@@ -71,7 +70,7 @@ def seed_everything(seed: int) -> None:
 
 
 def set_threads(threads: int | None = None) -> int:
-    """Let torch and numpy use `threads` threads, by default the cores allowed to us (or OMP_NUM_THREADS).
+    """Let torch use `threads` threads, by default the cores allowed to us (or OMP_NUM_THREADS).
 
     Returns the number. torch by itself looks at the whole machine: in a container with a quota it starts too many.
     Raises UsageError unless threads is positive.
@@ -81,7 +80,6 @@ def set_threads(threads: int | None = None) -> int:
     if threads < 1:
         raise UsageError(f"threads: must be a positive number, not {threads}")
     torch.set_num_threads(threads)
-    threadpool_limits(threads, user_api="blas")
     return threads
 
 

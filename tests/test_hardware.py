@@ -116,25 +116,3 @@ def test_ceilings_are_at_least_what_a_plain_run_reaches(monkeypatch: pytest.Monk
     monkeypatch.setattr(hardware, "MEASURE_SECONDS", 0.1)
     assert 1e8 < hardware.measure_bandwidth("cpu") < 1e13
     assert 1e8 < hardware.measure_matmul(torch.float32, "cpu") < 1e15
-
-
-@pytest.mark.parametrize(
-    ("vendor", "blas", "faster"),
-    [("AuthenticAMD", "scipy-openblas", True), ("AuthenticAMD", "mkl-sdl", False), ("GenuineIntel", "openblas", False)],
-)
-def test_numpy_multiplies_on_amd_with_openblas_alone(
-    vendor: str, blas: str, faster: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hardware, "_cpu_vendor", lambda: vendor)
-    monkeypatch.setattr(hardware.numpy, "show_config", lambda **_: {"Build Dependencies": {"blas": {"name": blas}}})
-    hardware.numpy_multiplies_faster.cache_clear()
-    try:
-        assert hardware.numpy_multiplies_faster() == (faster and torch.backends.mkl.is_available())
-    finally:
-        hardware.numpy_multiplies_faster.cache_clear()
-
-
-def test_the_processors_vendor(tmp_path: Path) -> None:
-    root = machine(tmp_path, {"proc/cpuinfo": "processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: x\n"})
-    assert hardware._cpu_vendor(root) == "GenuineIntel"
-    assert hardware._cpu_vendor(tmp_path / "elsewhere") is None

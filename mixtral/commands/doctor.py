@@ -12,9 +12,7 @@ if TYPE_CHECKING:
     import torch
     from rich.table import Table
 
-CORE = (
-    "torch", "numpy", "threadpoolctl", "safetensors", "sentencepiece", "tokenizers", "mistral-common", "rich", "typer",
-)  # fmt: skip
+CORE = ("torch", "numpy", "safetensors", "sentencepiece", "tokenizers", "mistral-common", "rich", "typer")
 EXTRAS = {  # as pyproject.toml has them; a test compares
     "server": ("fastapi", "uvicorn", "prometheus-client", "llguidance"),
     "eval": ("lm-eval",),

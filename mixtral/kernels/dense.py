@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mixtral.kernels.products import by_numpy, matmul, upcasts
+from mixtral.kernels.products import matmul, upcasts
 
 
-class _OwnLinear(torch.autograd.Function):
-    """A linear whose products are those of products.py, forward and backward."""
+class _UpcastLinear(torch.autograd.Function):
+    """A bf16 linear through fp32 copies, which live only for the product (see products.py)."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, w_OD: Tensor) -> Tensor:
@@ -32,8 +32,8 @@ class _OwnLinear(torch.autograd.Function):
 
 def linear(x_TD: Tensor, w_OD: Tensor) -> Tensor:
     """See reference.linear."""
-    if upcasts(x_TD.device, x_TD.dtype) or (x_TD.dim() == 2 and by_numpy(x_TD, w_OD.T)):
-        return _OwnLinear.apply(x_TD, w_OD)
+    if upcasts(x_TD.device, x_TD.dtype):
+        return _UpcastLinear.apply(x_TD, w_OD)
     return F.linear(x_TD, w_OD)
 
 

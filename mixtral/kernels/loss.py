@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mixtral.kernels.products import matmul, upcasts
+from mixtral.kernels.products import upcasts
 
 _BLOCK_BYTES = 32 * 2**20  # fp32 logits of one block: large enough for the product, small enough to stay near the cache
 
@@ -34,15 +34,15 @@ class _CrossEntropy(torch.autograd.Function):
         size = max(1, _BLOCK_BYTES // (4 * w_VD.shape[0]))
         for begin in range(0, len(h_TD), size):
             h_tD, target_t = h_TD[begin : begin + size].to(product), targets_T[begin : begin + size]
-            loss, grad_tV = _block(matmul(h_tD, w_p.T).float(), target_t, need_h or need_w)
+            loss, grad_tV = _block((h_tD @ w_p.T).float(), target_t, need_h or need_w)
             total += loss
             if grad_tV is None:
                 continue
             grad_tV = grad_tV.div_(count).to(product)
             if grad_h_TD is not None:
-                grad_h_TD[begin : begin + size] = matmul(grad_tV, w_p)
+                grad_h_TD[begin : begin + size] = grad_tV @ w_p
             if grad_w_VD is not None:
-                grad_w_VD += matmul(grad_tV.T, h_tD)
+                grad_w_VD += grad_tV.T @ h_tD
         ctx.save_for_backward(*(g for g in (grad_h_TD, grad_w_VD) if g is not None))
         ctx.w_dtype = w_VD.dtype
         return total / count
