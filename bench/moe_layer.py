@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from mixtral.kernels.memory import keep_freed_memory
 from mixtral.moe import Experts, FeedForward, MoE, Router
 from mixtral.runtime import set_threads
 
@@ -99,6 +100,7 @@ def main() -> None:
     parser.add_argument("--json-out", action="store_true", help="write bench/results/moe_layer_<hardware>_<date>.json")
     args = parser.parse_args()
     set_threads()
+    keep_freed_memory()  # as `mixtral train` does
     rows = {name: measure(name, args.repeats) for name in DTYPES}
     table = Table("", *rows, title="MoE layer, forward and backward, 2,048 tokens, width 512, ffn 1792, top-2")
     for name in next(iter(rows.values())):
