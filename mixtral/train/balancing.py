@@ -35,7 +35,7 @@ from mixtral.train.balance_options import (
 from mixtral.train.config import TrainConfig
 
 # buffer: the routers that have it
-ROUTERS_WITH = {"bias": "topk?bias=true or sigmoid?bias=true", "threshold": "threshold"}
+ROUTERS_WITH = {"bias": "topk?bias=true, or another one that takes bias=true", "threshold": "threshold"}
 
 SumOverRanks = Callable[[Tensor], Tensor]
 

@@ -73,11 +73,20 @@ class CheckpointWriter:
             for log in self.folder.glob("*.jsonl"):  # or a crash of the machine loses lines of steps before this one
                 sync(log)
             write_checkpoint(checkpoint_path(self.folder, state["step"]), tensors, state)
-            for old in checkpoints(self.folder)[: -self.keep]:
-                if _step(old) != state["best_step"]:
+            found = checkpoints(self.folder)
+            best = _best_step(found)
+            for old in found[: -self.keep]:
+                if _step(old) != best:
                     remove_folder(old)
         except Exception as error:  # whatever it is, it must reach the run, not die with the thread
             self._failure = str(error)
+
+
+def _best_step(found: list[Path]) -> int | None:
+    """The best step of which there is a checkpoint: the save of a better one since may have failed."""
+    steps = {_step(path) for path in found}
+    named = (json.loads((path / "state.json").read_text())["best_step"] for path in reversed(found))
+    return next((step for step in named if step in steps), None)
 
 
 def write_checkpoint(path: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:

@@ -96,6 +96,19 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step_1000001"]
 
 
+def test_the_best_one_stays_when_the_save_of_a_better_one_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer = fresh_optimizer(train_config())[1]
+    save(tmp_path, optimizer, 1, 1, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("mixtral.train.checkpoint.write_checkpoint", lambda *_: 1 / 0)
+        assert save(tmp_path, optimizer, 2, 2, keep=1) == "division by zero"
+    for step in (3, 4):
+        save(tmp_path, optimizer, step, 2, keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_000001", "step_000004"]
+
+
 def test_only_finished_checkpoints_are_found(tmp_path: Path) -> None:
     for name in ("step_000003", ".step_000007.123-0.tmp", "step_final", "step_"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)

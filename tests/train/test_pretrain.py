@@ -19,7 +19,7 @@ from mixtral.train.checkpoint import checkpoints
 from mixtral.train.config import TrainConfig
 from mixtral.train.metrics import MatrixRate, read_lines
 from mixtral.train.pretrain import Trained, begin, pretrain, recorded_config
-from tests.train.tiny_run import Watching, texts, train_config
+from tests.train.tiny_run import Killed, Watching, kill_after, texts, train_config
 
 
 @pytest.fixture(autouse=True)
@@ -27,18 +27,6 @@ def _threads_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "set_threads", lambda: None)
     monkeypatch.setattr(module, "keep_freed_memory", lambda: None)  # it would last for the whole test process
     monkeypatch.setattr(MatrixRate, "measure", lambda *_: MatrixRate(1e12, "float32"))
-
-
-class Killed(BaseException):
-    pass
-
-
-def kill_after(step: int) -> Watching:
-    def at(now: int) -> None:
-        if now == step:
-            raise Killed
-
-    return Watching(at)
 
 
 def config_of(source: Path | str, **changes: Any) -> TrainConfig:

@@ -12,7 +12,7 @@ import pytest
 from mixtral.errors import UsageError
 from mixtral.train.metrics import read_lines
 from mixtral.train.trackers import Trackers, flatten, require_packages
-from tests.train.tiny_run import MakeRun, Watching, train_config
+from tests.train.tiny_run import Killed, MakeRun, Watching, kill_after, train_config
 
 STAND_IN = """
 import json, pathlib
@@ -39,18 +39,6 @@ def init(*, settings, **options):
     run.write({"init": options, "console": settings.options["console"]})
     return run
 """
-
-
-class Killed(BaseException):
-    pass
-
-
-def kill_after(step: int) -> Watching:
-    def at(now: int) -> None:
-        if now == step:
-            raise Killed
-
-    return Watching(at)
 
 
 @pytest.fixture

@@ -84,6 +84,20 @@ class Watching(View):
         self.validations.append((step, result))
 
 
+class Killed(BaseException):
+    """What no handler of errors catches."""
+
+
+def kill_after(step: int) -> Watching:
+    """A view that ends the process, as far as the run can tell, once `step` is done."""
+
+    def at(now: int) -> None:
+        if now == step:
+            raise Killed
+
+    return Watching(at)
+
+
 def weights(model: Mixtral) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
