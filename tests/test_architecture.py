@@ -149,8 +149,8 @@ def readme_tree() -> dict[str, str]:
 
 
 def real_tree() -> set[str]:
-    """Every file of the package; the empty formalities (__init__.py of folders, py.typed) are left out."""
-    files = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*") if path.is_file()}
+    """Every file of the package; empty formalities (__init__.py of folders, py.typed) and what is built are left out."""
+    files = {f.relative_to(PACKAGE).as_posix() for f in PACKAGE.rglob("*") if f.is_file() and f.suffix != ".so"}
     return {f for f in files if "__pycache__" not in f and not f.endswith("/__init__.py") and f != "py.typed"}
 
 
