@@ -154,6 +154,7 @@ def read_config(path: str | Path) -> ModelConfig:
 
 
 _OURS = "mixtral_research"  # the model_type of what transformers would compute wrongly
+QUANT_METHOD = "mixtral"  # the quant_method of folders that `mixtral quantize` wrote; quant/recipe.py reads the rest
 
 
 def from_hf(values: dict[str, Any]) -> ModelConfig:
@@ -162,6 +163,8 @@ def from_hf(values: dict[str, Any]) -> ModelConfig:
     if kind not in ("mixtral", "mistral", _OURS):
         raise ConfigError(f"model_type must be 'mixtral' or 'mistral', not {kind!r}")
     flat = _flatten(values)
+    if flat.get("quantization_config.quant_method") == QUANT_METHOD:
+        flat = {key: value for key, value in flat.items() if not key.startswith("quantization_config.")}
     if kind == "mistral" and "sliding_window" not in flat:
         flat["sliding_window"] = 4096
         _warn_once("config.json of a mistral model without sliding_window: 4096 assumed, as transformers does")

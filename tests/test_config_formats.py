@@ -126,6 +126,12 @@ def test_optional_keys(caplog: pytest.LogCaptureFixture) -> None:
     assert "of the end tokens [7, 8] only the first is used" in caplog.text
 
 
+def test_our_own_quantisation_does_not_change_the_shape(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    quantised = {**HF_8X7B, "quantization_config": {"quant_method": "mixtral", "experts": "int4", "calibration": {}}}
+    assert from_hf(quantised) == from_hf(HF_8X7B) and not caplog.records
+
+
 def test_unknown_keys_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     for _ in range(2):
@@ -147,6 +153,7 @@ def test_unknown_keys_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
         ({"rope_parameters": {"rope_theta": 5.0}}, "rope_theta 5.0 and rope_theta 1000000.0 contradict each other"),
         ({"layer_types": ["full_attention"]}, "layer_types ['full_attention'] is not implemented"),
         ({"quantization_config": {"bits": 4}}, "quantization_config.bits is not implemented"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config.quant_method is not implemented"),
         ({"num_local_experts": 1, "num_experts_per_tok": 1}, "num_local_experts is 1: a router over one expert"),
         ({"num_local_experts": None}, "num_local_experts is missing"),
         ({"vocab_size": None}, "vocab_size is missing"),

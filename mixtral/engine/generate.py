@@ -166,7 +166,7 @@ class _Run:
     ) -> None:  # fmt: skip
         params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         _check(prompts, params, model.config, tokenizer, prefill_chunk)
-        weight = model.output_weight
+        weight = model.embedding.weight
         self.model, self.device = model, weight.device
         self.vocab_size = min(model.config.vocab_size, tokenizer.vocab_size) if tokenizer else model.config.vocab_size
         self.prefill_chunk, self.keep_routing, self.k = prefill_chunk, keep_routing, k
@@ -205,7 +205,7 @@ class _Run:
         norm_B = logits_BV.logsumexp(-1)
         if not norm_B.isfinite().all():  # true as soon as one logit is NaN or +inf
             raise MixtralError(
-                f"generation: logits are not finite in {self.model.output_weight.dtype}; "
+                f"generation: logits are not finite in {self.model.embedding.weight.dtype}; "
                 "the weights are damaged, or need a dtype of larger range (bf16 or fp32)"
             )
         ids_B = sample(logits_BV, [s.params for s in ready], [s.generator for s in ready])

@@ -48,7 +48,7 @@ class Block(nn.Module):
         """x [T, D] -> (x [T, D], the layer's Routing, or None when dense)."""
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), angles, batch, layer, cache)
         h_TD = self.ffn_norm(x_TD)
-        if isinstance(self.ffn, FeedForward):
+        if not isinstance(self.ffn, MoE):
             return x_TD + self.ffn(h_TD), None
         y_TD, routing = self.ffn(h_TD, replay, k)
         return x_TD + y_TD, routing
@@ -79,12 +79,16 @@ class Mixtral(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.dim, _weight=torch.empty(config.vocab_size, config.dim))
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
+        self.output: nn.Module | None = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
 
     @property
     def output_weight(self) -> Tensor:
-        """[V, D], the embedding itself when tied."""
-        return self.embedding.weight if self.output is None else self.output.weight
+        """[V, D], the embedding itself when tied. Raises UsageError when another form of Linear stands in its place."""
+        if self.output is None:
+            return self.embedding.weight
+        if not isinstance(self.output, Linear):
+            raise UsageError("output_weight: this model's output is quantised and has none; ask for its logits")
+        return self.output.weight
 
     def forward(
         self, batch: Packed, cache: KVCache | None = None, replay: Sequence[Tensor] | None = None,
@@ -112,10 +116,19 @@ class Mixtral(nn.Module):
             if routing is not None:
                 routings.append(routing)
         if targets is not None:
-            loss = kernels.cross_entropy(self.norm(x_TD), self.output_weight, targets)
-            return Output(None, loss, tuple(routings))
-        h_RD = self.norm(x_TD if rows is None else x_TD[rows])
-        return Output(kernels.linear(h_RD, self.output_weight).float(), None, tuple(routings))
+            return Output(None, self._loss(self.norm(x_TD), targets), tuple(routings))
+        return Output(self._logits(self.norm(x_TD if rows is None else x_TD[rows])), None, tuple(routings))
+
+    def _logits(self, h_RD: Tensor) -> Tensor:
+        h_RV = kernels.linear(h_RD, self.embedding.weight) if self.output is None else self.output(h_RD)
+        return h_RV.float()
+
+    def _loss(self, h_TD: Tensor, targets_T: Tensor) -> Tensor:
+        """See kernels.reference.cross_entropy."""
+        if self.output is None or isinstance(self.output, Linear):
+            return kernels.cross_entropy(h_TD, self.output_weight, targets_T)
+        total = nn.functional.cross_entropy(self._logits(h_TD), targets_T, ignore_index=-100, reduction="sum")
+        return total / (targets_T != -100).sum().clamp(min=1)
 
 
 def named_state(model: Mixtral) -> dict[str, Tensor]:

@@ -53,6 +53,11 @@ def convert(
             write_hf(state, config, new, dtype, fused, progress=progress)
         else:
             write_mistral(state, config, new, dtype, progress=progress)
-        for pattern in _COPIED:
-            for file in filter(Path.is_file, Path(src).glob(pattern)):
-                shutil.copyfile(file, new / file.name)
+        copy_tokenizer(src, new)
+
+
+def copy_tokenizer(src: str | Path, dst: Path) -> None:
+    """Copy what a model folder holds besides configuration and weights: tokenizer, templates, generation defaults."""
+    for pattern in _COPIED:
+        for file in filter(Path.is_file, Path(src).glob(pattern)):
+            shutil.copyfile(file, dst / file.name)

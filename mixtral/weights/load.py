@@ -24,6 +24,7 @@ from mixtral.weights.torch_file import TorchFile
 
 _FLOATS = "F64, F32, F16 or BF16"
 _SINGLE, _INDEX, _NATIVE = "model.safetensors", "model.safetensors.index.json", "consolidated.safetensors"
+PACKED_FILE = "packed.safetensors"  # what `mixtral quantize` writes; quant/load.py reads it
 
 
 class TensorFile(Protocol):
@@ -34,6 +35,9 @@ class TensorFile(Protocol):
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """Each tensor in turn, valid until the next is asked for."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor."""
 
 
 def detect_format(folder: str | Path) -> Format:
@@ -48,6 +52,8 @@ def detect_format(folder: str | Path) -> Format:
         return "hf"
     if _native_files(folder):
         return "mistral"
+    if (folder / PACKED_FILE).is_file():
+        raise WeightsError(f"{folder}: quantised weights, good for running alone; give the folder they were made from")
     wanted = f"{_SINGLE}, {_INDEX}, {_NATIVE} or consolidated.NN.pt"
     raise WeightsError(f"{folder}: no weights that can be read; {wanted} is wanted")
 
@@ -65,11 +71,7 @@ def load_state(
     WeightsError when tensors are missing, unknown, of the wrong shape or of a kind that we do not read, naming them, or
     when a file is damaged; nothing is allocated before that is known.
     """
-    format = detect_format(folder)
-    files = _open_hf(Path(folder)) if format == "hf" else [_open_native(path) for path in _native_files(Path(folder))]
-    headers = _merge(files)
-    found = _match(headers, config, format, Path(folder))
-    output = output_name(format) if config.tie_embeddings else None
+    files, headers, found, output = _open(Path(folder), config)
     state = _allocate(headers, found, config, dtype, device)
     copy_of_embedding: Tensor | None = None
     done = counter(progress, "reading", sum(header.nbytes for header in headers.values()))
@@ -86,7 +88,50 @@ def load_state(
     return state
 
 
+class StateReader:
+    """Our tensors of a model folder one at a time, in any order: for work that does not want them all in memory.
+
+    Raises WeightsError as `load_state` does, before anything is read.
+    """
+
+    def __init__(self, folder: str | Path, config: ModelConfig) -> None:
+        self._folder = Path(folder)
+        files, self._headers, self._found, self._output = _open(self._folder, config)
+        self._file_of = {name: file for file in files for name in file.headers}
+        self._shapes = parameter_shapes(config)
+        self._sources: dict[str, list[str]] = {}  # ours -> the foreign tensors that it is put together from
+        for name, slot in self._found.items():
+            self._sources.setdefault(slot.ours, []).append(name)
+
+    def dtype(self, ours: str) -> torch.dtype:
+        """What `read` returns: the widest dtype of the foreign tensors."""
+        return fixed_dtype(ours) or _widest([self._headers[name] for name in self._sources[ours]])
+
+    def read(self, ours: str) -> Tensor:
+        """Our parameter or buffer of that name, in new memory."""
+        tensor = torch.empty(self._shapes[ours], dtype=self.dtype(ours))
+        for name in self._sources[ours]:
+            foreign = self._file_of[name].read(name)
+            if name == self._output:
+                _check_tied(tensor, foreign, f"{self._folder}: {name}")
+                continue
+            view = self._found[name].view(tensor)
+            view.copy_(foreign.reshape(view.shape))
+        return tensor
+
+
 # -- which files -------------------------------------------------------------------------------------------------------
+
+
+def _open(
+    folder: Path, config: ModelConfig
+) -> tuple[list[TensorFile], dict[str, Header], dict[str, Slot], str | None]:
+    """The files, what they hold, where each tensor belongs, and the name of a tied output matrix if there is one."""
+    format = detect_format(folder)
+    files = _open_hf(folder) if format == "hf" else [_open_native(path) for path in _native_files(folder)]
+    headers = _merge(files)
+    found = _match(headers, config, format, folder)
+    return files, headers, found, output_name(format) if config.tie_embeddings else None
 
 
 def _native_files(folder: Path) -> list[Path]:
@@ -170,8 +215,9 @@ def _match(headers: dict[str, Header], config: ModelConfig, format: Format, fold
 
 def _readable(stored: torch.dtype | None, fixed: torch.dtype | None) -> bool:
     """Whether a tensor can be read as what it is to be: whole numbers as such, all others from any float dtype."""
-    whole = fixed == torch.int64
-    return stored is not None and (stored == torch.int64) == whole
+    if stored is None:
+        return False
+    return stored == torch.int64 if fixed == torch.int64 else stored.is_floating_point
 
 
 def _some(names: set[str] | list[str], count: int = 3) -> str:
@@ -191,17 +237,17 @@ def _allocate(
     device: torch.device | str,
 ) -> dict[str, Tensor]:
     """Our tensors, empty. Without a dtype each takes the widest of those that it is put together from."""
-    sources: dict[str, list[torch.dtype]] = {}
+    sources: dict[str, list[Header]] = {}
     for name, slot in found.items():
-        stored = headers[name].dtype
-        assert stored is not None  # _match refused the others
-        sources.setdefault(slot.ours, []).append(stored)
+        sources.setdefault(slot.ours, []).append(headers[name])
     return {
-        ours: torch.empty(
-            shape, dtype=fixed_dtype(ours) or dtype or reduce(torch.promote_types, sources[ours]), device=device
-        )
+        ours: torch.empty(shape, dtype=fixed_dtype(ours) or dtype or _widest(sources[ours]), device=device)
         for ours, shape in parameter_shapes(config).items()
     }
+
+
+def _widest(sources: list[Header]) -> torch.dtype:
+    return reduce(torch.promote_types, (header.dtype for header in sources if header.dtype is not None))
 
 
 def _check_tied(embedding: Tensor, output: Tensor, what: str) -> None:

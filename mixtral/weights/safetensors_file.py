@@ -22,10 +22,12 @@ from mixtral.errors import WeightsError
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "U8": torch.uint8,
 }  # fmt: skip
 FLOATS = [dtype for dtype in DTYPES.values() if dtype.is_floating_point]
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_LIMIT = 100_000_000  # bytes; the reference implementation's
+_ALIGN = 64  # bytes: where the first tensor starts, a line of the processor's cache
 
 
 class Header(NamedTuple):
@@ -72,14 +74,14 @@ class SafetensorsFile:
             raise WeightsError(f"{path}: cannot be read: {error.strerror}") from None
         except (ValueError, TypeError, KeyError) as error:
             raise WeightsError(f"{path}: not a safetensors file, or a damaged one: bad header ({error})") from None
-        self._ranges = sorted(ranges.items(), key=lambda item: item[1][1])
+        self._ranges = dict(sorted(ranges.items(), key=lambda item: item[1][1]))
         self._check(size - self._start)
-        self.headers: dict[str, Header] = {name: head for name, (head, _, _) in self._ranges}
+        self.headers: dict[str, Header] = {name: head for name, (head, _, _) in self._ranges.items()}
 
     def _check(self, size: int) -> None:
         """Refuse byte ranges that overlap, leave gaps, or do not match the shapes or the size of the file."""
         end = 0
-        for name, (head, first, last) in self._ranges:
+        for name, (head, first, last) in self._ranges.items():
             width = head.dtype.itemsize if head.dtype else None
             if first != end or last < first or (width and last - first != math.prod(head.shape) * width):
                 raise WeightsError(f"{self.path}: damaged: the byte range of {name} does not fit its shape and place")
@@ -90,14 +92,34 @@ class SafetensorsFile:
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """Each tensor in turn, all in one buffer: valid until the next. Only dtypes of `DTYPES` may be streamed."""
-        buffer = torch.empty(max((last - first for _, (_, first, last) in self._ranges), default=0), dtype=torch.uint8)
+        longest = max((last - first for _, first, last in self._ranges.values()), default=0)
+        buffer = torch.empty(longest, dtype=torch.uint8)
         with self.path.open("rb") as file:
             file.seek(self._start)
-            for name, (head, first, last) in self._ranges:
+            for name, (head, first, last) in self._ranges.items():
                 raw = buffer[: last - first]
                 _read_into(file, raw.numpy().data, self.path)
                 assert head.dtype is not None  # whoever streams has refused the others by name
                 yield name, raw.view(head.dtype).view(head.shape)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory of its own; of a dtype of `DTYPES`, as for `stream`."""
+        head, first, last = self._ranges[name]
+        raw = torch.empty(last - first, dtype=torch.uint8)
+        with self.path.open("rb") as file:
+            file.seek(self._start + first)
+            _read_into(file, raw.numpy().data, self.path)
+        assert head.dtype is not None
+        return raw.view(head.dtype).view(head.shape)
+
+    def mapped(self) -> dict[str, Tensor]:
+        """Each tensor's bytes, uint8 [nbytes], in the file mapped into memory: read when they are first touched.
+
+        What is written to them stays in this process.
+        """
+        size = self.path.stat().st_size
+        raw = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8)
+        return {name: raw[self._start + first : self._start + last] for name, (_, first, last) in self._ranges.items()}
 
 
 def write_safetensors(path: Path, entries: Iterable[Entry], done: Callable[[int], None] = lambda _: None) -> None:
@@ -110,7 +132,7 @@ def write_safetensors(path: Path, entries: Iterable[Entry], done: Callable[[int]
         header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
         end += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % _ALIGN)
     with path.open("xb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for entry in entries:

@@ -31,6 +31,10 @@ class TorchFile:
         """Each tensor in turn, mapped from the file."""
         yield from self._load().items()
 
+    def read(self, name: str) -> Tensor:
+        """One tensor, mapped from the file."""
+        return self._load()[name]
+
     def _load(self) -> dict[str, Tensor]:
         try:
             tensors = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)

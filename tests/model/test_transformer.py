@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mixtral import kernels
 from mixtral.config import ModelConfig
+from mixtral.errors import UsageError
 from mixtral.model import Mixtral, Packed, initialise
 from tests.model import small
 
@@ -173,3 +174,27 @@ def test_bf16_is_close_to_fp32_on_the_same_choice(config: ModelConfig) -> None:
     for (name, _), got, want in zip(low.named_parameters(), *grads, strict=True):
         assert got.dtype == torch.bfloat16
         assert (got.float() - want).norm() <= 0.06 * want.norm(), name
+
+
+def test_other_parts_are_respected(config: ModelConfig) -> None:
+    """An output and a dense feed-forward network of other classes serve logits and loss; there is no weight to read."""
+
+    class Other(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    model, batch = small.model(config), small.batch(config.vocab_size, 7, 5)
+    targets = small.targets(batch, config.vocab_size)
+    logits, loss = model(batch).logits, model(batch, targets=targets).loss
+    if model.output is not None:
+        model.output = Other(model.output)
+        with pytest.raises(UsageError, match="this model's output is quantised and has none; ask for its logits"):
+            _ = model.output_weight
+    if not config.is_sparse:
+        model.layers[0].ffn = Other(model.layers[0].ffn)
+    assert torch.equal(model(batch).logits, logits)
+    assert model(batch, targets=targets).loss.item() == pytest.approx(loss.item(), rel=1e-6)

@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mixtral.config import ModelConfig
 from mixtral.errors import UsageError, WeightsError
-from mixtral.weights import detect_format, load, load_state, save_hf
+from mixtral.weights import detect_format, load, load_state, save_hf, save_mistral
+from mixtral.weights.load import PACKED_FILE, StateReader
 from tests.weights.weight_states import CONFIGS, DENSE, SPARSE, assert_same, random_state
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -71,6 +73,8 @@ def test_a_config_that_contradicts_the_tensors(folder: Path) -> None:
 def test_quantised_tensors(folder: Path) -> None:
     change(folder, **{Q.replace(".", "__"): torch.ones(32, 24, dtype=torch.int8)})
     assert f"1 stored as I8, not as F64, F32, F16 or BF16: {Q}" in refusal(folder)
+    change(folder, **{Q.replace(".", "__"): torch.ones(32, 24, dtype=torch.uint8)})
+    assert f"1 stored as U8, not as F64, F32, F16 or BF16: {Q}" in refusal(folder)
 
 
 def test_nothing_is_allocated_for_what_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +112,36 @@ def test_dtypes(folder: Path) -> None:
     loaded = load_state(folder, DENSE)
     assert loaded["layers.0.attention.wqkv.weight"].dtype == torch.float32
     assert loaded["norm.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("format", ["hf", "fused", "shards", "mistral", "pt"])
+def test_one_tensor_at_a_time(config: ModelConfig, format: str, tmp_path: Path) -> None:
+    state, folder = random_state(config), tmp_path / "model"
+    if format in ("mistral", "pt"):
+        save_mistral(state, config, folder)
+    else:
+        save_hf(state, config, folder, fused=format == "fused", shard_bytes=10_000 if format == "shards" else 10**9)
+    if format == "pt":
+        torch.save(load_file(folder / "consolidated.safetensors"), folder / "consolidated.00.pt")
+        (folder / "consolidated.safetensors").unlink()
+    reader = StateReader(folder, config)
+    assert_same({name: reader.read(name) for name in state}, state)
+
+
+def test_one_tensor_at_a_time_is_checked_as_all_are(tmp_path: Path) -> None:
+    tied = CONFIGS["dense-tied"]
+    state = random_state(tied)
+    save_hf(state, tied, tmp_path / "model")
+    half = {Q.replace(".", "__"): torch.ones(32, 24).half(), "model__norm__weight": torch.ones(24).bfloat16()}
+    change(tmp_path / "model", lm_head__weight=state["embedding.weight"] + 1, **half)
+    reader = StateReader(tmp_path / "model", tied)
+    with pytest.raises(WeightsError, match="differs from the embedding"):
+        reader.read("embedding.weight")
+    assert reader.read("layers.0.attention.wqkv.weight").dtype == torch.float32  # the widest of its sources
+    assert reader.dtype("norm.weight") == reader.read("norm.weight").dtype == torch.bfloat16
+    with pytest.raises(WeightsError, match="the tensors do not fit the config"):
+        StateReader(tmp_path / "model", tied.replace(n_layers=3))
 
 
 def test_device(folder: Path) -> None:
@@ -155,6 +189,9 @@ def test_folders_without_weights(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").touch()
     (tmp_path / "consolidated.00.pt.part").touch()
     with pytest.raises(WeightsError, match=r"no weights that can be read; model\.safetensors, .* is wanted"):
+        detect_format(tmp_path)
+    (tmp_path / PACKED_FILE).touch()
+    with pytest.raises(WeightsError, match="quantised weights, good for running alone; give the folder they were"):
         detect_format(tmp_path)
 
 

@@ -48,6 +48,24 @@ def test_writes_what_the_package_reads(tmp_path: Path) -> None:
         write_safetensors(tmp_path / "x", entries)
 
 
+def test_one_tensor_and_the_mapped_file(tmp_path: Path) -> None:
+    held = {**TENSORS, "bytes": torch.arange(7, dtype=torch.uint8)}
+    write_safetensors(tmp_path / "x", [Entry(n, t.dtype, tuple(t.shape), lambda t=t: t) for n, t in held.items()])
+    file = SafetensorsFile(tmp_path / "x")
+    mapped = file.mapped()
+    for name, tensor in held.items():
+        assert torch.equal(file.read(name), tensor) and file.read(name).dtype == tensor.dtype
+        assert torch.equal(mapped[name].clone().view(tensor.dtype).view(tensor.shape), tensor)
+    mapped["bytes"].zero_()  # a private copy
+    assert torch.equal(file.read("bytes"), held["bytes"])
+
+
+def test_tensors_start_on_a_cache_line(tmp_path: Path) -> None:
+    for length in range(1, 64, 9):
+        write_safetensors(tmp_path / f"{length}", [Entry("n" * length, torch.uint8, (1,), lambda: torch.ones(1))])
+        assert ((tmp_path / f"{length}").stat().st_size - 1) % 64 == 0
+
+
 def test_casts_on_writing(tmp_path: Path) -> None:
     strided = torch.randn(4, 3).T
     write_safetensors(tmp_path / "x", [Entry("w", torch.bfloat16, (3, 4), lambda: strided)])
