@@ -11,17 +11,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mixtral.kernels import compiled, dense, loss, reference, rows, sdpa, stacked, table
+from mixtral.kernels import compiled, dense, expanded, loss, reference, rows, sdpa, stacked, table
 from mixtral.kernels.table import backends, choose, ops, use_backend
 
 __all__ = [
     "attention", "backends", "cached_attention", "choose", "combine", "cross_entropy", "experts", "experts_decode",
-    "gather_rows", "linear", "ops", "rms_norm", "rotary", "swiglu", "use_backend",
+    "gather_rows", "linear", "ops", "packed_linear", "rms_norm", "rotary", "swiglu", "use_backend",
 ]  # fmt: skip
 
 
 def linear(x_TD: Tensor, w_OD: Tensor) -> Tensor:
     return table.call("linear", x_TD, x_TD, w_OD)
+
+
+def packed_linear(x_TD: Tensor, packed_bytes: Tensor, name: str, n: int) -> Tensor:
+    """x W^T -> fp32 [T, n] for a packed W (packed.py) of the format `name`."""
+    return table.call("packed_linear", x_TD, x_TD, packed_bytes, name, n)
 
 
 def swiglu(x_TD: Tensor, w13_2FD: Tensor, w2_DF: Tensor) -> Tensor:
@@ -81,6 +86,7 @@ def _register_all() -> None:
     table.register("experts", "torch", stacked.experts_loop, "a product an expert, gradients written in place")
     table.register("experts_decode", "torch", stacked.experts_decode, "matrix-vector products, no sorting")
     table.register("linear", "torch", dense.linear, "F.linear, through fp32 where bf16 is slow")
+    table.register("packed_linear", "torch", expanded.packed_linear, "expands a matrix for each product")
     table.register("swiglu", "torch", dense.swiglu, "gate and up in one product")
     table.register("rms_norm", "torch", dense.rms_norm, "backward by formula")
     table.register("rotary", "torch", dense.rotary, "backward is the opposite rotation")

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mixtral.kernels.packed import packed_linear as packed_linear  # an op like the others, beside its layouts
+
 
 def linear(x_TD: Tensor, w_OD: Tensor) -> Tensor:
     """x W^T -> [T, O]: summed in fp32, rounded once to the dtype of `x`."""

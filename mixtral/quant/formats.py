@@ -69,13 +69,6 @@ def quantise(w_ND: Tensor, format: Format, importance_D: Tensor | None = None) -
     return packed.pack(q_ND, format.name, scale_NG)
 
 
-def dequantise(packed_bytes: Tensor, format: Format, n: int, d: int) -> Tensor:
-    """What a packed matrix stands for -> fp32 [N, D]."""
-    q_ND, scale_NG = packed.unpack(packed_bytes, format.name, n, d)
-    assert scale_NG is not None
-    return q_ND.float().mul_(scale_NG.repeat_interleave(GROUP, dim=1)[:, :d])
-
-
 def round_weights(w_ND: Tensor, format: Format, importance_D: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The rounding alone -> (q int8 [N, D'], scales fp32 that fp16 holds [N, D' / 32]), D' = D up to a multiple of 32.
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from mixtral.errors import UsageError, WeightsError
-from mixtral.quant.formats import INT4, INT8, Format, dequantise, find_format, quantise, round_weights
+from mixtral.kernels.expanded import expand
+from mixtral.quant.formats import INT4, INT8, Format, find_format, quantise, round_weights
 
 
 def random_matrix(n: int, d: int, seed: int = 0) -> Tensor:
@@ -15,7 +16,7 @@ def random_matrix(n: int, d: int, seed: int = 0) -> Tensor:
 
 
 def back(w_ND: Tensor, format: Format, importance_D: Tensor | None = None) -> Tensor:
-    return dequantise(quantise(w_ND, format, importance_D), format, *w_ND.shape)
+    return expand(quantise(w_ND, format, importance_D), format.name, *w_ND.shape)
 
 
 def error(w_ND: Tensor, got_ND: Tensor, m_D: Tensor | float = 1.0) -> float:

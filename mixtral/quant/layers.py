@@ -1,0 +1,94 @@
+"""Quantised parts of a model, put in the place of model.Linear, moe.Experts and moe.FeedForward.
+
+They hold packed bytes (quant/formats.py) and no parameters, so they are not trained.
+
+Legend: T tokens, D model width, F expert hidden width, E experts, K experts a token, N routed rows, O output width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mixtral import kernels
+from mixtral.kernels.packed import LANES
+from mixtral.moe import Routing
+from mixtral.quant.formats import Format
+
+
+class QuantLinear(nn.Module):
+    """x W^T; the packed W is the buffer `weight_packed`, uint8 [blocks, bytes of a block]."""
+
+    weight_packed: Tensor
+
+    def __init__(self, format: Format, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.format, self.dim_out = format, dim_out
+        self.register_buffer("weight_packed", _empty(format, dim_out, dim_in))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """-> [T, O] in the dtype of `x`."""
+        return kernels.packed_linear(x_TD, self.weight_packed, self.format.name, self.dim_out).to(x_TD.dtype)
+
+
+class QuantFeedForward(nn.Module):
+    """w2(silu(w1 x) * w3 x): `w13_packed` [2, blocks, bytes of a block], `w2_packed` [blocks, bytes of a block]."""
+
+    w13_packed: Tensor
+    w2_packed: Tensor
+
+    def __init__(self, format: Format, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.format, self.ffn_dim = format, ffn_dim
+        self.register_buffer("w13_packed", _empty(format, 2, ffn_dim, dim))
+        self.register_buffer("w2_packed", _empty(format, dim, ffn_dim))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return _swiglu(x_TD, self.w13_packed, self.w2_packed, self.format, self.ffn_dim)
+
+
+class QuantExperts(nn.Module):
+    """E such networks: `w13_packed` [E, 2, blocks, bytes of a block], `w2_packed` [E, blocks, bytes of a block]."""
+
+    w13_packed: Tensor
+    w2_packed: Tensor
+
+    def __init__(self, format: Format, n_experts: int, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.format, self.ffn_dim = format, ffn_dim
+        self.register_buffer("w13_packed", _empty(format, n_experts, 2, ffn_dim, dim))
+        self.register_buffer("w2_packed", _empty(format, n_experts, dim, ffn_dim))
+
+    def forward(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
+        """Rows grouped by expert, and how many each has -> outputs [N, D] in the same order; rows past the last: 0."""
+        y_ND, end = torch.zeros_like(rows_ND), 0
+        for e, count in enumerate(counts_E.tolist()):
+            begin, end = end, end + count
+            if count:
+                y_ND[begin:end] = self._expert(rows_ND[begin:end], e)
+        return y_ND
+
+    def decode(self, x_TD: Tensor, routing: Routing) -> Tensor | None:
+        """One token without dispatch, rounded as on the long road; more tokens are declined."""
+        if len(x_TD) != 1:
+            return None
+        y_TD = torch.zeros(x_TD.shape, device=x_TD.device)
+        for weight, e in zip(routing.weights_TK[0], routing.experts_TK[0].tolist(), strict=True):
+            if e >= 0:
+                y_TD += weight * self._expert(x_TD, e).float()
+        return y_TD.to(x_TD.dtype)
+
+    def _expert(self, x_TD: Tensor, e: int) -> Tensor:
+        return _swiglu(x_TD, self.w13_packed[e], self.w2_packed[e], self.format, self.ffn_dim)
+
+
+def _swiglu(x_TD: Tensor, w13_packed: Tensor, w2_packed: Tensor, format: Format, ffn_dim: int) -> Tensor:
+    """One SwiGLU network, in fp32 up to its output. Gate and up are one product: each is padded to whole blocks."""
+    padded = LANES * w13_packed.shape[1]
+    h_T2F = kernels.packed_linear(x_TD, w13_packed.flatten(0, 1), format.name, 2 * padded)
+    hidden_TF = nn.functional.silu(h_T2F[:, :ffn_dim]) * h_T2F[:, padded : padded + ffn_dim]
+    return kernels.packed_linear(hidden_TF, w2_packed, format.name, x_TD.shape[1]).to(x_TD.dtype)
+
+
+def _empty(format: Format, *shape: int) -> Tensor:
+    return torch.empty(format.packed_shape(shape), dtype=torch.uint8)
