@@ -10,12 +10,15 @@ LOGIC = "reasoning-gym:aiw+knights_knaves+propositional_logic+syllogism?level=1"
 
 
 def nano() -> TrainConfig:
-    """6.8 M parameters (1.65 M active), 13.6 MB in bf16; 10 M tokens: code, prose, arithmetic, logic as 6:1:2:1.
+    """6.8 M parameters (1.65 M active), 13.6 MB in bf16; 7.4 M tokens: code, prose, arithmetic, logic as 6:1:2:1.
 
     Sixteen experts, as those that a token does not take cost no time and the file has room for them; rows of 512, for
     code refers far back. The vocabulary is learnt from the data, with Mistral's v3 control tokens in it. Arithmetic and
     logic are of the second level of difficulty (sums of two or three numbers of one or two digits), which a model of
-    this size can learn something of. Prose is small and comes some seven times over, code twice.
+    this size can learn something of. Prose is small and comes some five times over, code one and a half times.
+
+    A step is one part of four rows, so that micro_batch balances all domains together, as the study of balancing
+    favours (docs/studies/balancing.md).
     """
     model = ModelConfig(
         vocab_size=2048, dim=160, n_layers=4, n_heads=5, n_kv_heads=1, head_dim=32, ffn_dim=192,
@@ -27,7 +30,7 @@ def nano() -> TrainConfig:
             "stdlib:code=6", "stdlib:prose=1", f"{ARITHMETIC}&max_bytes=3000000&domain=arithmetic=2",
             f"{LOGIC}&max_bytes=2000000&domain=logic=1",
         ),
-        steps=5000, rows=4, context=512, lr=3.5e-3, final_lr=0.02, warmup=0.02,
+        steps=3600, rows=4, context=512, lr=3.5e-3, final_lr=0.02, warmup=0.02,
         balance=("micro_batch?weight=0.01", "z_loss?weight=0.001"),
         val_every=250, val_tokens=32768, save_every=250, stats_every=25,
     )  # fmt: skip
