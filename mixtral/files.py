@@ -20,11 +20,20 @@ def atomic_write(path: Path | str, data: bytes | str) -> None:
 
     Raises MixtralError when that fails (disk full, no permission): the old file is then intact, and nothing left over.
     """
-    path = Path(path)
-    with _replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path | str) -> Iterator[Path]:
+    """Yield the name of a temporary file to write; it takes the place of `path` when the block ends without an error.
+
+    Raises MixtralError when writing fails; any other error inside the block passes through. In both cases an old file
+    is intact, and nothing left over.
+    """
+    with _replacing(Path(path)) as temporary:
+        yield temporary
+        sync(temporary)
 
 
 @contextlib.contextmanager

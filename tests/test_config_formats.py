@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtral import config_formats
+from mixtral import config_table
 from mixtral.config import ModelConfig
 from mixtral.config_formats import from_hf, from_mistral, read_config, to_hf, to_mistral
 from mixtral.errors import ConfigError
@@ -33,7 +33,7 @@ DENSE = {"model_type": "mistral", "num_local_experts": None, "num_experts_per_to
 
 @pytest.fixture(autouse=True)
 def _warnings_afresh() -> None:
-    config_formats._warn_once.cache_clear()
+    config_table.warn_once.cache_clear()
 
 
 def write(folder: Path, name: str, values: object) -> Path:

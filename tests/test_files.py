@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from mixtral import files
 from mixtral.errors import MixtralError
-from mixtral.files import atomic_folder, atomic_write, clear_leftovers, remove_folder
+from mixtral.files import atomic_file, atomic_folder, atomic_write, clear_leftovers, remove_folder
 
 
 @pytest.fixture
@@ -35,6 +35,17 @@ def test_file_is_written_and_replaced(tmp_path: Path) -> None:
     atomic_write(str(path), b"\x00\x01")
     assert path.read_bytes() == b"\x00\x01"
     assert names(path.parent) == ["a.json"]
+
+
+def test_a_file_that_is_written_piece_by_piece(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    with atomic_file(path) as new, new.open("wb") as file:
+        file.write(b"one")
+        assert not path.exists()
+    with pytest.raises(KeyError), atomic_file(path) as new:
+        new.write_bytes(b"half")
+        raise KeyError
+    assert path.read_bytes() == b"one" and names(tmp_path) == ["a.bin"]
 
 
 @pytest.mark.usefixtures("full_disk")

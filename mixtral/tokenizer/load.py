@@ -12,6 +12,7 @@ from mixtral.tokenizer.mistral import SentencePieceTokenizer, TekkenTokenizer
 from mixtral.tokenizer.tokenizer_json import JsonTokenizer
 
 WANTED = "tekken.json, *.model.v1 (v2, v3, ...), *.model, tokenizer.json"
+_PATTERNS = ("tekken.json", "*.model", "*.model.v*", "tokenizer.json")
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
@@ -35,6 +36,11 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         return _read(path.name, data, config)
     except MixtralError as error:  # the readers know the file by its name alone
         raise type(error)(f"{path.parent}/{error}") from error
+
+
+def has_tokenizer(folder: Path | str) -> bool:
+    """Whether a model folder holds a tokenizer file."""
+    return any(any(Path(folder).glob(pattern)) for pattern in _PATTERNS)
 
 
 def _choose(folder: Path) -> Path:

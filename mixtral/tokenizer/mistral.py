@@ -15,7 +15,7 @@ from sentencepiece import SentencePieceProcessor
 from mixtral.errors import MixtralError, UsageError
 from mixtral.tokenizer.base import Tokenizer
 from mixtral.tokenizer.export import hf_config, spm_to_json, tekken_to_json
-from mixtral.tokenizer.spm_model import Kind, Piece, read_spm_model
+from mixtral.tokenizer.spm_model import Kind, Piece, SpmModel, read_spm_model
 
 if TYPE_CHECKING:
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
@@ -52,6 +52,11 @@ class SentencePieceTokenizer(Tokenizer):
         suffix = file_name.rpartition(".model.")[2] if ".model." in file_name else self.version
         self.file_name = f"{stem}.model.{suffix}"
 
+    @property
+    def spm(self) -> SpmModel:
+        """The pieces with their scores and kinds, as they stand in the file."""
+        return read_spm_model(self._data)
+
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._processor.encode(text)
         return ids
@@ -62,7 +67,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _files(self) -> dict[str, bytes]:
         return {self.file_name: self._data,
-                "tokenizer.json": spm_to_json(read_spm_model(self._data), self.bos_id),
+                "tokenizer.json": spm_to_json(self.spm, self.bos_id),
                 "tokenizer_config.json": hf_config(self.control, self.bos_id, self.eos_id)}
 
     @cached_property

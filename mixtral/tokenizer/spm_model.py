@@ -1,4 +1,4 @@
-"""Reads a sentencepiece model file: its pieces with scores and kinds, and the settings that decide how it encodes.
+"""A sentencepiece model file: its pieces with scores and kinds, and the settings that decide how it encodes.
 
 The sentencepiece library tells neither settings nor user-defined pieces, and its own reader wants the protobuf
 package; the wire format is simple enough to read here.
@@ -13,9 +13,11 @@ from typing import NamedTuple
 
 # Field numbers of sentencepiece's ModelProto, TrainerSpec and NormalizerSpec messages.
 PIECE, TRAINER, NORMALIZER = 1, 2, 3
-MODEL_TYPE, SUFFIX_SPACES, BYTE_FALLBACK = 3, 24, 35
-CHARSMAP, DUMMY_PREFIX, SQUEEZE_SPACES, ESCAPE_SPACES = 2, 3, 4, 5
+MODEL_TYPE, VOCAB_SIZE, SUFFIX_SPACES, BYTE_FALLBACK = 3, 4, 24, 35
+_UNKNOWN, _BOS, _EOS, PAD_ID = (40, 45), (41, 46), (42, 47), 43  # each one's id, and its text
+NAME, CHARSMAP, DUMMY_PREFIX, SQUEEZE_SPACES, ESCAPE_SPACES = 1, 2, 3, 4, 5
 BPE = 2
+_SCORE = bytes([2 << 3 | 5])  # what stands before the four bytes of a piece's score
 
 
 class Kind(IntEnum):
@@ -50,6 +52,43 @@ def read_spm_model(data: bytes) -> SpmModel:
     if normalizer.get(CHARSMAP) or normalizer.get(SQUEEZE_SPACES, 1) or not normalizer.get(ESCAPE_SPACES, 1):
         raise ValueError("only models that keep the text as it is (identity normaliser, all spaces) are supported")
     return SpmModel(pieces, dummy_prefix=bool(normalizer.get(DUMMY_PREFIX, 1)))
+
+
+def write_spm_model(model: SpmModel, bos_id: int, eos_id: int) -> bytes:
+    """The file of such a model. Raises ValueError unless exactly one piece stands for the unknown."""
+    unknown = [i for i, piece in enumerate(model.pieces) if piece.kind == Kind.UNKNOWN]
+    if len(unknown) != 1:
+        raise ValueError(f"{len(unknown)} pieces stand for the unknown; exactly one must")
+    pieces = [_field(1, text.encode()) + _SCORE + struct.pack("<f", score) + _field(3, int(kind))
+              for text, score, kind in model.pieces]  # fmt: skip
+    trainer: dict[int, int | bytes] = {MODEL_TYPE: BPE, VOCAB_SIZE: len(pieces), BYTE_FALLBACK: 1}
+    for (id_field, name_field), i in {_UNKNOWN: unknown[0], _BOS: bos_id, _EOS: eos_id}.items():
+        trainer |= {id_field: i, name_field: model.pieces[i].text.encode()}
+    trainer[PAD_ID] = 2**64 - 1  # none: -1 as protobuf writes it
+    normalizer: dict[int, int | bytes] = {NAME: b"identity", SQUEEZE_SPACES: 0, ESCAPE_SPACES: 1}
+    normalizer[DUMMY_PREFIX] = int(model.dummy_prefix)
+    specs = _field(TRAINER, _message(trainer)) + _field(NORMALIZER, _message(normalizer))
+    return b"".join(_field(PIECE, piece) for piece in pieces) + specs
+
+
+def _message(fields: dict[int, int | bytes]) -> bytes:
+    return b"".join(_field(number, value) for number, value in fields.items())
+
+
+def _field(number: int, value: int | bytes) -> bytes:
+    """A whole number, or bytes after their length."""
+    if isinstance(value, int):
+        return _as_varint(number << 3) + _as_varint(value)
+    return _as_varint(number << 3 | 2) + _as_varint(len(value)) + value
+
+
+def _as_varint(number: int) -> bytes:
+    """Seven bits a byte, the lowest first; the eighth says that more follow."""
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])
 
 
 def _piece(data: bytes) -> Piece:

@@ -7,7 +7,7 @@ one tensor (`.pt` shards are memory-mapped: their pages are the system's to recl
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mixtral.config import ModelConfig
 from mixtral.errors import UsageError, WeightsError
+from mixtral.weights.gguf_file import open_gguf
 from mixtral.weights.names import Format, Slot, fixed_dtype, layouts, output_name, parameter_shapes, slots
 from mixtral.weights.progress import Progress, counter
 from mixtral.weights.safetensors_file import Header, SafetensorsFile
@@ -41,13 +42,15 @@ class TensorFile(Protocol):
 
 
 def detect_format(folder: str | Path) -> Format:
-    """Which weights a model folder holds; Hugging Face's when it holds both.
+    """Which weights a model folder holds; Hugging Face's when it holds both. A file that ends in .gguf is one too.
 
     Raises UsageError when there is no such folder, WeightsError when it has no weights that we read.
     """
     folder = Path(folder)
+    if folder.suffix == ".gguf" and folder.is_file():
+        return "gguf"
     if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder; a model folder with its weights is wanted")
+        raise UsageError(f"{folder}: no such folder; a model folder with its weights, or a .gguf file, is wanted")
     if (folder / _SINGLE).is_file() or (folder / _INDEX).is_file():
         return "hf"
     if _native_files(folder):
@@ -77,7 +80,7 @@ def load_state(
     done = counter(progress, "reading", sum(header.nbytes for header in headers.values()))
     for file in files:
         for name, tensor in file.stream():
-            done(tensor.nbytes)
+            done(headers[name].nbytes)
             if name == output:
                 copy_of_embedding = tensor.clone()  # compared below: the embedding itself may still be to come
                 continue
@@ -88,10 +91,11 @@ def load_state(
     return state
 
 
-class StateReader:
+class StateReader(Mapping[str, Tensor]):
     """Our tensors of a model folder one at a time, in any order: for work that does not want them all in memory.
 
-    Raises WeightsError as `load_state` does, before anything is read.
+    As a mapping it keeps the tensor that was asked for last. Raises WeightsError as `load_state` does, before anything
+    is read.
     """
 
     def __init__(self, folder: str | Path, config: ModelConfig) -> None:
@@ -102,6 +106,23 @@ class StateReader:
         self._sources: dict[str, list[str]] = {}  # ours -> the foreign tensors that it is put together from
         for name, slot in self._found.items():
             self._sources.setdefault(slot.ours, []).append(name)
+        self._last: tuple[str, Tensor] | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __getitem__(self, ours: str) -> Tensor:
+        if self._last is None or self._last[0] != ours:
+            self._last = None  # so that the old one goes before the new one comes
+            self._last = (ours, self.read(ours))
+        return self._last[1]
+
+    def described(self) -> dict[str, Tensor]:
+        """Shapes and dtypes of all, as tensors without data."""
+        return {name: torch.empty(shape, dtype=self.dtype(name), device="meta") for name, shape in self._shapes.items()}
 
     def dtype(self, ours: str) -> torch.dtype:
         """What `read` returns: the widest dtype of the foreign tensors."""
@@ -128,10 +149,16 @@ def _open(
 ) -> tuple[list[TensorFile], dict[str, Header], dict[str, Slot], str | None]:
     """The files, what they hold, where each tensor belongs, and the name of a tied output matrix if there is one."""
     format = detect_format(folder)
-    files = _open_hf(folder) if format == "hf" else [_open_native(path) for path in _native_files(folder)]
+    files = _files(folder, format)
     headers = _merge(files)
     found = _match(headers, config, format, folder)
     return files, headers, found, output_name(format) if config.tie_embeddings else None
+
+
+def _files(folder: Path, format: Format) -> list[TensorFile]:
+    if format == "gguf":
+        return [*open_gguf(folder)]
+    return _open_hf(folder) if format == "hf" else [_open_native(path) for path in _native_files(folder)]
 
 
 def _native_files(folder: Path) -> list[Path]:

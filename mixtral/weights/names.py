@@ -2,7 +2,7 @@
 
 A rule's `view` maps our tensor to a strided view whose elements, read in row-major order, are exactly the foreign
 tensor. Loading copies the file into that view and saving reads the view out, so both directions are one function,
-and a rule cannot be wrong in one direction only. Each foreign format is a column (`hf`, `mistral`).
+and a rule cannot be wrong in one direction only. Each foreign format is a column (`hf`, `mistral`, `gguf`).
 
 Legend: D model width, F expert hidden width, SF that of all shared experts, E experts, K places of a token, H query
 heads, G key/value heads, R = H / G query heads that share a key/value head, C head width, V vocabulary.
@@ -21,7 +21,7 @@ from torch import Tensor
 from mixtral.config import ModelConfig
 from mixtral.router_options import TokenK
 
-Format = Literal["hf", "mistral"]
+Format = Literal["hf", "mistral", "gguf"]
 Ffn = Literal["dense", "per-expert", "fused", "stacked"]  # how a file lays out its feed-forward weights
 View = Callable[[Tensor, ModelConfig, int], Tensor]  # (our tensor, config, expert) -> view
 
@@ -133,6 +133,7 @@ class Rule:
     shape: str  # in the file: sizes of the legend, a product written together ("HC D" is [H * C, D])
     hf: str | None = None
     mistral: str | None = None
+    gguf: str | None = None
     ffn: Ffn | None = None  # applies to files of this feed-forward layout only
 
 
@@ -142,38 +143,43 @@ _W13, _W2 = _BLOCK + "ffn.experts.w13", _BLOCK + "ffn.experts.w2"
 _MOE, _EXPERT = _HF + "block_sparse_moe.", _HF + "block_sparse_moe.experts.{e}."
 _NATIVE, _NATIVE_EXPERT = _BLOCK + "feed_forward.", _BLOCK + "feed_forward.experts.{e}."
 _OLD = _BLOCK + "block_sparse_moe."
+_GGUF = "blk.{l}."
 
 RULES = (
     Rule("k_of_token", _whole, "V", hf="model.k_of_token"),
-    Rule("embedding.weight", _whole, "V D", hf="model.embed_tokens.weight", mistral="tok_embeddings.weight"),
+    Rule("embedding.weight", _whole, "V D",
+         hf="model.embed_tokens.weight", mistral="tok_embeddings.weight", gguf="token_embd.weight"),
     Rule(_BLOCK + "attention_norm.weight", _whole, "D",
-         hf=_HF + "input_layernorm.weight", mistral=_BLOCK + "attention_norm.weight"),
+         hf=_HF + "input_layernorm.weight", mistral=_BLOCK + "attention_norm.weight", gguf=_GGUF + "attn_norm.weight"),
     Rule(_ATTENTION + "wqkv.weight", _queries, "HC D", hf=_HF_ATTENTION + "q_proj.weight"),
     Rule(_ATTENTION + "wqkv.weight", _keys, "GC D", hf=_HF_ATTENTION + "k_proj.weight"),
-    Rule(_ATTENTION + "wqkv.weight", _interleaved(_queries), "HC D", mistral=_ATTENTION + "wq.weight"),
-    Rule(_ATTENTION + "wqkv.weight", _interleaved(_keys), "GC D", mistral=_ATTENTION + "wk.weight"),
+    Rule(_ATTENTION + "wqkv.weight", _interleaved(_queries), "HC D",
+         mistral=_ATTENTION + "wq.weight", gguf=_GGUF + "attn_q.weight"),
+    Rule(_ATTENTION + "wqkv.weight", _interleaved(_keys), "GC D",
+         mistral=_ATTENTION + "wk.weight", gguf=_GGUF + "attn_k.weight"),
     Rule(_ATTENTION + "wqkv.weight", _values, "GC D",
-         hf=_HF_ATTENTION + "v_proj.weight", mistral=_ATTENTION + "wv.weight"),
+         hf=_HF_ATTENTION + "v_proj.weight", mistral=_ATTENTION + "wv.weight", gguf=_GGUF + "attn_v.weight"),
     Rule(_ATTENTION + "wo.weight", _whole, "D HC",
-         hf=_HF_ATTENTION + "o_proj.weight", mistral=_ATTENTION + "wo.weight"),
+         hf=_HF_ATTENTION + "o_proj.weight", mistral=_ATTENTION + "wo.weight", gguf=_GGUF + "attn_output.weight"),
     Rule(_BLOCK + "ffn_norm.weight", _whole, "D",
-         hf=_HF + "post_attention_layernorm.weight", mistral=_BLOCK + "ffn_norm.weight"),
+         hf=_HF + "post_attention_layernorm.weight", mistral=_BLOCK + "ffn_norm.weight",
+         gguf=_GGUF + "ffn_norm.weight"),
 
     Rule(_BLOCK + "ffn.w13", _part(0), "F D", ffn="dense",
-         hf=_HF + "mlp.gate_proj.weight", mistral=_NATIVE + "w1.weight"),
+         hf=_HF + "mlp.gate_proj.weight", mistral=_NATIVE + "w1.weight", gguf=_GGUF + "ffn_gate.weight"),
     Rule(_BLOCK + "ffn.w13", _part(1), "F D", ffn="dense",
-         hf=_HF + "mlp.up_proj.weight", mistral=_NATIVE + "w3.weight"),
+         hf=_HF + "mlp.up_proj.weight", mistral=_NATIVE + "w3.weight", gguf=_GGUF + "ffn_up.weight"),
     Rule(_BLOCK + "ffn.w2", _whole, "D F", ffn="dense",
-         hf=_HF + "mlp.down_proj.weight", mistral=_NATIVE + "w2.weight"),
+         hf=_HF + "mlp.down_proj.weight", mistral=_NATIVE + "w2.weight", gguf=_GGUF + "ffn_down.weight"),
 
     Rule(_BLOCK + "ffn.router.weight", _whole, "E D", ffn="per-expert",
-         hf=_MOE + "gate.weight", mistral=_NATIVE + "gate.weight"),
+         hf=_MOE + "gate.weight", mistral=_NATIVE + "gate.weight", gguf=_GGUF + "ffn_gate_inp.weight"),
     Rule(_W13, _expert_part(0), "F D", ffn="per-expert",
-         hf=_EXPERT + "w1.weight", mistral=_NATIVE_EXPERT + "w1.weight"),
+         hf=_EXPERT + "w1.weight", mistral=_NATIVE_EXPERT + "w1.weight", gguf=_GGUF + "ffn_gate.{e}.weight"),
     Rule(_W13, _expert_part(1), "F D", ffn="per-expert",
-         hf=_EXPERT + "w3.weight", mistral=_NATIVE_EXPERT + "w3.weight"),
+         hf=_EXPERT + "w3.weight", mistral=_NATIVE_EXPERT + "w3.weight", gguf=_GGUF + "ffn_up.{e}.weight"),
     Rule(_W2, _expert, "D F", ffn="per-expert",
-         hf=_EXPERT + "w2.weight", mistral=_NATIVE_EXPERT + "w2.weight"),
+         hf=_EXPERT + "w2.weight", mistral=_NATIVE_EXPERT + "w2.weight", gguf=_GGUF + "ffn_down.{e}.weight"),
 
     # routers and layers of our own; names after those of DeepSeek-V3 where it has them
     Rule(_BLOCK + "ffn.router.noise_weight", _whole, "E D", hf=_MOE + "gate.noise_weight"),
@@ -189,14 +195,20 @@ RULES = (
     Rule(_W13, _whole, "E 2F D", ffn="fused", hf=_HF + "mlp.experts.gate_up_proj"),
     Rule(_W2, _whole, "E D F", ffn="fused", hf=_HF + "mlp.experts.down_proj"),
 
+    # GGUF; its first files of Mixtral were "per-expert"
+    Rule(_BLOCK + "ffn.router.weight", _whole, "E D", ffn="stacked",
+         mistral=_OLD + "gate.weight", gguf=_GGUF + "ffn_gate_inp.weight"),
+    Rule(_W13, _stacked_part(0), "E F D", ffn="stacked", gguf=_GGUF + "ffn_gate_exps.weight"),
+    Rule(_W13, _stacked_part(1), "E F D", ffn="stacked", gguf=_GGUF + "ffn_up_exps.weight"),
+    Rule(_W2, _whole, "E D F", ffn="stacked", gguf=_GGUF + "ffn_down_exps.weight"),
+
     # the first 8x7B shards
-    Rule(_BLOCK + "ffn.router.weight", _whole, "E D", ffn="stacked", mistral=_OLD + "gate.weight"),
     Rule(_W13, _stacked_part(0), "EF D", ffn="stacked", mistral=_OLD + "w1"),
     Rule(_W13, _stacked_part(1), "EF D", ffn="stacked", mistral=_OLD + "w3"),
     Rule(_W2, _transposed, "EF D", ffn="stacked", mistral=_OLD + "w2"),
 
-    Rule("norm.weight", _whole, "D", hf="model.norm.weight", mistral="norm.weight"),
-    Rule("output.weight", _whole, "V D", hf="lm_head.weight", mistral="output.weight"),
+    Rule("norm.weight", _whole, "D", hf="model.norm.weight", mistral="norm.weight", gguf="output_norm.weight"),
+    Rule("output.weight", _whole, "V D", hf="lm_head.weight", mistral="output.weight", gguf="output.weight"),
 )  # fmt: skip
 
 # -- what follows from the table ---------------------------------------------------------------------------------------
@@ -211,11 +223,16 @@ class Slot:
     view: Callable[[Tensor], Tensor]  # our tensor -> the foreign one's elements, in its order
 
 
+_LAYOUTS: dict[Format, tuple[Ffn, ...]] = {
+    "hf": ("per-expert", "fused"), "mistral": ("per-expert", "stacked"), "gguf": ("stacked", "per-expert"),
+}  # fmt: skip
+
+
 def layouts(config: ModelConfig, format: Format) -> tuple[Ffn, ...]:
     """The feed-forward layouts in which files of a format hold this model; the first is the one to write."""
     if not config.is_sparse:
         return ("dense",)
-    return ("per-expert", "fused") if format == "hf" else ("per-expert", "stacked")
+    return _LAYOUTS[format]
 
 
 def slots(config: ModelConfig, format: Format, ffn: Ffn) -> dict[str, Slot]:

@@ -6,7 +6,8 @@ A folder appears whole or not at all, and nothing that exists is overwritten.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from mixtral.config import ModelConfig
 from mixtral.config_formats import to_hf, to_mistral
 from mixtral.errors import UsageError, WeightsError
 from mixtral.files import atomic_folder
+from mixtral.weights.load import StateReader
 from mixtral.weights.names import Ffn, Format, Slot, fixed_dtype, layouts, output_name, parameter_shapes, slots
 from mixtral.weights.progress import Progress, counter
 from mixtral.weights.safetensors_file import FLOATS, Entry, write_safetensors
 
-State = dict[str, Tensor]
+State = Mapping[str, Tensor]
 
 
 def save_hf(
@@ -82,7 +84,7 @@ def write_hf(
         index |= {entry.name: name for entry in shard}
     if len(shards) > 1:
         _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
-    embedding = dtype or state["embedding.weight"].dtype
+    embedding = dtype or described(state)["embedding.weight"].dtype
     _write_json(folder / "config.json", to_hf(config, str(embedding).removeprefix("torch.")))
 
 
@@ -103,20 +105,28 @@ def write_mistral(
 
 def _entries(state: State, config: ModelConfig, format: Format, ffn: Ffn, dtype: torch.dtype | None) -> list[Entry]:
     """What to write, in the order of the model; a tied output matrix is left out."""
-    _check_state(state, config, dtype)
+    known = described(state)
+    check_state(known, config, dtype)
     found = slots(config, format, ffn)
     if config.tie_embeddings:
         del found[output_name(format)]
-    return [_entry(name, slot, state[slot.ours], dtype) for name, slot in found.items()]
+    return [
+        Entry(name, fixed_dtype(slot.ours) or dtype or known[slot.ours].dtype, slot.shape, partial(taken, state, slot))
+        for name, slot in found.items()
+    ]
 
 
-def _entry(name: str, slot: Slot, ours: Tensor, dtype: torch.dtype | None) -> Entry:
-    # Cast the small view, not our whole tensor; `reshape` makes the one copy that is in memory at a time.
-    written = fixed_dtype(slot.ours) or dtype or ours.dtype
-    return Entry(name, written, slot.shape, lambda: slot.view(ours.detach()).reshape(slot.shape))
+def described(state: State) -> dict[str, Tensor]:
+    """Tensors that tell shapes and dtypes: those of the state, or stand-ins for what is still to be read."""
+    return state.described() if isinstance(state, StateReader) else dict(state)
 
 
-def _check_state(state: State, config: ModelConfig, dtype: torch.dtype | None) -> None:
+def taken(state: State, slot: Slot) -> Tensor:
+    """A foreign tensor out of ours. The small view is to be cast, not our whole tensor: `reshape` makes one copy."""
+    return slot.view(state[slot.ours].detach()).reshape(slot.shape)
+
+
+def check_state(state: dict[str, Tensor], config: ModelConfig, dtype: torch.dtype | None) -> None:
     """Raise WeightsError, naming the first tensor that is wrong, unless the state is exactly this config's."""
     shapes = parameter_shapes(config)
     for name in shapes.keys() ^ state.keys():

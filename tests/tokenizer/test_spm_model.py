@@ -7,7 +7,7 @@ import io
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from mixtral.tokenizer.spm_model import Kind, read_spm_model
+from mixtral.tokenizer.spm_model import Kind, read_spm_model, write_spm_model
 from tests.tokenizer.conftest import FILES, NAMES
 
 
@@ -23,6 +23,17 @@ def test_pieces_are_the_librarys(name: str) -> None:
     assert [p.kind == Kind.BYTE for p in pieces] == [library.is_byte(i) for i in ids]
     assert sum(p.kind == Kind.USER_DEFINED for p in pieces) == (20 if name == "v3" else 0)
     assert dummy_prefix
+
+
+@pytest.mark.parametrize("name", ["v1", "v3"])
+def test_writing_what_was_read(name: str) -> None:
+    model = read_spm_model((FILES / NAMES[name]).read_bytes())
+    data = write_spm_model(model, bos_id=1, eos_id=2)
+    assert read_spm_model(data) == model
+    library = SentencePieceProcessor(model_proto=data)
+    assert (library.unk_id(), library.bos_id(), library.eos_id(), library.pad_id()) == (0, 1, 2, -1)
+    with pytest.raises(ValueError, match="0 pieces stand for the unknown; exactly one must"):
+        write_spm_model(model._replace(pieces=model.pieces[1:]), 0, 1)
 
 
 def _train(**options: object) -> bytes:

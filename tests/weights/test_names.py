@@ -14,7 +14,8 @@ from mixtral.weights.names import Ffn, Format, layouts, output_name, parameter_s
 from tests.weights.weight_states import CONFIGS, DENSE, SPARSE
 
 LAYOUTS: list[tuple[str, Format, Ffn]] = [
-    (name, format, ffn) for name in CONFIGS for format in ("hf", "mistral") for ffn in layouts(CONFIGS[name], format)
+    (name, format, ffn)
+    for name in CONFIGS for format in ("hf", "mistral", "gguf") for ffn in layouts(CONFIGS[name], format)
 ]
 
 
@@ -53,6 +54,9 @@ def test_published_names() -> None:
     native = {name: slot.shape for name, slot in slots(preset("mistral-7b"), "mistral", "dense").items()}
     assert native["layers.31.feed_forward.w1.weight"] == (14336, 4096)
     assert next(iter(native)) == "tok_embeddings.weight" and list(native)[-1] == "output.weight"
+    gguf = {name: slot.shape for name, slot in slots(config, "gguf", "stacked").items()}
+    assert len(gguf) == 3 + 32 * (6 + 1 + 3)
+    assert gguf["blk.31.ffn_down_exps.weight"] == (8, 4096, 14336) and gguf["blk.0.attn_k.weight"] == (1024, 4096)
 
 
 def rotate_pairs(x_HC: Tensor, position: int, theta: float) -> Tensor:
@@ -72,17 +76,19 @@ def rotate_halves(x_HC: Tensor, position: int, theta: float) -> Tensor:
     return x_HC * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
 
 
+@pytest.mark.parametrize("names", [("mistral", "layers.0.attention.w"), ("gguf", "blk.0.attn_")])
 @pytest.mark.parametrize("config", [SPARSE, DENSE])
-def test_native_rotary_rows_against_an_oracle(config: ModelConfig) -> None:
+def test_native_rotary_rows_against_an_oracle(config: ModelConfig, names: tuple[Format, str]) -> None:
     """Attention scores from native weights with complex rotation equal those from ours with rotated halves."""
     random = torch.Generator().manual_seed(1)
     H, G, C, D = config.n_heads, config.n_kv_heads, config.head_dim, config.dim
     wq, wk = (torch.randn(n * C, D, generator=random, dtype=torch.float64) for n in (H, G))
     x, y = torch.randn(2, D, generator=random, dtype=torch.float64)
     wqkv = torch.zeros(parameter_shapes(config)["layers.0.attention.wqkv.weight"], dtype=torch.float64)
-    table = slots(config, "mistral", layouts(config, "mistral")[0])
-    for name, theirs in (("wq", wq), ("wk", wk)):
-        view = table[f"layers.0.attention.{name}.weight"].view(wqkv)
+    format, prefix = names
+    table = slots(config, format, layouts(config, format)[0])
+    for name, theirs in (("q", wq), ("k", wk)):
+        view = table[f"{prefix}{name}.weight"].view(wqkv)
         view.copy_(theirs.view(view.shape))
     for positions in ((0, 0), (5, 2), (40, 3)):
         q = rotate_pairs((wq @ x).view(H, C), positions[0], config.rope_theta)

@@ -1,0 +1,106 @@
+"""ModelConfig from and to the metadata of a GGUF file: the architecture "llama", as which llama.cpp knows Mixtral."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+from mixtral.config import ModelConfig
+from mixtral.config_table import FileFormat, build, warn_once, written
+from mixtral.errors import ConfigError
+from mixtral.gguf_header import GgufHeader
+
+_ARCHITECTURE = "llama"
+_HEAD_DIM, _THETA = "llama.attention.key_length", "llama.rope.freq_base"
+_IDS = {"bos_id": "tokenizer.ggml.bos_token_id", "eos_id": "tokenizer.ggml.eos_token_id"}
+_DEFAULT_THETA = 1e4  # llama.cpp's
+
+_GGUF = FileFormat(
+    fields={
+        "vocab_size": "llama.vocab_size",
+        "dim": "llama.embedding_length",
+        "n_layers": "llama.block_count",
+        "n_heads": "llama.attention.head_count",
+        "n_kv_heads": "llama.attention.head_count_kv",
+        "head_dim": _HEAD_DIM,
+        "ffn_dim": "llama.feed_forward_length",
+        "n_experts": "llama.expert_count",
+        "experts_per_token": "llama.expert_used_count",
+        "context": "llama.context_length",
+        "sliding_window": "llama.attention.sliding_window",
+        "norm_eps": "llama.attention.layer_norm_rms_epsilon",
+        "tie_embeddings": "tie_embeddings",  # no key of the file: it has an output matrix or not
+        **_IDS,
+    },
+    theta=(_THETA,),
+    neutral={
+        "llama.attention.causal": (True,),
+        "llama.expert_gating_func": (0, 1),  # unset, softmax
+        "llama.expert_shared_count": (0,),
+        "llama.expert_weights_norm": (True,),
+        "llama.expert_weights_scale": (0, 1),
+        "llama.leading_dense_block_count": (0,),
+        "llama.rope.scaling.type": ("none",),
+    },
+    training_only=frozenset(),
+    harmless=frozenset({"llama.tensor_data_layout"}),
+    closed=("llama.rope.scaling.",),
+)
+# Keys that repeat what another says in the models we have: (key, the field that it must equal).
+_REPEATED = (
+    ("llama.attention.value_length", "head_dim"),
+    ("llama.rope.dimension_count", "head_dim"),
+    ("llama.expert_feed_forward_length", "ffn_dim"),
+)
+
+
+def from_gguf(headers: Sequence[GgufHeader]) -> ModelConfig:
+    """From the headers of all parts of a model; the first's metadata count."""
+    metadata = headers[0].metadata
+    if (kind := metadata.get("general.architecture")) != _ARCHITECTURE:
+        raise ConfigError(f"general.architecture must be {_ARCHITECTURE!r}, as for Mistral and Mixtral, not {kind!r}")
+    flat = {key: _shortest(value) for key, value in metadata.items() if key.startswith("llama.")}
+    flat |= {key: metadata[key] for key in _IDS.values() if key in metadata}
+    flat["tie_embeddings"] = not any("output.weight" in header.tensors for header in headers)
+    flat.setdefault("llama.vocab_size", len(metadata.get("tokenizer.ggml.tokens", ())) or None)
+    flat.setdefault("llama.attention.head_count_kv", flat.get("llama.attention.head_count"))
+    if _THETA not in flat:
+        flat[_THETA] = _DEFAULT_THETA
+        warn_once(f"GGUF without {_THETA}: {_DEFAULT_THETA:g} assumed, as llama.cpp does")
+    repeated = {key: flat.pop(key) for key, _ in _REPEATED if key in flat}
+    config = build(flat, _GGUF, sparse=bool(flat.get("llama.expert_count")))
+    for key, field in _REPEATED:
+        if key in repeated and repeated[key] != getattr(config, field):
+            wanted = f"{getattr(config, field)}, the {field.replace('_', ' ')}"
+            raise ConfigError(f"{key} {repeated[key]!r} is not implemented; only {wanted}, is")
+    return config
+
+
+def to_gguf(config: ModelConfig) -> dict[str, Any]:
+    """Metadata that say the shape of a model, and which ids its first and last tokens have.
+
+    llama.cpp's "llama" has no sliding window: such a model is written with it, and computed there without.
+    Raises ConfigError for a model that is not plain Mistral or Mixtral.
+    """
+    if not config.is_plain:
+        what = f"router {config.router!r} and {config.shared_experts} shared experts"
+        raise ConfigError(f"GGUF holds plain Mixtral models alone, not {what}; write it as 'hf'")
+    if config.sliding_window is not None:
+        warn_once(f"llama.cpp will not apply the sliding window of {config.sliding_window} tokens")
+    metadata = {key: getattr(config, field) for field, key in written(config, _GGUF) if field != "tie_embeddings"}
+    metadata |= {key: config.head_dim for key, field in _REPEATED if field == "head_dim"}
+    metadata[_THETA] = float(config.rope_theta)
+    return {key: value for key, value in metadata.items() if value is not None}
+
+
+def _shortest(value: Any) -> Any:
+    """Of a float that the file holds in 32 bits, the shortest decimal that it stands for: 1e-5, not 9.99999975e-06."""
+    if not isinstance(value, float) or not abs(value) < 1e38:
+        return value
+    shorter = (float(f"{value:.{digits}g}") for digits in range(1, 17))
+    return next((short for short in shorter if _in_32_bits(short) == value), value)
+
+
+def _in_32_bits(value: float) -> float:
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])

@@ -1,0 +1,127 @@
+"""Writing a GGUF file, tensor by tensor, as llama.cpp's converter lays out Mistral and Mixtral.
+
+Norms and gates are fp32. Of the matrices, "q4_0" keeps embedding and output at 8 bits, and what has rows that are no
+multiple of a block of 32 stays bf16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixtral.config import ModelConfig
+from mixtral.config_gguf import to_gguf
+from mixtral.errors import UsageError, did_you_mean
+from mixtral.files import atomic_file
+from mixtral.gguf_header import TYPES
+from mixtral.tokenizer import Tokenizer
+from mixtral.weights.gguf_file import gguf_package
+from mixtral.weights.gguf_tokenizer import tokenizer_metadata
+from mixtral.weights.names import Slot, layouts, output_name, slots
+from mixtral.weights.progress import Progress, counter
+from mixtral.weights.save import State, check_state, described, taken
+
+GGUF_TYPES = ("bf16", "q8_0", "q4_0")
+_FILE_TYPES = {"bf16": 32, "q8_0": 7, "q4_0": 2}  # general.file_type, which llama.cpp shows
+_SIZES = {known.name: known for known in TYPES.values()}
+_CHUNK = 1 << 24  # numbers that are rounded at a time
+
+
+def write_gguf(
+    state: State,
+    config: ModelConfig,
+    path: str | Path,
+    type: str = "bf16",
+    tokenizer: Tokenizer | None = None,
+    template: str | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write a model as one GGUF file, whole or not at all.
+
+    Args:
+        type: of the matrices: "bf16", "q8_0" (8.5 bits a weight) or "q4_0" (4.5).
+        template: the chat template; by default that of the tokenizer's version.
+        progress: called after each tensor.
+
+    Raises UsageError for an unknown type, a name that does not end in .gguf, a file that exists, a tokenizer that GGUF
+    cannot hold, or where the gguf package is missing; ConfigError for a model that is not plain Mistral or Mixtral;
+    WeightsError when the state is not this config's.
+    """
+    check_target(path, type)
+    gguf = gguf_package()
+    metadata = tokenizer_metadata(tokenizer, config.vocab_size, template) | to_gguf(config)
+    check_state(described(state), config, torch.float32)
+    found = slots(config, "gguf", layouts(config, "gguf")[0])
+    if config.tie_embeddings:
+        del found[output_name("gguf")]
+    stored = {name: _stored(slot, type) for name, slot in found.items()}
+    sizes = {name: _nbytes(slot.shape, stored[name]) for name, slot in found.items()}
+    done = counter(progress, "writing", sum(sizes.values()))
+    with atomic_file(path) as new:
+        writer = gguf.GGUFWriter(new, "llama")
+        _add_metadata(writer, metadata | {"general.file_type": _FILE_TYPES[type], "general.quantization_version": 2})
+        for name, slot in found.items():
+            kind = gguf.GGMLQuantizationType[stored[name]]
+            writer.add_tensor_info(name, slot.shape, np.dtype(np.float32), sizes[name], kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, slot in found.items():
+            writer.write_tensor_data(_rounded(taken(state, slot), stored[name]))
+            done(sizes[name])
+        writer.close()
+
+
+def check_target(path: str | Path, type: str) -> None:
+    """Raise UsageError unless a GGUF file of this type can be put here without overwriting anything."""
+    path = Path(path)
+    if type not in GGUF_TYPES:
+        raise UsageError(f"unknown GGUF type {type!r}; {did_you_mean(type, GGUF_TYPES)}")
+    if path.suffix != ".gguf":
+        raise UsageError(f"{path}: GGUF is one file; a name that ends in .gguf is wanted")
+    if path.exists():
+        raise UsageError(f"{path}: exists already; the name of a new file is wanted")
+
+
+def _add_metadata(writer: Any, metadata: dict[str, Any]) -> None:
+    add: dict[type, Callable[[str, Any], None]] = {
+        bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+        list: writer.add_array,
+    }  # fmt: skip
+    for key, value in metadata.items():
+        add[type(value)](key, value)
+
+
+def _stored(slot: Slot, type: str) -> str:
+    """The type of one tensor."""
+    if len(slot.shape) == 1 or slot.ours.endswith(".router.weight"):
+        return "F32"
+    if type == "q4_0" and slot.ours in ("embedding.weight", "output.weight"):
+        type = "q8_0"
+    return "BF16" if slot.shape[-1] % _SIZES[type.upper()].block else type.upper()
+
+
+def _nbytes(shape: tuple[int, ...], stored: str) -> int:
+    return math.prod(shape) // _SIZES[stored].block * _SIZES[stored].nbytes
+
+
+def _rounded(tensor: Tensor, stored: str) -> np.ndarray:
+    """The bytes of the file, by row [rows, bytes]; fp32 as it is."""
+    if stored == "F32":
+        return tensor.float().contiguous().numpy()
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    if stored == "BF16":
+        return rows.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
+    gguf = gguf_package()
+    out = np.empty((len(rows), _nbytes((rows.shape[1],), stored)), dtype=np.uint8)
+    step = max(1, _CHUNK // rows.shape[1])
+    for begin in range(0, len(rows), step):
+        part = rows[begin : begin + step].float().contiguous().numpy()
+        out[begin : begin + step] = gguf.quants.quantize(part, gguf.GGMLQuantizationType[stored])
+    return out

@@ -1,0 +1,152 @@
+"""Tokenizers and chat templates that go into GGUF files and come back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+
+from mixtral.config_formats import read_config
+from mixtral.errors import MixtralError, UsageError
+from mixtral.tokenizer import Tokenizer, load_tokenizer
+from mixtral.weights import convert, save_hf
+from mixtral.weights.chat_templates import TEMPLATES
+from mixtral.weights.gguf_tokenizer import _rebuilt, read_template, read_tokenizer, tokenizer_metadata
+from mixtral.weights.gguf_write import write_gguf
+from tests.tokenizer.conftest import tokenizer_named
+from tests.weights.weight_states import SPARSE, random_state
+
+TEXT = "def f(a):\n        return  a  # été 日本 🙂 [INST] [REFERENCE_DOC_3] <s>\n"
+KEY = "tokenizer.ggml."
+
+
+@pytest.mark.parametrize("name", ["v1", "v3", "own"])
+def test_there_and_back(name: str) -> None:
+    tokenizer = tokenizer_named(name)
+    metadata = tokenizer_metadata(tokenizer, tokenizer.vocab_size + 3, None)
+    assert metadata[KEY + "model"] == "llama" and metadata[KEY + "tokens"][-1] == f"[PAD{tokenizer.vocab_size + 2}]"
+    assert metadata[KEY + "token_type"][:3] == [2, 3, 3] and metadata[KEY + "token_type"][-1] == 5
+    back = _rebuilt(metadata)
+    assert back.fingerprint == tokenizer.fingerprint and back.version == tokenizer.version
+    assert (back.bos_id, back.eos_id, back.dummy_prefix) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.dummy_prefix)
+    assert back.encode(TEXT) == tokenizer.encode(TEXT) and back.decode(back.encode(TEXT)) == TEXT
+
+
+def test_files_by_way_of_gguf(tmp_path: Path) -> None:
+    own, config = tokenizer_named("own"), SPARSE.replace(vocab_size=1000)
+    save_hf(random_state(config), config, tmp_path / "src")
+    own.save(tmp_path / "src")
+    convert(tmp_path / "src", tmp_path / "a.gguf", "gguf")
+    back = read_tokenizer(tmp_path / "a.gguf")
+    assert back is not None and back.fingerprint == own.fingerprint
+    convert(tmp_path / "a.gguf", tmp_path / "dst", "hf")
+    assert load_tokenizer(tmp_path / "dst").fingerprint == own.fingerprint
+    assert not (tmp_path / "dst/chat_template.jinja").exists()  # the file's was the version's own
+    assert read_config(tmp_path / "dst") == config
+
+
+@pytest.mark.parametrize("holder", ["chat_template.jinja", "tokenizer_config.json", "several"])
+def test_a_template_goes_along(holder: str, tmp_path: Path) -> None:
+    own, config, template = tokenizer_named("own"), SPARSE.replace(vocab_size=1000), "{{ messages }} \n ü"
+    save_hf(random_state(config), config, tmp_path / "src")
+    own.save(tmp_path / "src")
+    if holder == "chat_template.jinja":
+        (tmp_path / "src" / holder).write_text(template)
+    else:
+        several = [{"name": "rag", "template": "no"}, {"name": "default", "template": template}]
+        told = {"chat_template": several if holder == "several" else template}
+        (tmp_path / "src/tokenizer_config.json").write_text(json.dumps(told))
+    convert(tmp_path / "src", tmp_path / "a.gguf", "gguf")
+    assert read_template(tmp_path / "a.gguf") == template
+    convert(tmp_path / "a.gguf", tmp_path / "dst", "hf")
+    assert (tmp_path / "dst/chat_template.jinja").read_text() == template
+
+
+def test_no_tokenizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_gguf(random_state(SPARSE), SPARSE, tmp_path / "a.gguf")
+    assert read_tokenizer(tmp_path / "a.gguf") is None and not caplog.text
+    assert read_tokenizer(tmp_path) is None and read_template(tmp_path) is None
+    (tmp_path / "tokenizer_config.json").write_text("[")
+    with pytest.raises(MixtralError, match=r"tokenizer_config\.json: not a JSON object"):
+        read_template(tmp_path)
+
+
+def test_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    metadata = {KEY + "model": "gpt2"}
+    monkeypatch.setattr("mixtral.weights.gguf_write.tokenizer_metadata", lambda *_: metadata)
+    write_gguf(random_state(SPARSE), SPARSE, tmp_path / "a.gguf")
+    assert read_tokenizer(tmp_path / "a.gguf") is None
+    assert "its tokenizer is of kind 'gpt2', which is not read from GGUF; only 'llama' is" in caplog.text
+    metadata[KEY + "model"] = "llama"
+    write_gguf(random_state(SPARSE), SPARSE, tmp_path / "b.gguf")
+    with pytest.raises(MixtralError, match=r"b\.gguf: its vocabulary cannot be used: tokenizer\.ggml\.tokens, "):
+        read_tokenizer(tmp_path / "b.gguf")
+
+
+def test_what_cannot_be_written() -> None:
+    with pytest.raises(UsageError, match="a tekken tokenizer cannot be written to GGUF; a sentencepiece model can"):
+        tokenizer_metadata(tokenizer_named("small-tekken"), 99_999, None)
+    with pytest.raises(UsageError, match="the tokenizer has 1000 pieces, more than the model's vocabulary of 999"):
+        tokenizer_metadata(tokenizer_named("own"), 999, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scores": [0.5]}, "must be lists of one length"),
+        ({"token_type": 3}, "must be lists of one length"),
+        ({"token_type": [9] * 1000}, "9 is not a valid Kind"),
+        ({"eos_token_id": 1000}, "must be ids of its 1000 tokens"),
+        ({"tokens": ["a"] * 1000}, "damaged"),  # one text twice: sentencepiece refuses
+    ],
+)
+def test_damaged_vocabularies(change: dict[str, Any], message: str) -> None:
+    metadata = tokenizer_metadata(tokenizer_named("own"), 1000, None) | {KEY + key: v for key, v in change.items()}
+    with pytest.raises((MixtralError, ValueError), match=message):
+        _rebuilt(metadata)
+
+
+def test_an_unknown_token_by_another_kind() -> None:
+    """Files made from a tokenizer.json may call it a control token."""
+    own = tokenizer_named("own")
+    metadata = tokenizer_metadata(own, 1000, None)
+    metadata[KEY + "token_type"][0] = 3
+    assert _rebuilt(metadata).fingerprint == own.fingerprint
+
+
+def tokens_of(rendered: str, tokenizer: Tokenizer) -> list[int]:
+    """As llama.cpp has it: control tokens are found in the text, and the text after each begins with a space."""
+    ids, rest = [], rendered
+    names = {name: i for i, name in tokenizer.control.items() if i != 0}
+    while rest:
+        at, name = min(((rest.find(name), name) for name in names if name in rest), default=(len(rest), ""))
+        if at:
+            ids += tokenizer.encode(rest[:at], bos=False)
+        if name:
+            ids.append(names[name])
+        rest = rest[at + len(name) :]
+    return ids
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+@pytest.mark.parametrize("version", TEMPLATES)
+def test_templates_say_what_mistral_common_does(version: str, system: str) -> None:
+    tokenizer = tokenizer_named(version)
+    said = [("user", "Hello  there"), ("assistant", "Hi!"), ("user", "def f():\n  pass"), ("assistant", "ok")]
+    said.append(("user", "?"))
+    for turns in (said[:1], said[:3], said):
+        roles = {"user": UserMessage, "assistant": AssistantMessage}
+        messages: list[Any] = [roles[role](content=content) for role, content in turns]
+        plain = [{"role": role, "content": content} for role, content in turns]
+        if system:
+            messages.insert(0, SystemMessage(content=system))
+            plain.insert(0, {"role": "system", "content": system})
+        assert tokenizer.mistral is not None
+        expected = tokenizer.mistral.encode_chat_completion(ChatCompletionRequest(messages=messages)).tokens
+        rendered = jinja2.Template(TEMPLATES[version]).render(messages=plain, bos_token="<s>", eos_token="</s>")
+        assert tokens_of(rendered, tokenizer) == expected
