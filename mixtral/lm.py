@@ -20,12 +20,11 @@ from mixtral.hardware import has_fast_bf16
 from mixtral.model import Mixtral, Output, Packed, named_state
 from mixtral.moe import Routing
 from mixtral.runtime import choose_device, choose_dtype
-from mixtral.tokenizer import Tokenizer, load_tokenizer
+from mixtral.tokenizer import Tokenizer
 from mixtral.weights import load_state
+from mixtral.weights.gguf_tokenizer import read_tokenizer
 from mixtral.weights.names import fixed_dtype
 from mixtral.weights.save import check_free, write_hf
-
-TOKENIZER_FILES = ("tekken.json", "*.model", "*.model.v*", "tokenizer.json")
 
 
 class LM:
@@ -143,17 +142,12 @@ def load(
     """
     chosen = choose_device(device)
     config = read_config(path)
-    tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
+    tokenizer = read_tokenizer(path)
     state = _one_dtype(load_state(path, config, _dtype(dtype, chosen), chosen))
     with torch.device("meta"):
         model = Mixtral(config)
     model.load_state_dict(state, assign=True)
     return LM(model, tokenizer)
-
-
-def has_tokenizer(folder: str | Path) -> bool:
-    """Whether a model folder holds a tokenizer file."""
-    return any(any(Path(folder).glob(pattern)) for pattern in TOKENIZER_FILES)
 
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:

@@ -18,6 +18,7 @@ from mixtral.errors import ConfigError, UsageError, WeightsError
 from mixtral.lm import LM, load
 from mixtral.model import Mixtral, initialise
 from mixtral.tokenizer import Tokenizer, train_bpe
+from mixtral.weights import convert
 
 transformers = pytest.importorskip("transformers")
 
@@ -217,6 +218,19 @@ def test_a_file_of_mixed_dtypes_is_loaded_in_the_one_most_weights_have(
     lm.save(tmp_path / "m")
     again = load(tmp_path / "m", device="cpu")
     assert {p.dtype for p in again.model.parameters()} == {torch.bfloat16}
+
+
+def test_a_gguf_file(lm: LM, tmp_path: Path) -> None:
+    """The same logits as from the folder, in the dtype asked for, and the tokenizer with it."""
+    lm.model.to(torch.bfloat16)
+    lm.save(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "model.gguf", "gguf")
+    for dtype in (torch.float32, torch.bfloat16):
+        there, back = load(tmp_path / "hf", torch.bfloat16), load(tmp_path / "model.gguf", dtype)
+        assert back.dtype == dtype and back.tokenizer is not None and lm.tokenizer is not None
+        assert back.tokenizer.fingerprint == lm.tokenizer.fingerprint
+        there.model.to(dtype)
+        assert torch.equal(back.logits(tokens()), there.logits(tokens()))
 
 
 def test_without_a_tokenizer_token_ids_still_work(tmp_path: Path) -> None:
