@@ -19,6 +19,8 @@ from mixtral.files import atomic_folder
 from mixtral.hardware import has_fast_bf16
 from mixtral.model import Mixtral, Output, Packed, named_state
 from mixtral.moe import Routing
+from mixtral.quant.load import load_quantised
+from mixtral.quant.recipe import PACKED, read_recipe
 from mixtral.runtime import choose_device, choose_dtype
 from mixtral.tokenizer import Tokenizer
 from mixtral.weights import load_state
@@ -40,11 +42,11 @@ class LM:
 
     @property
     def device(self) -> torch.device:
-        return self.model.output_weight.device
+        return self.model.embedding.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.output_weight.dtype
+        return self.model.embedding.weight.dtype
 
     # -- generating --------------------------------------------------------------------------------------------------
 
@@ -122,11 +124,14 @@ class LM:
     def save(self, folder: str | Path) -> None:
         """Write a model folder that transformers reads too, tokenizer included; whole or not at all.
 
-        Raises UsageError when the folder exists and is not empty.
+        Raises UsageError when the folder exists and is not empty, and for a quantised model.
         """
         check_free(folder)
+        state = named_state(self.model)
+        if any(name.endswith(PACKED) for name in state):
+            raise UsageError("save: this model is quantised; copy its folder, or save the model it was made from")
         with atomic_folder(folder) as new:
-            write_hf(named_state(self.model), self.config, new)
+            write_hf(state, self.config, new)
             if self.tokenizer is not None:
                 self.tokenizer.save(new)
 
@@ -134,7 +139,7 @@ class LM:
 def load(
     path: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
 ) -> LM:
-    """The model of a folder, in Hugging Face's or Mistral's format, with its tokenizer when it has one.
+    """The model of a folder, in Hugging Face's or Mistral's format or quantised, with its tokenizer when it has one.
 
     Args:
         dtype: "bf16", "fp32", ...; by default (or "auto") the file's, but fp32 on a CPU that is slow in bf16.
@@ -143,6 +148,8 @@ def load(
     chosen = choose_device(device)
     config = read_config(path)
     tokenizer = read_tokenizer(path)
+    if (recipe := read_recipe(path)) is not None:
+        return LM(load_quantised(path, config, recipe, _dtype(dtype, chosen), chosen), tokenizer)
     state = _one_dtype(load_state(path, config, _dtype(dtype, chosen), chosen))
     with torch.device("meta"):
         model = Mixtral(config)

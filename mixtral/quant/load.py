@@ -1,0 +1,90 @@
+"""A quantised folder as a model: its file is mapped, and the packed weights stay in it until they are touched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mixtral.config import ModelConfig
+from mixtral.errors import WeightsError
+from mixtral.model import Mixtral
+from mixtral.model.linear import Linear
+from mixtral.moe import Experts, FeedForward
+from mixtral.quant.layers import QuantExperts, QuantFeedForward, QuantLinear
+from mixtral.quant.recipe import PACKED, Recipe, stored_shapes
+from mixtral.weights.load import PACKED_FILE
+from mixtral.weights.names import fixed_dtype
+from mixtral.weights.safetensors_file import SafetensorsFile
+
+
+def load_quantised(
+    folder: str | Path, config: ModelConfig, recipe: Recipe, dtype: torch.dtype | None, device: torch.device | str
+) -> Mixtral:
+    """The model of a folder that `mixtral quantize` wrote.
+
+    Args:
+        dtype: of activations and of what is not quantised; None: the embedding's in the file, bf16.
+
+    Raises WeightsError when the file is damaged, or holds other tensors than configuration and recipe ask for.
+    """
+    file = SafetensorsFile(Path(folder) / PACKED_FILE)
+    _check(file, stored_shapes(config, recipe))
+    dtype = dtype or file.headers["embedding.weight"].dtype
+    state = {}
+    for name, raw_bytes in file.mapped().items():
+        packed = name.endswith(PACKED)
+        tensor = _tensor(file, name, raw_bytes) if packed else _tensor(file, name, raw_bytes.clone())
+        state[name] = tensor.to(device) if packed else tensor.to(device, fixed_dtype(name) or dtype)
+    model = empty_quantised(config, recipe)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def empty_quantised(config: ModelConfig, recipe: Recipe) -> Mixtral:
+    """The model with its quantised parts in place, all on the meta device."""
+    with torch.device("meta"):
+        model = Mixtral(config)
+        for name, module in list(model.named_modules()):
+            if (new := _quantised(name, module, recipe)) is not None:
+                model.set_submodule(name, new)
+    return model
+
+
+def _quantised(name: str, module: torch.nn.Module, recipe: Recipe) -> torch.nn.Module | None:
+    """What takes the place of a module; None: it stays."""
+    if isinstance(module, Linear):
+        fmt = recipe.format(name + ".weight")
+        return None if fmt is None else QuantLinear(fmt, *reversed(module.weight.shape))
+    if isinstance(module, Experts | FeedForward):
+        fmt = recipe.format(name + ".w2")
+        assert fmt is not None
+        quantised = QuantExperts if isinstance(module, Experts) else QuantFeedForward
+        return quantised(fmt, *module.w2.shape)
+    return None
+
+
+def _tensor(file: SafetensorsFile, name: str, raw_bytes: Tensor) -> Tensor:
+    header = file.headers[name]
+    assert header.dtype is not None  # _check refused the others
+    return raw_bytes.view(header.dtype).view(header.shape)
+
+
+def _check(file: SafetensorsFile, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise WeightsError, naming the first tensor that is wrong."""
+    for name in sorted(shapes.keys() ^ file.headers.keys()):
+        what = "is missing" if name in shapes else "is not a tensor of this model"
+        raise WeightsError(f"{file.path}: {name} {what}; config.json and the file do not belong together")
+    for name, shape in shapes.items():
+        header = file.headers[name]
+        if header.shape != shape:
+            raise WeightsError(f"{file.path}: {name} is {list(header.shape)}, the config asks for {list(shape)}")
+        right = header.dtype == torch.uint8 if name.endswith(PACKED) else _is_weight(header.dtype, name)
+        if not right:
+            raise WeightsError(f"{file.path}: {name} is stored as {header.stored}, which it cannot be")
+
+
+def _is_weight(stored: torch.dtype | None, name: str) -> bool:
+    whole = fixed_dtype(name) == torch.int64
+    return stored is not None and (stored == torch.int64 if whole else stored.is_floating_point)
