@@ -24,9 +24,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in the
 
 from corpus import DOMAINS, build
 from measure import prepare_held_out
+from pace import measure_pace
 from perform import finished, perform
+from plan import GROUPS, Run, planned
 from report import report
-from runs import GROUPS, Run, planned
 
 from mixtral.data.readers import BadInput
 from mixtral.data.sources import Source, documents
@@ -130,6 +131,7 @@ def study(options: argparse.Namespace) -> Path:
     corpus = prepare_corpus(out, scale)
     runs = planned(corpus, out / "tokenizer", scale.steps, tuple(options.only))
     perform_all(runs, out, corpus, scale, options.jobs, 60 * options.budget_minutes)
+    measure_pace(out, [run for run in runs if "dense" in run.kind.groups])
     return report(out)
 
 

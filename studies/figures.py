@@ -8,16 +8,20 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from runs import KINDS
+from plan import KINDS
 
 Summary = Mapping[str, Any]
 Kinds = Mapping[str, Sequence[Summary]]  # label: its runs, one a seed
 
 
 def read_summaries(out: Path) -> list[Summary]:
-    """Of all runs that are done, by kind and seed."""
+    """Of all runs that are done, by kind and seed, with `paced_seconds` where the pace of the kind was measured."""
     order = [kind.label for kind in KINDS]
     found = [json.loads(path.read_text()) for path in sorted((out / "runs").glob("*/summary.json"))]
+    pace = json.loads((out / "pace.json").read_text()) if (out / "pace.json").exists() else {}
+    for run in found:
+        if run["label"] in pace:
+            run["paced_seconds"] = run["steps"] * pace[run["label"]]
     return sorted(found, key=lambda summary: (order.index(summary["label"]), summary["seed"]))
 
 

@@ -1,6 +1,6 @@
 r"""What a small trained model is worth: its held-out code against gzip and xz, and held-out arithmetic, exactly right.
 
-    python studies/nano_scores.py RUN [RUN ...] [--tasks 500] [--untrained] [--json FILE]
+    python studies/nano_scores.py RUN [RUN ...] [--tasks 500] [--untrained] [--shipped] [--json FILE]
 
 RUN is the folder of a training run, such as `mixtral train nano --out runs/nano` leaves. Further runs are scored on the
 same files and tasks: the dense model of equal active compute, say, which is
@@ -43,6 +43,7 @@ from mixtral.lm import LM
 from mixtral.model import Mixtral, Packed, initialise
 from mixtral.recipes.nano import ARITHMETIC
 from mixtral.runtime import environment, set_threads
+from mixtral.shipped import SHIPPED
 from mixtral.train.pretrain import recorded_config
 
 HELD_OUT_SEED = 7_777
@@ -181,6 +182,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--tasks", type=int, default=500)
     parser.add_argument("--untrained", action="store_true", help="score the first run's weights before training too")
+    parser.add_argument("--shipped", action="store_true", help="score the package's mixtral-nano too: weights in bf16")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     options = parser.parse_args()
     set_threads()
@@ -188,6 +190,8 @@ def main() -> None:
     first = options.runs[0]
     if options.untrained:
         models.append((f"{first.name}, untrained", untrained(first, models[0][1])))
+    if options.shipped:
+        models.append((f"{SHIPPED}, as shipped", mixtral.load(SHIPPED)))
     texts, tasks = held_out_code(first, models[0][1]), held_out_tasks(first, options.tasks)
     if any(held_out_code(run, lm) != texts for run, (_, lm) in zip(options.runs, models, strict=False)):
         raise UsageError("the runs held out other files: train them on the same data with the same seed")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from failures import failures
 from measure import HeldOut, held_out, measure, other_texts
-from runs import Run
+from plan import Run
 
 from mixtral.errors import UsageError
 from mixtral.files import atomic_write, remove_folder

@@ -9,7 +9,7 @@ from typing import Any
 from corpus import DOMAINS
 from figures import Kinds, Summary, by_kind, curve, over_layers, training_flops
 from matplotlib.figure import Figure
-from runs import BASE
+from plan import BASE
 
 SHOWN = ("none", BASE, "global 0.01", "guided")  # whose experts are drawn by domain
 
@@ -102,12 +102,12 @@ def domains(kinds: Kinds) -> Figure:
 
 
 def dense(kinds: Kinds) -> Figure:
-    """Loss against FLOPs and against seconds of training, one thread."""
+    """Loss against FLOPs and against seconds of training at the pace measured in turn, one thread."""
     figure, panels = _panels(2, ["loss against compute", "loss against time"])
     for label, runs in kinds.items():
         tokens, losses = curve(runs, lambda point: point["loss"])
         whole = runs[0]["tokens"]
-        seconds = sum(run["seconds"] for run in runs) / len(runs)
+        seconds = runs[0].get("paced_seconds", float("nan"))
         panels[0].plot([t / whole * training_flops(runs[0]) for t in tokens], losses, marker="o", label=label)
         panels[1].plot([t / whole * seconds for t in tokens], losses, marker="o", label=label)
     panels[0].set(xlabel="FLOPs", ylabel="held-out loss (nats a token)")

@@ -90,8 +90,7 @@ SIZES: tuple[Column, ...] = (
 )
 DENSE: tuple[Column, ...] = (
     *SIZES,
-    _number("seconds", lambda run: run["seconds"], 0),
-    _number("tokens/s", lambda run: run["tokens_per_second"], 0),
+    _number("seconds", lambda run: run.get("paced_seconds", float("nan")), 0),
     LOSS,
 )
 EXPERTS: tuple[Column, ...] = (

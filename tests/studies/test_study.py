@@ -14,11 +14,12 @@ import torch
 from balancing import Pace, study
 from corpus import build, split
 from failures import PIECE, interleaved, shuffled
-from figures import curve, mean_k, spread, training_flops
+from figures import curve, mean_k, read_summaries, spread, training_flops
 from measure import held_out, measure
+from pace import measure_pace
 from perform import finished, perform
+from plan import BASE, SEEDS, Run, planned
 from report import report
-from runs import BASE, SEEDS, Run, planned
 
 from mixtral.data.store import NO_TARGET
 from mixtral.errors import UsageError
@@ -94,6 +95,20 @@ def test_the_report_shows_every_kind(folders: Path, runs: dict[str, Run], monkey
     assert len(json.loads((folder / "balancing.json").read_text())) == len(runs)
     names = "objectives repetition domains dense experts failures"
     assert {path.stem for path in folder.glob("*.png")} == {f"balancing_{name}" for name in names.split()}
+
+
+def test_the_pace_is_measured_once_and_told(
+    folders: Path, runs: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pace.ROUNDS", 1)
+    monkeypatch.setattr("pace.STEPS", 1)
+    (tmp_path / "runs").symlink_to(folders / "runs")
+    measure_pace(tmp_path, [runs[BASE], runs["dense, equal total"]])
+    before = (tmp_path / "pace.json").read_text()
+    measure_pace(tmp_path, [runs["guided"]])
+    assert (tmp_path / "pace.json").read_text() == before
+    seconds = {run["label"]: run.get("paced_seconds") for run in read_summaries(tmp_path)}
+    assert seconds[BASE] == json.loads(before)[BASE] > 0 and seconds["guided"] is None  # runs of one step
 
 
 def test_a_run_of_another_configuration_is_refused(folders: Path, runs: dict[str, Run]) -> None:

@@ -53,6 +53,9 @@ KINDS = (
     Kind("dense, equal active", ("dense", "failure"), DENSE | {"ffn_dim": ACTIVE}, ()),
     Kind("dense, equal total", ("dense", "failure"), DENSE | {"ffn_dim": tiny().n_experts * WIDTH}, ()),
     Kind("K 1", ("k",), {"experts_per_token": 1, "ffn_dim": ACTIVE}, MICRO),
+    # With one expert the softmax over the chosen is 1 whatever the router says: only balancing teaches it. Switch's
+    # weight is the score among all experts.
+    Kind("K 1, switch", ("k",), {"experts_per_token": 1, "ffn_dim": ACTIVE, "router": "switch"}, MICRO),
     Kind("K 4", ("k",), {"experts_per_token": 4, "ffn_dim": ACTIVE // 4}, MICRO),
     Kind("4 experts", ("k",), {"n_experts": 4}, MICRO),
     Kind("16 experts", ("k",), {"n_experts": 16}, MICRO),
