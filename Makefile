@@ -1,8 +1,9 @@
 .NOTPARALLEL:
-.PHONY: help core setup demo test check bench
+.PHONY: help core setup native demo test check bench
 
 help:
 	@echo 'make setup  install the package and all that its tests need into .venv'
+	@echo 'make native build the C++ library anew, after a change to it'
 	@echo 'make demo   train a small Mixtral here, write with it, show its routing'
 	@echo 'make test   run the tests'
 	@echo 'make check  lint and type-check'
@@ -13,6 +14,12 @@ core:
 
 setup:
 	@tools/bootstrap dev
+
+# tools/bootstrap does this too, for sources that it has not seen; here the compiler's messages show.
+native: setup
+	rm -f mixtral/kernels/native/libmixtral.so
+	.venv/bin/python setup.py -q build_ext --inplace --force -j 2
+	test -e mixtral/kernels/native/libmixtral.so
 
 demo: core
 	.venv/bin/mixtral demo

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mixtral.kernels import compiled, dense, expanded, loss, reference, rows, sdpa, stacked, table
+from mixtral.kernels import compiled, dense, expanded, loss, native, reference, rows, sdpa, stacked, table
 from mixtral.kernels.table import backends, choose, ops, use_backend
 
 __all__ = [
@@ -86,6 +86,7 @@ def _register_all() -> None:
     table.register("experts", "torch", stacked.experts_loop, "a product an expert, gradients written in place")
     table.register("experts_decode", "torch", stacked.experts_decode, "matrix-vector products, no sorting")
     table.register("linear", "torch", dense.linear, "F.linear, through fp32 where bf16 is slow")
+    table.register("packed_linear", "native", native.packed_linear, "the C++ library", native.supports)
     table.register("packed_linear", "torch", expanded.packed_linear, "expands a matrix for each product")
     table.register("swiglu", "torch", dense.swiglu, "gate and up in one product")
     table.register("rms_norm", "torch", dense.rms_norm, "backward by formula")

@@ -2,7 +2,6 @@
 // arithmetic in plain torch; the bits of the results are the same for any number of rows, tiles and threads.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 #include "isa.h"
@@ -40,7 +39,7 @@ struct Rows {
 inline bool takes_quantised(int32_t format) { return format != kBf16; }
 
 // Bytes of memory that `count` rows of `d` inputs need; `place_rows` lays them out in such memory (64-byte aligned).
-size_t rows_bytes(bool quantised, int count, int d);
+int64_t rows_bytes(bool quantised, int count, int d);
 Rows place_rows(void *memory, bool quantised, int count, int d);
 
 // Rounds or quantises rows first..last-1 of x [count, d], `x_stride` floats apart. Rows may be shared among threads.

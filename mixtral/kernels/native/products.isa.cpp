@@ -1,0 +1,230 @@
+// x W^T over packed weights (packed.py has the formulas). A tile is some blocks of outputs by some rows, whose sums stay
+// in registers; the lanes of an instruction set and the sizes of its tiles come from lanes_*.h.
+#include <cmath>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "packed.h"
+
+namespace mx {
+namespace MX_ISA {
+namespace {
+
+#if defined(__AVX512BF16__)
+#include "lanes_avx512.h"
+#elif defined(__AVX2__)
+#include "lanes_avx2.h"
+#else
+#include "lanes_portable.h"
+#endif
+
+constexpr int kColumns = kBlock / kWidth;  // registers that a block's lanes fill, its columns
+constexpr int kAhead = 1024;               // bytes between the weights in use and those asked for
+
+struct Product {
+  const Matrix &w;
+  const Rows &x;
+  const int32_t *index;
+  float *out;
+  int64_t out_stride;
+};
+
+struct Groups {
+  int first, last;
+};
+
+struct Bf16Format {
+  static constexpr int kBytes = 1024;  // of a group in one block
+};
+
+struct Int8Format : Int8 {
+  static constexpr int kBytes = 544;
+};
+
+struct Int4Format : Int4 {
+  static constexpr int kBytes = 288;
+};
+
+// The weights of a column, or of the first of several: those of its block, and the lanes inside it.
+template <class F>
+const uint8_t *weights_of(const Product &p, int column, int group) {
+  const int64_t block = column / kColumns;
+  return static_cast<const uint8_t *>(p.w.data) + (block * p.w.groups() + group) * F::kBytes;
+}
+
+int row_of(const Product &p, int row) { return p.index ? p.index[row] : row; }
+
+constexpr int lane_of(int column) { return column % kColumns * kWidth; }
+
+// The sums of C columns by R rows, begun anew or continued from `out`.
+template <int C, int R>
+struct Sums {
+  Floats v[C][R];
+
+  Sums(const Product &p, int column, int row, bool begin) {
+    for (int c = 0; c < C; ++c)
+      for (int r = 0; r < R; ++r) v[c][r] = begin ? zero() : load(place(p, column + c, row + r));
+  }
+
+  void write(const Product &p, int column, int row) const {
+    for (int c = 0; c < C; ++c)
+      for (int r = 0; r < R; ++r) store(place(p, column + c, row + r), v[c][r]);
+  }
+
+  static float *place(const Product &p, int column, int row) { return p.out + row * p.out_stride + column * kWidth; }
+};
+
+// Only few rows take their weights from memory; with more they are in the cache.
+template <int R>
+void ask_ahead(const uint8_t *weights) {
+  if constexpr (R <= 2) __builtin_prefetch(weights + kAhead);
+}
+
+// C columns by R rows of one pair of inputs; the fewer of weights and activations wait in registers for the others.
+template <int C, int R>
+void add_pair(Sums<C, R> &sums, const uint8_t *const *w, const uint8_t *const *x, int64_t pair) {
+  if constexpr (R <= 2) {
+    Pair inputs[R];
+    for (int r = 0; r < R; ++r) inputs[r] = splat_pair(x[r] + 4 * pair);
+    for (int c = 0; c < C; ++c) {
+      const Pair weights = load_pairs(w[c] + 64 * pair);
+      if (lane_of(c) == 0) ask_ahead<R>(w[c] + 64 * pair);
+      for (int r = 0; r < R; ++r) sums.v[c][r] = dot_pairs(sums.v[c][r], weights, inputs[r]);
+    }
+  } else {
+    Pair weights[C];
+    for (int c = 0; c < C; ++c) weights[c] = load_pairs(w[c] + 64 * pair);
+    for (int r = 0; r < R; ++r) {
+      const Pair inputs = splat_pair(x[r] + 4 * pair);
+      for (int c = 0; c < C; ++c) sums.v[c][r] = dot_pairs(sums.v[c][r], weights[c], inputs);
+    }
+  }
+}
+
+template <int C, int R>
+void tile(Bf16Format, const Product &p, int column, int row, Groups groups) {
+  const uint8_t *x[R], *w[C];
+  for (int r = 0; r < R; ++r) x[r] = p.x.values + row_of(p, row + r) * p.x.stride;
+  for (int c = 0; c < C; ++c) w[c] = weights_of<Bf16Format>(p, column + c, 0) + 4 * lane_of(column + c);
+  Sums<C, R> sums(p, column, row, groups.first == 0);
+  constexpr int kPairs = kGroup / 2;
+  for (int64_t pair = groups.first * kPairs; pair < groups.last * kPairs; ++pair) add_pair<C, R>(sums, w, x, pair);
+  sums.write(p, column, row);
+}
+
+// The exact integer dot products of one group, for C columns by R rows.
+template <class F, int C, int R>
+struct Dots {
+  Ints v[C][R];
+
+  Dots(const uint8_t *const *w, const uint8_t *const *x, const int32_t *sums_x) {
+    typename F::Sum sum[C][R];
+    for (int c = 0; c < C; ++c)
+      for (int r = 0; r < R; ++r) sum[c][r] = F::start(sums_x[r]);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const int quad = (i & 1) * 4 + (i >> 1);  // 0, 4, 1, 5, ...: int4 has two such in one register
+      for (int c = 0; c < C; ++c) {
+        const auto weights = F::weights(w[c], quad);
+        for (int r = 0; r < R; ++r) sum[c][r] = F::dot(sum[c][r], weights, splat_quad(x[r] + 4 * quad));
+      }
+    }
+    for (int c = 0; c < C; ++c)
+      for (int r = 0; r < R; ++r) v[c][r] = F::finish(sum[c][r], sums_x[r]);
+  }
+};
+
+template <int C, int R, class F>
+void tile(F, const Product &p, int column, int row, Groups groups) {
+  const uint8_t *x[R], *w[C], *halves[C];
+  const float *scales[R];
+  const int32_t *sums_x[R];
+  for (int r = 0; r < R; ++r) {
+    const int64_t at = row_of(p, row + r);
+    x[r] = p.x.values + at * p.x.stride + groups.first * kGroup;
+    scales[r] = p.x.scales + at * p.x.groups();
+    sums_x[r] = p.x.sums + at * p.x.groups();
+  }
+  for (int c = 0; c < C; ++c) {
+    const uint8_t *group = weights_of<F>(p, column + c, groups.first);
+    w[c] = group + 4 * lane_of(column + c);
+    halves[c] = group + F::kBytes - 2 * kBlock + 2 * lane_of(column + c);
+  }
+  Sums<C, R> sums(p, column, row, groups.first == 0);
+  for (int group = groups.first; group < groups.last; ++group) {
+    int32_t sum_x[R];
+    for (int r = 0; r < R; ++r) sum_x[r] = sums_x[r][group];
+    const Dots<F, C, R> dots(w, x, sum_x);
+    for (int c = 0; c < C; ++c) {
+      if (lane_of(c) == 0)
+        for (int line = 0; line < F::kBytes; line += 64) ask_ahead<R>(w[c] + line);
+      const Floats scale = load_halves(halves[c]);
+      for (int r = 0; r < R; ++r) sums.v[c][r] = fma(dots.v[c][r], multiply(scale, scales[r][group]), sums.v[c][r]);
+      w[c] += F::kBytes;
+      halves[c] += F::kBytes;
+    }
+    for (int r = 0; r < R; ++r) x[r] += kGroup;
+  }
+  sums.write(p, column, row);
+}
+
+constexpr int columns_of(Bf16Format, int rows) { return columns_bf16(rows); }
+template <class F>
+constexpr int columns_of(F, int rows) {
+  return columns_quantised(rows);
+}
+
+// R rows by the columns of a few blocks, as many at once as there are registers for.
+template <class F, int R>
+void rows_by_columns(const Product &p, int column, int last, int row, Groups groups) {
+  constexpr int C = columns_of(F{}, R);
+  for (; column + C <= last; column += C) tile<C, R>(F{}, p, column, row, groups);
+  if constexpr (C > kColumns)
+    for (; column < last; column += kColumns) tile<kColumns, R>(F{}, p, column, row, groups);
+}
+
+template <class F, int R = kMostRows>
+void some_rows(int count, const Product &p, int block, int last, int row, Groups groups) {
+  if (count == R)
+    rows_by_columns<F, R>(p, block * kColumns, last * kColumns, row, groups);
+  else if constexpr (R > 1)
+    some_rows<F, R - 1>(count, p, block, last, row, groups);
+}
+
+// Many rows: the weights of a few blocks are cut into parts that stay in the first-level cache (8 KiB a block) while all
+// rows go past them; the sums wait in `out`, in the same order as if they had never left their registers.
+template <class F>
+void product(const Product &p, int count, int first, int last) {
+  const int tiles = (count + kMostRows - 1) / kMostRows, groups = p.w.groups();
+  const int part = tiles > 1 ? 8192 / F::kBytes : groups;
+  for (int block = first; block < last; block += kBlocksAtOnce) {
+    const int end = block + kBlocksAtOnce < last ? block + kBlocksAtOnce : last;
+    for (int group = 0; group < groups; group += part) {
+      const Groups span{group, group + part < groups ? group + part : groups};
+      for (int t = 0; t < tiles; ++t) {  // of nearly equal size
+        const int row = static_cast<int>(int64_t{count} * t / tiles);
+        const int next = static_cast<int>(int64_t{count} * (t + 1) / tiles);
+        some_rows<F>(next - row, p, block, end, row, span);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void matmul(const Matrix &w, const Rows &x, const int32_t *index, int count, int first, int last, float *out,
+            int64_t out_stride) {
+  const Product p{w, x, index, out, out_stride};
+  if (w.format == kBf16)
+    product<Bf16Format>(p, count, first, last);
+  else if (w.format == kInt8)
+    product<Int8Format>(p, count, first, last);
+  else
+    product<Int4Format>(p, count, first, last);
+}
+
+}  // namespace MX_ISA
+}  // namespace mx
