@@ -24,9 +24,13 @@ EXTRAS = {  # as pyproject.toml has them; a test compares
     "tasks": ("reasoning-gym",),
     "dev": (
         "transformers", "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "pyarrow", "matplotlib", "datasets",
-        "tensorboard",
+        "tensorboard", "gguf",
     ),
 }
+COST = (  # of a missing native library, as measured on two cores (docs/kernels.md)
+    "products with packed weights expand the matrix each time, and decoding goes op by op through torch, which reads "
+    "weights at a third to a half of the memory's speed"
+)
 
 
 def doctor(as_json: JsonOption = False) -> None:
@@ -67,6 +71,7 @@ def examine() -> dict[str, Any]:
         "environment": runtime.environment(device),
         "packages": {name: _version(name) for name in CORE},
         "extras": {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()},
+        "native": _native(),
         "ops": {op: {_name(d): _kernel(op, device, d) for d in dtypes} for op in kernels.ops()},
     }
 
@@ -103,6 +108,15 @@ def _kernel(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, str]
     return {"backend": choice.implementation.backend, "reason": choice.reason}
 
 
+def _native() -> dict[str, Any]:
+    """The C++ library: whether it can be used, and what of the processor it uses; or why not."""
+    from mixtral.kernels import native
+
+    if reason := native.available():
+        return {"available": False, "reason": reason, "cost": COST, "remedy": native.REMEDY}
+    return {"available": True, "instruction_set": native.instruction_set()}
+
+
 # -- for people --------------------------------------------------------------------------------------------------------
 
 
@@ -115,6 +129,8 @@ def _print(report: dict[str, Any]) -> None:
     out.print(", ".join(f"{name} {version or 'missing'}" for name, version in packages.items()))
     out.print("\nOptional packages", style="bold")
     out.print(_extras(report["extras"]))
+    out.print("\nNative library", style="bold")
+    out.print(_native_table(report["native"]))
     out.print("\nKernel of each op", style="bold")
     out.print(_ops(report["ops"], report["dtype"]))
 
@@ -149,6 +165,18 @@ def _extras(extras: dict[str, dict[str, str | None]]) -> Table:
             table.add_row(extra, f'pip install "mixtral[{extra}]" adds {", ".join(missing)}')
         else:
             table.add_row(extra, ", ".join(f"{name} {version}" for name, version in packages.items()))
+    return table
+
+
+def _native_table(native: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 3, 0, 0))
+    if native["available"]:
+        table.add_row("in use", f"instruction set {native['instruction_set']}")
+        return table
+    for name in ("reason", "cost", "remedy"):
+        table.add_row("missing" if name == "reason" else name, native[name])
     return table
 
 

@@ -9,6 +9,7 @@ import torch
 
 from mixtral import hardware, kernels
 from mixtral.commands import doctor
+from mixtral.kernels import native
 from tests.commands.conftest import Run
 
 
@@ -63,6 +64,22 @@ def test_the_extras_are_the_packages() -> None:
     bare = {extra: tuple(r.split(">")[0] for r in wanted) for extra, wanted in project["optional-dependencies"].items()}
     assert bare == doctor.EXTRAS
     assert tuple(r.split(">")[0] for r in project["dependencies"]) == doctor.CORE
+
+
+def test_the_native_library_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "available", lambda: "")
+    monkeypatch.setattr(native, "instruction_set", lambda: "avx512")
+    assert json.loads(run("doctor", "--json").out)["native"] == {"available": True, "instruction_set": "avx512"}
+    assert "instruction set avx512" in run("doctor").out
+
+
+def test_a_missing_native_library_comes_with_its_cost_and_remedy(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "available", lambda: "was not built")
+    told = json.loads(run("doctor", "--json").out)["native"]
+    assert told["reason"] == "was not built" and not told["available"]
+    out = " ".join(run("doctor").out.split())
+    for wanted in ("missing was not built", "cost products with packed weights", "remedy install a C++17 compiler"):
+        assert wanted in out
 
 
 def test_gpus_are_listed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
