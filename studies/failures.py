@@ -1,13 +1,14 @@
 """Where a trained model is put out of its way: what its loss, its routing and its balance do.
 
-    plain      each domain by itself
+    plain      each domain by itself, each document a context of its own, as in training
+    joined     the same, but documents run on into each other
     mixed      four domains in one context, PIECE tokens of each in turn
-    alone      the same pieces, each in a context of its own
-    shuffled   the tokens of plain contexts in random order
-    NAME       text of no trained domain (corpus.py)
+    alone      the same pieces, each a context of its own
+    shuffled   the tokens of joined contexts in random order
+    NAME       text of no trained domain (corpus.py), as `plain`
 
-The first three are the same tokens with the same targets in other company, so that their losses compare. (The last
-token of a piece has no target, and a context may run on from one document into the next.)
+The first four are the same tokens with the same targets in other company, so that their losses compare. (The last
+token of a piece has no target.)
 
 Legend: T tokens, P pieces.
 """
@@ -31,35 +32,40 @@ from mixtral.moe.stats import gini, score_entropy
 PIECE = 32
 TOKENS_AT_A_TIME = 2048
 Texts = tuple[Tensor, Tensor]  # tokens and targets, both int64 [P, PIECE]
+Batch = tuple[Packed, Tensor]  # and its targets, int64 [T]
 
 
 @torch.no_grad()
 def failures(model: Mixtral, plain: HeldOut, others: HeldOut, byte_lengths_V: Tensor) -> dict[str, dict[str, Any]]:
-    """The figures of every case; `plain` has as many pieces of each domain as the shortest one has."""
+    """The figures of every case; of each domain as much as there is of the shortest one."""
     model.eval()
-    pieces = {domain: _pieces(parts) for domain, parts in plain.items()}
-    count = min(len(tokens) for tokens, _ in pieces.values()) // (CONTEXT // PIECE) * (CONTEXT // PIECE)
-    pieces = {domain: (tokens[:count], targets[:count]) for domain, (tokens, targets) in pieces.items()}
+    count = min(map(len, plain.values()))
+    parts = {domain: parts[:count] for domain, parts in plain.items()}
+    pieces = {domain: _pieces(mine) for domain, mine in parts.items()}
+    joined = _joined([_rows(texts, CONTEXT) for texts in pieces.values()])
     cases = {
-        "plain": _joined([_rows(texts, CONTEXT) for texts in pieces.values()]),
-        "mixed": _rows(interleaved(pieces), CONTEXT),
-        "alone": _joined([_rows(texts, PIECE) for texts in pieces.values()]),
+        "plain": [(part.batch, _cut(part.targets_T)) for mine in parts.values() for part in mine],
+        "joined": _batches(joined),
+        "mixed": _batches(_rows(interleaved(pieces), CONTEXT)),
+        "alone": _batches(_joined([_rows(texts, PIECE) for texts in pieces.values()])),
+        "shuffled": _batches(shuffled(joined[0])),
     }
-    cases["shuffled"] = shuffled(*cases["plain"])
-    found = {name: figures(model, *rows, byte_lengths_V) for name, rows in cases.items()}
-    for name, parts in others.items():
-        found[name] = figures(model, *_rows(_pieces(parts), CONTEXT), byte_lengths_V)
-    return found
+    cases |= {name: [(part.batch, part.targets_T) for part in mine] for name, mine in others.items()}
+    return {name: figures(model, batches, byte_lengths_V) for name, batches in cases.items()}
 
 
 def _pieces(parts: Sequence[TrainBatch]) -> Texts:
-    """A domain's tokens in pieces, in order; the last token of each is no input to a target."""
+    """A domain's tokens in pieces, in order."""
     tokens_T = torch.cat([part.batch.tokens_T for part in parts])
-    targets_T = torch.cat([part.targets_T for part in parts])
-    whole = len(tokens_T) // PIECE * PIECE
-    tokens, targets = tokens_T[:whole].view(-1, PIECE), targets_T[:whole].view(-1, PIECE).clone()
-    targets[:, -1] = NO_TARGET
-    return tokens, targets
+    targets_T = torch.cat([_cut(part.targets_T) for part in parts])
+    return tokens_T.view(-1, PIECE), targets_T.view(-1, PIECE)
+
+
+def _cut(targets_T: Tensor) -> Tensor:
+    """Without the targets of the last tokens of pieces: in a piece alone, these would have nothing to predict."""
+    targets_T = targets_T.clone()
+    targets_T[PIECE - 1 :: PIECE] = NO_TARGET
+    return targets_T
 
 
 def interleaved(pieces: Mapping[str, Texts]) -> Texts:
@@ -80,27 +86,25 @@ def _joined(rows: Sequence[Texts]) -> Texts:
     return torch.cat(tokens), torch.cat(targets)
 
 
-def shuffled(tokens: Tensor, targets: Tensor) -> Texts:
+def shuffled(tokens: Tensor) -> Texts:
     """Each row's tokens in random order; a target is what follows now, the last of a row has none."""
-    del targets
     order = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)).argsort(1)
     tokens = tokens.gather(1, order)
     return tokens, torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=NO_TARGET)
 
 
-def figures(model: Mixtral, tokens: Tensor, targets: Tensor, byte_lengths_V: Tensor) -> dict[str, Any]:
+def figures(model: Mixtral, batches: Sequence[Batch], byte_lengths_V: Tensor) -> dict[str, Any]:
     """Loss (nats a token, bits a byte) and, a layer each, entropy of scores, Gini and largest load of the experts."""
-    nats, counted, counts, entropies = 0.0, 0, list[Tensor](), list[list[float]]()
-    rows = max(1, TOKENS_AT_A_TIME // tokens.shape[1])
-    for part_tokens, part_targets in zip(tokens.split(rows), targets.split(rows), strict=True):
-        output = model(_packed(part_tokens), targets=part_targets.flatten())
-        here = int((part_targets != NO_TARGET).sum())
-        nats, counted = nats + float(output.loss) * here, counted + here
+    nats, counted, n_bytes, counts, entropies = 0.0, 0, 0, list[Tensor](), list[list[float]]()
+    for batch, targets_T in batches:
+        output = model(batch, targets=targets_T)
+        here_T = targets_T[targets_T != NO_TARGET]
+        nats, counted = nats + float(output.loss) * len(here_T), counted + len(here_T)
+        n_bytes += int(byte_lengths_V[here_T].sum())
         taken = [assignment_counts(routing) for routing in output.routing]
         counts = [a + b for a, b in zip(counts, taken, strict=True)] if counts else taken
         entropies.append([score_entropy(routing) for routing in output.routing])
     loads = [c / c.sum().clamp(min=1) for c in counts]
-    n_bytes = int(byte_lengths_V[targets[targets != NO_TARGET]].sum())
     return {
         "loss": nats / counted,
         "bits_per_byte": nats / math.log(2) / max(1, n_bytes),
@@ -109,6 +113,13 @@ def figures(model: Mixtral, tokens: Tensor, targets: Tensor, byte_lengths_V: Ten
         "gini": [gini(load_E) for load_E in loads],
         "max_over_mean": [float(load_E.max() * len(load_E)) for load_E in loads],
     }
+
+
+def _batches(rows: Texts) -> list[Batch]:
+    """Each row a context, as many in a batch as there is room for."""
+    at_a_time = max(1, TOKENS_AT_A_TIME // rows[0].shape[1])
+    parts = zip(*(texts.split(at_a_time) for texts in rows), strict=True)
+    return [(_packed(tokens), targets.flatten()) for tokens, targets in parts]
 
 
 def _packed(tokens: Tensor) -> Packed:

@@ -1,0 +1,74 @@
+"""Put a trained run's model into the package as `mixtral-nano`: weights in bf16, tokenizer, how it was trained, curve.
+
+    python studies/ship_nano.py runs/nano
+
+The card, mixtral/nano/README.md, is written by hand from what studies/nano_scores.py prints, and stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+import mixtral
+from mixtral.errors import MixtralError, UsageError
+from mixtral.shipped import FOLDER
+from mixtral.train.metrics import read_lines
+from mixtral.train.pretrain import recorded_config
+
+MOST_BYTES = 16_000_000
+CARD = "README.md"
+
+
+def ship(run: Path, folder: Path) -> int:
+    """Write the model of `run` to `folder`, whose card stays -> bytes. UsageError when that would be too large."""
+    with tempfile.TemporaryDirectory() as scratch:
+        new = Path(scratch) / "model"
+        mixtral.load(run / "final", dtype=torch.bfloat16).save(new)
+        shutil.copyfile(run / "final" / "training.json", new / "training.json")
+        plot_curve(run, new / "curve.png")
+        size = sum(file.stat().st_size for file in new.iterdir())
+        if size > MOST_BYTES:
+            raise UsageError(f"{run}: {size:,} bytes; the package has room for {MOST_BYTES:,}")
+        if (folder / CARD).exists():
+            shutil.copyfile(folder / CARD, new / CARD)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(new, folder)
+    return size
+
+
+def plot_curve(run: Path, path: Path) -> None:
+    """Training and held-out loss by tokens, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines, a_step = read_lines(run / "metrics.jsonl"), recorded_config(run).tokens_per_step / 1e6
+    train = [(line["step"] * a_step, line["cross_entropy"]) for line in lines if "cross_entropy" in line]
+    held_out = [(line["step"] * a_step, line["val_cross_entropy"]) for line in lines if "val_cross_entropy" in line]
+    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
+    axes.plot(*zip(*train, strict=True), color="0.75", linewidth=0.6, label="training, each step")
+    axes.plot(*zip(*held_out, strict=True), marker="o", markersize=3, label="held-out")
+    axes.set(xlabel="million tokens", ylabel="nats a token", ylim=(0.5, None), title="mixtral-nano")
+    axes.legend()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("run", type=Path, metavar="RUN")
+    options = parser.parse_args()
+    try:
+        print(f"{FOLDER}: {ship(options.run, FOLDER):,} bytes")
+    except MixtralError as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()
