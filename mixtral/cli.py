@@ -25,6 +25,7 @@ from mixtral.commands.demo import demo
 from mixtral.commands.doctor import doctor
 from mixtral.commands.generate import generate
 from mixtral.commands.info import info
+from mixtral.commands.quantize import quantize
 from mixtral.commands.runs import runs
 from mixtral.commands.train import train
 from mixtral.errors import MixtralError
@@ -38,6 +39,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     generate,
     chat,
     convert,
+    quantize,
 )
 
 _log = logging.getLogger("mixtral")  # its level tells whether --verbose was given

@@ -1,0 +1,156 @@
+"""`mixtral quantize`: a model folder in 8 or 4 bits a weight, and what that costs in quality."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mixtral.commands.common import JsonOption, bytes_text, console
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mixtral.quant.compare import Comparison
+    from mixtral.quant.quantize import Size
+    from mixtral.quant.recipe import Recipe
+    from mixtral.weights.progress import Progress
+
+
+def quantize(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Model folder to read, of Hugging Face or Mistral.")],
+    target: Annotated[str, typer.Argument(metavar="DST", help="Folder to write; must not exist, or be empty.")],
+    bits: Annotated[str, typer.Option(metavar="BITS", help="8, 4, or mixed: 8, and 4 for the experts.")],
+    calibrate: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Text to calibrate with: a file or another data source.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Text to compare with the unquantised model on.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Read at most this many tokens of each text.")] = 8192,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantise a model: attention, experts and output to 8.5 or 4.5 bits a weight.
+
+    The weights stream by tensor by tensor, so memory for a few of them is enough; --calibrate needs that of one layer,
+    --text that of the whole model. Every mixtral command reads the new folder as it is. It appears whole or not at all.
+
+    Examples:
+    mixtral quantize runs/first/final small --bits mixed
+    mixtral quantize runs/first/final small --bits 4 --calibrate stdlib:code --text notes.txt
+    mixtral quantize Mixtral-8x7B-v0.1 small --bits 8 --json
+    """
+    from mixtral.quant.quantize import quantise_folder
+    from mixtral.quant.recipe import Recipe
+    from mixtral.weights.save import check_free
+
+    recipe = Recipe.of(bits)
+    check_free(target)
+    to_compare = None if text is None else _sequences(source, text, tokens)  # a bad text is told before the work
+    importance: dict[str, Tensor] | None = None
+    with _bar() as progress:
+        if calibrate is not None:
+            importance, facts = _calibrated(source, calibrate, tokens, progress)
+            recipe = Recipe.of(bits, facts)
+        size = quantise_folder(source, target, recipe, importance, progress)
+        comparison = None if to_compare is None else _compared(source, target, to_compare, progress)
+    if as_json:
+        print(json.dumps(_figures(size, recipe, comparison), indent=2))
+        return
+    _show_size(target, size, recipe)
+    if comparison is not None:
+        _show_comparison(comparison)
+
+
+def _sequences(source: str, text: str, tokens: int) -> list[list[int]]:
+    """Sequences of a text by the tokenizer of the model folder `source`; UsageError when it has none."""
+    from mixtral.config_formats import read_config
+    from mixtral.quant.text import read_sequences
+    from mixtral.tokenizer import load_tokenizer
+
+    context = read_config(source).context
+    return read_sequences(text, load_tokenizer(source), tokens, context)
+
+
+def _calibrated(
+    source: str, text: str, tokens: int, progress: Progress
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """-> (the importance of inputs, what the recipe tells of the calibration)."""
+    from mixtral.config_formats import read_config
+    from mixtral.quant.calibrate import second_moments
+    from mixtral.weights.load import StateReader
+
+    sequences = _sequences(source, text, tokens)
+    config = read_config(source)
+    importance = second_moments(StateReader(source, config), config, sequences, progress)
+    return importance, {"source": text, "tokens": sum(map(len, sequences))}
+
+
+def _compared(source: str, target: str, sequences: list[list[int]], progress: Progress) -> Comparison:
+    from mixtral import lm
+    from mixtral.quant.compare import compare
+
+    return compare(lm.load(source, device="cpu").model, lm.load(target, device="cpu").model, sequences, progress)
+
+
+def _figures(size: Size, recipe: Recipe, comparison: Comparison | None) -> dict[str, Any]:
+    return {
+        "size": asdict(size),
+        "recipe": recipe.to_dict(),
+        "comparison": None if comparison is None else asdict(comparison),
+    }
+
+
+# -- for people --------------------------------------------------------------------------------------------------------
+
+
+def _show_size(target: str, size: Size, recipe: Recipe) -> None:
+    excess = 100 * (size.written / size.theory - 1)
+    print(f"{target}: {bytes_text(size.written)}, {100 * size.written / size.bf16:.1f} % of bf16; "
+          f"in theory {bytes_text(size.theory)} ({excess:+.2f} %)")  # fmt: skip
+    formats = f"attention {recipe.attention}, experts {recipe.experts}, output {recipe.output}"
+    print(f"{formats}; norms and gates as they were")
+    if recipe.calibration is not None:
+        print(f"calibrated on {recipe.calibration['tokens']:,} tokens of {recipe.calibration['source']}")
+
+
+def _show_comparison(comparison: Comparison) -> None:
+    from rich.table import Table
+
+    out = console()
+    out.print(f"\nOn {comparison.tokens:,} tokens, against the unquantised model", style="bold")
+    table = Table.grid(padding=(0, 3, 0, 0))
+    for _ in range(4):
+        table.add_column(justify="left" if not table.columns else "right")
+    table.add_row("quantised", "perplexity", "KL (nats)", "same choice", style="dim")
+    table.add_row("nothing", f"{comparison.perplexity:.4f}", "", "")
+    for part in (comparison.whole, *comparison.parts):
+        table.add_row(part.what, f"{part.perplexity:.4f}", f"{part.kl:.6f}", f"{100 * part.agreement:.2f}%")
+    out.print(table)
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
+    """A bar for each stage on standard error; nothing where that is not a terminal."""
+    from rich import progress as rich_progress
+
+    err = console(stderr=True)
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(bar_width=20),
+        rich_progress.TaskProgressColumn(),
+        rich_progress.TimeRemainingColumn(compact=True),
+    )
+    with rich_progress.Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        tasks: dict[str, rich_progress.TaskID] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+
+        yield show

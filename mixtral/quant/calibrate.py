@@ -1,0 +1,161 @@
+"""What calibration text sends through each matrix: the mean square of every input, by which rounding is weighted.
+
+For an error e in a row of W the output is wrong by e . x, in the mean of squares e^T E[x x^T] e. Of E[x x^T] its
+diagonal is kept. The model runs layer by layer, one layer's weights in memory at a time, in fp32.
+
+Every expert is calibrated, whatever its share of tokens: on the rows that are routed to it, and on `SAMPLE` tokens
+spread evenly over the text, which every expert sees. An expert with many rows is hardly moved by these; one with few
+or none is rounded for the tokens there are, and not for noise. Mixing in the moments of all experts would not do for
+w2: its inputs are the expert's own hidden units, which no other expert shares.
+
+Legend: T tokens, D model width, F expert hidden width, E experts, V vocabulary, n rows of one expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mixtral import kernels
+from mixtral.config import ModelConfig
+from mixtral.model import Packed
+from mixtral.model.norm import RMSNorm
+from mixtral.model.rope import rotary_angles
+from mixtral.model.transformer import Block
+from mixtral.moe import Experts, FeedForward, MoE, Routing
+from mixtral.router_options import TokenK
+from mixtral.weights.load import StateReader
+from mixtral.weights.names import fixed_dtype
+from mixtral.weights.progress import Progress
+
+SAMPLE = 128  # tokens that every expert sees: the mean square of an input is then known to some 15 %
+_BATCH = 2048  # tokens that run at once
+
+
+class _Moments:
+    """Sums of squares of inputs by name, and how many rows they are of."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._rows: dict[str, int] = {}
+
+    def add(self, name: str, x: Tensor) -> None:
+        """Rows [n, D] of the inputs of `name`."""
+        squares_D = x.float().square().sum(0)
+        self._sums[name] = self._sums[name] + squares_D if name in self._sums else squares_D
+        self._rows[name] = self._rows.get(name, 0) + len(x)
+
+    def mean(self, name: str) -> Tensor:
+        return self._sums[name] / self._rows[name]
+
+
+@torch.no_grad()
+def second_moments(
+    reader: StateReader, config: ModelConfig, sequences: Sequence[Sequence[int]], progress: Progress | None = None
+) -> dict[str, Tensor]:
+    """The importance of inputs for `quantise_folder`: by our parameter's name, fp32 [D], or [E, D] for experts.
+
+    `progress` is called after each layer, with layers in the place of bytes.
+    """
+    batches = [Packed.of(part) for part in _batches(sequences)]
+    embedding_VD = reader.read("embedding.weight").float()
+    hidden = [embedding_VD[batch.tokens_T] for batch in batches]
+    del embedding_VD
+    angles = [rotary_angles(batch.positions_T, config.head_dim, config.rope_theta) for batch in batches]
+    by_token = isinstance(config.router_options, TokenK)
+    k_V = reader.read("k_of_token") if by_token else None
+    every = max(1, sum(len(batch.tokens_T) for batch in batches) // SAMPLE)
+    found: dict[str, Tensor] = {}
+    for layer in range(config.n_layers):
+        watched = _Watched(reader, config, layer, every)
+        for i, batch in enumerate(batches):
+            hidden[i] = watched.run(hidden[i], angles[i], batch, None if k_V is None else k_V[batch.tokens_T])
+        found |= watched.moments()
+        if progress is not None:
+            progress("calibrating", layer + 1, config.n_layers)
+    if not config.tie_embeddings:
+        norm = RMSNorm(config.dim, config.norm_eps)
+        norm.weight.copy_(reader.read("norm.weight"))
+        found["output.weight"] = norm(torch.cat(hidden)).square().mean(0)
+    return found
+
+
+def _batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    """Runs of sequences of some `_BATCH` tokens."""
+    part: list[Sequence[int]] = []
+    for sequence in sequences:
+        part.append(sequence)
+        if sum(map(len, part)) >= _BATCH:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+class _Watched:
+    """One layer, and what goes into its matrices."""
+
+    def __init__(self, reader: StateReader, config: ModelConfig, layer: int, every: int) -> None:
+        self.prefix, self.every, self.layer = f"layers.{layer}.", every, layer
+        self.seen = _Moments()
+        with torch.device("meta"):
+            self.block = Block(config).eval()
+        names = self.block.state_dict()
+        state = {name: reader.read(self.prefix + name) for name in names}
+        wanted = {name: fixed_dtype(self.prefix + name) or torch.float32 for name in names}
+        self.block.load_state_dict({name: state[name].to(wanted[name]) for name in names}, assign=True)
+        self.ffn_input: Tensor | None = None
+        self._watch(self.block.attention.wqkv, "attention.wqkv.weight")
+        self._watch(self.block.attention.wo, "attention.wo.weight")
+        self.block.ffn.register_forward_pre_hook(self._keep_ffn_input)
+
+    def _watch(self, module: nn.Module, name: str) -> None:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self.seen.add(name, inputs[0])
+
+        module.register_forward_pre_hook(hook)
+
+    def _keep_ffn_input(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.ffn_input = inputs[0]
+
+    def run(self, x_TD: Tensor, angles: tuple[Tensor, Tensor], batch: Packed, k: Tensor | None) -> Tensor:
+        """The layer's output for a batch, whose inputs are counted on the way."""
+        y_TD, routing = self.block(x_TD, angles, batch, self.layer, None, None, k)
+        assert self.ffn_input is not None
+        ffn = self.block.ffn
+        if isinstance(ffn, MoE):
+            self._experts(ffn.experts, self.ffn_input, routing)
+            if ffn.shared is not None:
+                self._network("ffn.shared.", ffn.shared.w13, self.ffn_input)
+        else:
+            assert isinstance(ffn, FeedForward)
+            self._network("ffn.", ffn.w13, self.ffn_input)
+        return y_TD
+
+    def _experts(self, experts: Experts, x_TD: Tensor, routing: Routing) -> None:
+        sample_n = torch.arange(0, len(x_TD), self.every)
+        for e in range(len(experts.w13)):
+            own_n = (routing.experts_TK == e).any(-1).nonzero().flatten()
+            self._network(f"ffn.experts.{e}.", experts.w13[e], x_TD[torch.cat((own_n, sample_n))])
+
+    def _network(self, name: str, w13_2FD: Tensor, x_nD: Tensor) -> None:
+        self.seen.add(name + "w13", x_nD)
+        gate_nF, up_nF = kernels.linear(x_nD, w13_2FD.flatten(0, 1)).chunk(2, dim=-1)
+        self.seen.add(name + "w2", nn.functional.silu(gate_nF) * up_nF)
+
+    def moments(self) -> dict[str, Tensor]:
+        """By our parameters' full names; those of experts stacked."""
+        names = [name for name in self.block.state_dict() if name.endswith((".wqkv.weight", ".wo.weight"))]
+        found = {name: self.seen.mean(name) for name in names}
+        ffn = self.block.ffn
+        for w in ("w13", "w2"):
+            if isinstance(ffn, MoE):
+                each = [self.seen.mean(f"ffn.experts.{e}.{w}") for e in range(len(ffn.experts.w13))]
+                found[f"ffn.experts.{w}"] = torch.stack(each)
+                if ffn.shared is not None:
+                    found[f"ffn.shared.{w}"] = self.seen.mean(f"ffn.shared.{w}")
+            else:
+                found[f"ffn.{w}"] = self.seen.mean(f"ffn.{w}")
+        return {self.prefix + name: moments for name, moments in found.items()}

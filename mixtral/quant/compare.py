@@ -1,0 +1,104 @@
+"""How far a quantised model is from the one it was made from, on a text: whole, and with one layer quantised at a time.
+
+Legend: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixtral.model import Mixtral, Packed
+from mixtral.weights.progress import Progress
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Means over all predicted tokens: KL(plain || quantised) in nats, and how often both find one token likeliest."""
+
+    what: str  # "all", "layer 3", "output"
+    perplexity: float
+    kl: float
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of the plain model its perplexity; of the quantised one, whole and part by part, all figures."""
+
+    perplexity: float
+    tokens: int
+    whole: Distance
+    parts: list[Distance]
+
+
+class _Sums:
+    """Sums over tokens of one model's figures."""
+
+    def __init__(self) -> None:
+        self.nats = self.kl = 0.0
+        self.agreed = self.tokens = 0
+
+    def add(self, logp_TV: Tensor, plain_TV: Tensor, targets_T: Tensor) -> None:
+        """Log-probabilities of this model and of the plain one, and the tokens that came."""
+        self.nats -= float(logp_TV.gather(1, targets_T[:, None]).sum(dtype=torch.float64))
+        self.kl += float(torch.nn.functional.kl_div(logp_TV, plain_TV, log_target=True, reduction="sum"))
+        self.agreed += int((logp_TV.argmax(-1) == plain_TV.argmax(-1)).sum())
+        self.tokens += len(targets_T)
+
+    def distance(self, what: str) -> Distance:
+        n = self.tokens
+        return Distance(what, math.exp(self.nats / n), self.kl / n, self.agreed / n)
+
+
+@torch.no_grad()
+def compare(
+    plain: Mixtral, quantised: Mixtral, sequences: Sequence[Sequence[int]], progress: Progress | None = None
+) -> Comparison:
+    """Both models on the same sequences, each of two tokens or more; `progress` is called after each sequence."""
+    models = dict(_mixtures(plain, quantised))
+    sums = {what: _Sums() for what in ("plain", *models)}
+    for number, sequence in enumerate(sequences, start=1):
+        batch, targets_T = Packed.of([sequence[:-1]], device=plain.embedding.weight.device), torch.tensor(sequence[1:])
+        targets_T = targets_T.to(batch.tokens_T.device)
+        plain_TV = _logp(plain, batch)
+        sums["plain"].add(plain_TV, plain_TV, targets_T)
+        for what, model in models.items():
+            sums[what].add(_logp(model, batch), plain_TV, targets_T)
+        if progress is not None:
+            progress("comparing", number, len(sequences))
+    perplexity = sums.pop("plain").distance("").perplexity
+    whole, *parts = (sum_.distance(what) for what, sum_ in sums.items())
+    return Comparison(perplexity, sums["all"].tokens, whole, parts)
+
+
+def _logp(model: Mixtral, batch: Packed) -> Tensor:
+    logits_TV = model(batch).logits
+    assert logits_TV is not None
+    return logits_TV.log_softmax(-1)
+
+
+def _mixtures(plain: Mixtral, quantised: Mixtral) -> Iterator[tuple[str, Mixtral]]:
+    """The quantised model; then the plain one with one layer, or norm and output, quantised. All share tensors."""
+    yield "all", quantised
+    for i in range(plain.config.n_layers):
+        mixture = _shallow(plain)
+        mixture.layers[i] = quantised.layers[i]
+        yield f"layer {i}", mixture
+    if quantised.output is not None:
+        mixture = _shallow(plain)
+        mixture.norm, mixture.output = quantised.norm, quantised.output
+        yield "output", mixture
+
+
+def _shallow(model: Mixtral) -> Mixtral:
+    """Another model of the same parts, so that one of them can be exchanged."""
+    new = copy.copy(model)
+    new._modules = dict(model._modules)
+    new.layers = torch.nn.ModuleList(model.layers)
+    return new

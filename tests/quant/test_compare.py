@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixtral.lm import load
+from mixtral.quant.compare import compare
+from mixtral.quant.quantize import quantise_folder
+from mixtral.quant.recipe import Recipe
+from tests.quant.models import SHAPES, make_folder, tokens
+
+SEQUENCES = [tokens(40), tokens(20, seed=1)]
+
+
+def test_a_model_and_itself(tmp_path: Path) -> None:
+    model = load(make_folder(tmp_path / "model"), dtype="fp32", device="cpu").model
+    same = compare(model, model, SEQUENCES)
+    assert same.tokens == 58
+    for part in (same.whole, *same.parts):
+        assert (part.kl, part.agreement, part.perplexity) == (0, 1, same.perplexity)
+
+
+def test_figures_by_hand(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model")
+    quantise_folder(folder, tmp_path / "q", Recipe.of("4"))
+    plain, quantised = load(folder, dtype="fp32", device="cpu"), load(tmp_path / "q", dtype="fp32", device="cpu")
+    told: list[tuple[str, int, int]] = []
+    got = compare(plain.model, quantised.model, SEQUENCES[:1], lambda *args: told.append(args))
+    p, q = (lm.logits(SEQUENCES[0][:-1]).log_softmax(-1) for lm in (plain, quantised))
+    next_T = torch.tensor(SEQUENCES[0][1:])
+    assert got.perplexity == pytest.approx(math.exp(-p[torch.arange(39), next_T].mean()), rel=1e-5)
+    assert got.whole.perplexity == pytest.approx(math.exp(-q[torch.arange(39), next_T].mean()), rel=1e-5)
+    assert got.whole.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    assert got.whole.agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
+    assert told == [("comparing", 1, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_one_part_at_a_time(tmp_path: Path, shape: str) -> None:
+    folder = make_folder(tmp_path / "model", **SHAPES[shape])
+    quantise_folder(folder, tmp_path / "q", Recipe.of("4"))
+    plain, quantised = (load(f, dtype="fp32", device="cpu").model for f in (folder, tmp_path / "q"))
+    before = dict(plain.state_dict())
+    got = compare(plain, quantised, SEQUENCES)
+    tied = shape == "tied"
+    assert [part.what for part in got.parts] == ["layer 0", "layer 1", *([] if tied else ["output"])]
+    assert all(0 < part.kl < 2 * got.whole.kl for part in got.parts) and got.whole.kl < 0.05
+    assert plain.state_dict().keys() == before.keys()  # the models themselves are as they were
