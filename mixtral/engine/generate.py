@@ -8,7 +8,7 @@ Legend: B sequences of the step that get a token, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from mixtral.config import ModelConfig
 from mixtral.engine.kv_cache import FullCache, make_cache
+from mixtral.engine.native import NativeModel
 from mixtral.engine.sampling import SamplingParams, make_generator, sample
 from mixtral.engine.text_output import TextOutput
 from mixtral.errors import MixtralError, UsageError
-from mixtral.model import Mixtral, Packed
+from mixtral.model import Mixtral, Output, Packed
 from mixtral.moe import Routing
 from mixtral.tokenizer import Tokenizer
 
@@ -58,6 +59,7 @@ def generate(
     cache: FullCache | None = None,
     keep_routing: bool = False,
     k: int | None = None,
+    native: NativeModel | None = None,
 ) -> list[Generation]:
     """Continue each prompt, all as one batch.
 
@@ -69,11 +71,12 @@ def generate(
         cache: an empty one to use, for as many sequences as prompts; by default `make_cache`'s.
         keep_routing: record the routing of every token that the model read.
         k: how many experts a token takes; by default what the model was trained with.
+        native: what runs the model's forward pass in its place.
 
     Raises UsageError for a prompt that is empty, too long for the context or not of this vocabulary, and for arguments
     that contradict each other; MixtralError when the model's output is not finite.
     """
-    run = _Run(model, prompts, params, tokenizer, prefill_chunk, cache, keep_routing, k)
+    run = _Run(model, prompts, params, tokenizer, prefill_chunk, cache, keep_routing, k, native)
     while run.active:
         run.step()
     return [s.result() for s in run.sequences]
@@ -88,9 +91,10 @@ def stream(
     prefill_chunk: int | None = None,
     cache: FullCache | None = None,
     k: int | None = None,
+    native: NativeModel | None = None,
 ) -> Iterator[Piece]:
     """The same as `generate`, token by token as they come. Errors in the arguments are raised at once."""
-    run = _Run(model, prompts, params, tokenizer, prefill_chunk, cache, keep_routing=False, k=k)
+    run = _Run(model, prompts, params, tokenizer, prefill_chunk, cache, False, k, native)
 
     def pieces() -> Iterator[Piece]:
         while run.active:
@@ -162,12 +166,13 @@ class _Run:
     def __init__(
         self, model: Mixtral, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams],
         tokenizer: Tokenizer | None, prefill_chunk: int | None, cache: FullCache | None, keep_routing: bool,
-        k: int | None,
+        k: int | None, native: NativeModel | None,
     ) -> None:  # fmt: skip
         params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         _check(prompts, params, model.config, tokenizer, prefill_chunk)
         weight = model.embedding.weight
-        self.model, self.device = model, weight.device
+        self.forward: Callable[..., Output] = native or model
+        self.device, self.dtype = weight.device, weight.dtype
         self.vocab_size = min(model.config.vocab_size, tokenizer.vocab_size) if tokenizer else model.config.vocab_size
         self.prefill_chunk, self.keep_routing, self.k = prefill_chunk, keep_routing, k
         self.sequences = [
@@ -189,9 +194,10 @@ class _Run:
         ready = [i for i, s in enumerate(self.active) if s.read == len(s.all_tokens)]
         ends = batch.cu_seqlens.tolist()
         rows = torch.tensor([ends[i + 1] - 1 for i in ready], dtype=torch.int64, device=self.device)
-        out = self.model(batch, self.cache, rows=rows, k=self.k)
+        out = self.forward(batch, self.cache, rows=rows, k=self.k)
         if self.keep_routing:
             self._record(out.routing, ends)
+        assert out.logits is not None
         pieces = self._draw(out.logits, [self.active[i] for i in ready]) if ready else []
         self._drop_finished()
         return pieces
@@ -205,7 +211,7 @@ class _Run:
         norm_B = logits_BV.logsumexp(-1)
         if not norm_B.isfinite().all():  # true as soon as one logit is NaN or +inf
             raise MixtralError(
-                f"generation: logits are not finite in {self.model.embedding.weight.dtype}; "
+                f"generation: logits are not finite in {self.dtype}; "
                 "the weights are damaged, or need a dtype of larger range (bf16 or fp32)"
             )
         ids_B = sample(logits_BV, [s.params for s in ready], [s.generator for s in ready])

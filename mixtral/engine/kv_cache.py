@@ -74,6 +74,17 @@ class FullCache:
             slots.lengths_L[layer] += end - begin
         return out
 
+    def grow(self, counts: Sequence[int]) -> list[Tensor]:
+        """Count `counts[i]` more positions of each sequence as seen, whose keys and values the caller writes himself.
+
+        -> the sequences' buffers [2, L, S, G, C], keys and values, for all layers; position p belongs in slot p mod S.
+        """
+        for slots, count in zip(self._sequences, counts, strict=True):
+            slots.lengths_L = [length + count for length in slots.lengths_L]
+            needed = slots.lengths_L[-1]
+            slots.reserve(needed if self.limit is None else min(needed, self.limit), self.limit)
+        return [slots.kv_2LSGC for slots in self._sequences]
+
     def _append(self, slots: _Slots, layer: int, keys_nGC: Tensor, values_nGC: Tensor) -> KeysValues:
         begin, end = slots.lengths_L[layer], slots.lengths_L[layer] + len(keys_nGC)
         slots.reserve(end, self.limit)

@@ -1,0 +1,218 @@
+"""The native step in the model's place: the same batches, caches and outputs, for generating on a CPU.
+
+It runs packed weights (kernels/packed.py): those of a quantised model as they are, others rounded to bf16.
+
+Legend: T tokens, D model width, F expert hidden width, E experts, G key/value heads, C head width, S slots of a cache,
+L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from mixtral.config import ModelConfig
+from mixtral.engine.kv_cache import FullCache
+from mixtral.errors import UsageError
+from mixtral.kernels import native, step_tables
+from mixtral.kernels.packed import pack
+from mixtral.kernels.step import MOST_ROWS, Result, Span, Step
+from mixtral.kernels.step_tables import ExpertWeights, LayerWeights, ModelWeights, Weight
+from mixtral.model import Mixtral, Output, Packed
+from mixtral.model.linear import Linear
+from mixtral.model.rope import rotary_angles
+from mixtral.model.transformer import Block
+from mixtral.moe import Experts, FeedForward, MoE, Routing
+from mixtral.moe.dispatch import LocalDispatcher
+from mixtral.moe.router import Router
+from mixtral.quant.layers import QuantExperts, QuantFeedForward, QuantLinear
+
+
+def why_not(model: Mixtral) -> str:
+    """Why the native step cannot stand in for this model here; "" when it can."""
+    if reason := native.available():
+        return reason
+    if not model.config.is_plain:
+        return "it knows Mixtral's own router alone, and no shared experts"
+    if model.embedding.weight.device.type != "cpu":
+        return "it runs on the CPU alone"
+    if model.embedding.weight.dtype not in step_tables.DTYPES:
+        return f"it takes fp32 and bf16, not {str(model.embedding.weight.dtype).removeprefix('torch.')}"
+    foreign = next((type(part).__name__ for part in _parts(model) if type(part) not in _KNOWN), None)
+    return f"it does not know {foreign} in the model" if foreign else ""
+
+
+class NativeModel:
+    """What runs a model's forward pass, without gradients, through the native step.
+
+    Holds a packed bf16 copy of every matrix that is not packed yet. Later changes of the model's weights do not reach
+    it. Raises UsageError with the reason when the step cannot stand in for the model.
+
+    Args:
+        release: free each of the model's own matrices once it is packed; the model itself cannot be run any more.
+    """
+
+    def __init__(self, model: Mixtral, release: bool = False) -> None:
+        if reason := why_not(model):
+            raise UsageError(f"native step: {reason}")
+        self.config = model.config
+        with torch.no_grad():
+            self._step = Step(model.config, step_weights(model, release))
+        self._angles = rotary_angles(torch.arange(0), model.config.head_dim, model.config.rope_theta)
+
+    def __call__(self, batch: Packed, cache: FullCache, rows: Tensor | None = None, k: int | None = None) -> Output:
+        """What Mixtral.forward returns for the same arguments."""
+        last = int(batch.positions_T.max()) + 1 if len(batch.positions_T) else 0
+        spans = _spans(batch, cache)
+        parts = [
+            self._step.run(batch.tokens_T[begin:end], piece, self._angles_to(last), _within(rows, begin, end), k)
+            for begin, end, piece in _pieces(spans)
+        ]
+        return _output(parts, rows, self.config)
+
+    def _angles_to(self, n: int) -> tuple[Tensor, Tensor]:
+        """Rotary cos and sin of the positions 0 .. n - 1 at least, kept from call to call."""
+        have = len(self._angles[0])
+        if n > have:
+            positions = torch.arange(max(n, min(2 * have, self.config.context)))
+            self._angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        return self._angles
+
+
+# -- a batch as the step wants it --------------------------------------------------------------------------------------
+
+
+def _spans(batch: Packed, cache: FullCache) -> list[Span]:
+    """Each sequence's buffer as a pool of one block."""
+    ends = batch.cu_seqlens.tolist()
+    counts = [end - begin for begin, end in pairwise(ends)]
+    firsts = cache.lengths
+    pools = [kv_2LSGC.transpose(0, 1)[:, None] for kv_2LSGC in cache.grow(counts)]
+    return [Span(*row) for row in zip(counts, firsts, pools, [[0]] * len(counts), strict=True)]
+
+
+def _pieces(spans: list[Span]) -> Iterator[tuple[int, int, list[Span]]]:
+    """(first token, end, spans) of calls of at most MOST_ROWS rows, in order; a longer sequence is cut."""
+    begin, rows, piece = 0, 0, []
+    for span in spans:
+        done = 0
+        while done < span.n:
+            n = min(span.n - done, MOST_ROWS - rows)
+            piece.append(span._replace(n=n, first=span.first + done))
+            done, rows = done + n, rows + n
+            if rows == MOST_ROWS:
+                yield begin, begin + rows, piece
+                begin, rows, piece = begin + rows, 0, []
+    if piece:
+        yield begin, begin + rows, piece
+
+
+def _within(rows: Tensor | None, begin: int, end: int) -> Tensor:
+    """The wanted rows among tokens begin .. end - 1, counted from `begin`."""
+    if rows is None:
+        return torch.arange(end - begin)
+    return rows[(rows >= begin) & (rows < end)] - begin
+
+
+def _output(parts: list[Result], rows: Tensor | None, config: ModelConfig) -> Output:
+    found = [part.logits_RV for part in parts if part.logits_RV is not None]
+    logits = torch.cat(found) if found else torch.empty(0, config.vocab_size)
+    if rows is not None and len(parts) > 1:  # the parts' rows one after the other; in each, in the order asked for
+        logits = logits[(rows // MOST_ROWS).argsort(stable=True).argsort()]
+    if not config.is_sparse or not parts:
+        return Output(logits, None, ())
+    logits_LTE = torch.cat([part.router_logits_LTE for part in parts], dim=1)
+    weights_LTK = torch.cat([part.weights_LTK for part in parts], dim=1)
+    experts_LTK = torch.cat([part.experts_LTK for part in parts], dim=1)
+    layers = zip(logits_LTE, logits_LTE.softmax(-1), weights_LTK, experts_LTK, strict=True)
+    return Output(logits, None, tuple(Routing(*layer) for layer in layers))
+
+
+# -- a model's weights as the step wants them --------------------------------------------------------------------------
+
+_KNOWN = {Linear, Experts, FeedForward, QuantLinear, QuantExperts, QuantFeedForward, Router, LocalDispatcher}
+
+
+def _parts(model: Mixtral) -> Iterator[object]:
+    """What others may have put into the model."""
+    for block in _blocks(model):
+        yield from (block.attention.wqkv, block.attention.wo)
+        if isinstance(block.ffn, MoE):
+            yield from (block.ffn.router, block.ffn.dispatcher, block.ffn.experts)
+        else:
+            yield block.ffn
+    if model.output is not None:
+        yield model.output
+
+
+def _blocks(model: Mixtral) -> Iterator[Block]:
+    for block in model.layers:
+        assert isinstance(block, Block)
+        yield block
+
+
+def step_weights(model: Mixtral, release: bool = False) -> ModelWeights:
+    """Every matrix packed: those of quantised parts as they are, others rounded to bf16."""
+    config, embedding = model.config, model.embedding.weight.detach()
+    layers = tuple(_layer(block, config, release) for block in _blocks(model))
+    if model.output is None:
+        output = Weight(pack(embedding.to(torch.bfloat16), "bf16"), "bf16", config.vocab_size, config.dim)
+    else:
+        output = _linear(model.output, config.vocab_size, config.dim, release)
+    return ModelWeights(embedding.contiguous(), layers, _fp32(model.norm.weight), output)
+
+
+def _layer(block: Block, config: ModelConfig, release: bool) -> LayerWeights:
+    heads_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    ffn = block.ffn.experts if isinstance(block.ffn, MoE) else block.ffn
+    w13, name = _packed(ffn, "w13", release)
+    w2, _ = _packed(ffn, "w2", release)
+    w13, w2 = w13.unflatten(0, (-1, 2)) if w13.dim() == 3 else w13, w2[None] if w2.dim() == 2 else w2
+    experts = tuple(
+        ExpertWeights(
+            Weight(gate, name, config.ffn_dim, config.dim), Weight(up, name, config.ffn_dim, config.dim),
+            Weight(down, name, config.dim, config.ffn_dim),
+        )
+        for (gate, up), down in zip(w13, w2, strict=True)
+    )  # fmt: skip
+    return LayerWeights(
+        _fp32(block.attention_norm.weight), _fp32(block.ffn_norm.weight),
+        _linear(block.attention.wqkv, heads_dim + 2 * kv_dim, config.dim, release),
+        _linear(block.attention.wo, config.dim, heads_dim, release),
+        _fp32(block.ffn.router.weight) if isinstance(block.ffn, MoE) else None, experts,
+    )  # fmt: skip
+
+
+def _linear(linear: nn.Module, n: int, d: int, release: bool) -> Weight:
+    packed, name = _packed(linear, "weight", release)
+    return Weight(packed, name, n, d)
+
+
+def _packed(module: nn.Module, name: str, release: bool) -> tuple[Tensor, str]:
+    """A module's matrix or stack of them, packed, and its format."""
+    if isinstance(module, QuantLinear | QuantExperts | QuantFeedForward):
+        return getattr(module, f"{name}_packed"), module.format.name
+    parameter: nn.Parameter = getattr(module, name)
+    packed = _pack_one_by_one(parameter.detach())
+    if release:
+        parameter.data = parameter.new_empty(0)
+    return packed, "bf16"
+
+
+def _pack_one_by_one(w: Tensor) -> Tensor:
+    """[..., N, D] -> packed bf16; matrix by matrix, so that no second copy of a stack is ever whole."""
+    if w.dim() == 2:
+        return pack(w.to(torch.bfloat16), "bf16")
+    first = _pack_one_by_one(w[0])
+    packed = first.new_empty(len(w), *first.shape)
+    packed[0] = first
+    for i in range(1, len(w)):
+        packed[i] = _pack_one_by_one(w[i])
+    return packed
+
+
+def _fp32(weight: Tensor) -> Tensor:
+    return weight.detach().float().contiguous()

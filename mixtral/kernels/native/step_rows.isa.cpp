@@ -1,0 +1,81 @@
+// Norm, gate, SwiGLU, rotary embedding and rounding of one row.
+#include <math.h>
+
+#include "step_kernels.h"
+#include "step_lanes.h"
+
+namespace mx {
+namespace MX_ISA {
+
+static float dot(const float *a, const float *b, int n) {
+  Lanes total{};
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) total = fma(load(a + i), load(b + i), total);
+  float result = sum(total);
+  for (; i < n; ++i) result += a[i] * b[i];
+  return result;
+}
+
+// x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467).
+void rms_norm(const float *x, const float *weight, int n, float eps, float *out) {
+  const float scale = 1.0f / sqrtf(dot(x, x, n) / static_cast<float>(n) + eps);
+  for (int i = 0; i < n; ++i) out[i] = x[i] * scale * weight[i];
+}
+
+void gate(const float *x, const float *gate, int n, int n_experts, float *out) {
+  for (int e = 0; e < n_experts; ++e) out[e] = dot(x, gate + static_cast<int64_t>(e) * n, n);
+}
+
+// silu(g) = g / (1 + e^-g) (arXiv 2002.05202).
+void swiglu(float *gate, const float *up, int n) {
+  for (int i = 0; i < n; i += kLanes) {
+    const Lanes g = load(gate + i);
+    store(gate + i, g / (1.0f + exponential(-g)) * load(up + i));
+  }
+}
+
+void add(float *to, const float *from, float weight, int n) {
+  for (int i = 0; i < n; ++i) to[i] += weight * from[i];
+}
+
+// bf16 by rounding half to even; NaN stays one.
+void narrow(const float *from, int32_t dtype, int n, uint8_t *to) {
+  if (dtype == kFloat32) {
+    std::memcpy(to, from, 4 * static_cast<size_t>(n));
+    return;
+  }
+  for (int i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, from + i, 4);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const uint16_t half = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+    std::memcpy(to + 2 * i, &half, 2);
+  }
+}
+
+void widen(const uint8_t *from, int32_t dtype, int n, float *to) {
+  if (dtype == kFloat32) {
+    std::memcpy(to, from, 4 * static_cast<size_t>(n));
+    return;
+  }
+  for (int i = 0; i < n; ++i) {
+    uint16_t half;
+    std::memcpy(&half, from + 2 * i, 2);
+    const uint32_t bits = static_cast<uint32_t>(half) << 16;
+    std::memcpy(to + i, &bits, 4);
+  }
+}
+
+// Pairs in the layout of two halves (arXiv 2104.09864).
+void rotate(float *x, const float *cosines, const float *sines, int head_dim, int n_heads) {
+  const int half = head_dim / 2;
+  for (int head = 0; head < n_heads; ++head, x += head_dim)
+    for (int i = 0; i < half; ++i) {
+      const float first = x[i], second = x[i + half];
+      x[i] = first * cosines[i] - second * sines[i];
+      x[i + half] = second * cosines[i] + first * sines[i];
+    }
+}
+
+}  // namespace MX_ISA
+}  // namespace mx

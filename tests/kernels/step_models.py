@@ -1,0 +1,109 @@
+"""Small random models with packed weights, their cache pools, and the oracle of the native step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixtral import kernels
+from mixtral.config import ModelConfig
+from mixtral.engine.native import step_weights
+from mixtral.kernels.packed import pack
+from mixtral.kernels.step import Result, Span, Step
+from mixtral.model import Mixtral, Output, Packed
+from mixtral.model.linear import Linear
+from mixtral.model.rope import rotary_angles
+from mixtral.moe import Experts, FeedForward
+from mixtral.quant.formats import FORMATS, Format, quantise
+from mixtral.quant.layers import QuantExperts, QuantFeedForward, QuantLinear
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "sparse": {},
+    "dense": {"n_experts": 1, "experts_per_token": 1},
+    "window": {"sliding_window": 11},
+    "tied, one expert a token": {"tie_embeddings": True, "experts_per_token": 1},
+    "odd widths, seven queries a key": {
+        "dim": 43, "n_heads": 7, "n_kv_heads": 1, "head_dim": 6, "ffn_dim": 21, "vocab_size": 37, "n_experts": 5,
+        "experts_per_token": 3,
+    },
+}  # fmt: skip
+
+
+def config(**changes: Any) -> ModelConfig:
+    base: dict[str, Any] = {
+        "vocab_size": 50, "dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 96,
+        "n_experts": 8, "experts_per_token": 2, "rope_theta": 1e4, "context": 4096,
+    }  # fmt: skip
+    return ModelConfig(**{**base, **changes})
+
+
+def packed_model(shape: ModelConfig, name: str, seed: int = 0) -> Mixtral:
+    """Activations in fp32, all matrices packed in the format `name`; weights large enough for every part to matter."""
+    model = Mixtral(shape).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        spread = torch.randn(parameter.shape, generator=generator) * 0.2
+        parameter.copy_(spread if parameter.dim() > 1 else 1 + spread)
+    return pack_parts(model, name)
+
+
+def pack_parts(model: Mixtral, name: str) -> Mixtral:
+    """All matrices packed in the format `name`, in place."""
+    fmt = FORMATS[name] if name in FORMATS else Format(name, 0, 0, ())
+    for path, module in list(model.named_modules()):
+        if (new := _packed(module, fmt)) is not None:
+            model.set_submodule(path, new)
+    return model
+
+
+def _packed(module: nn.Module, fmt: Format) -> nn.Module | None:
+    if isinstance(module, Linear):
+        new: nn.Module = QuantLinear(fmt, *reversed(module.weight.shape))
+    elif isinstance(module, Experts):
+        new = QuantExperts(fmt, len(module.w2), *module.w2.shape[1:])
+    elif isinstance(module, FeedForward):
+        new = QuantFeedForward(fmt, *module.w2.shape)
+    else:
+        return None
+    for name, parameter in module.named_parameters():
+        matrices = parameter.reshape(-1, *parameter.shape[-2:])
+        whole = [pack(w.bfloat16(), "bf16") if fmt.name == "bf16" else quantise(w, fmt) for w in matrices]
+        buffer = new.get_buffer(name + "_packed")
+        buffer.copy_(torch.stack(whole).view(buffer.shape))
+    return new
+
+
+def oracle(model: Mixtral, sequences: Sequence[Sequence[int]]) -> Output:
+    """Whole sequences at once on the reference ops: the products' own arithmetic, everything else in fp32."""
+    with torch.no_grad(), kernels.use_backend("reference"):
+        return model(Packed.of(sequences))
+
+
+def tokens(n: int, seed: int = 0, vocab: int = 37) -> list[int]:
+    return torch.randint(vocab, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+class Cached:
+    """Some sequences on a native step, each with a pool of blocks of its own, in a shuffled order."""
+
+    def __init__(self, model: Mixtral, n: int, blocks: int = 1, size: int = 64,
+                 dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
+        shape = self.config = model.config
+        self.step = Step(shape, step_weights(model))
+        self.pools = [torch.full((shape.n_layers, blocks, 2, size, shape.n_kv_heads, shape.head_dim), float("nan"),
+                                 dtype=dtype) for _ in range(n)]  # fmt: skip
+        self.tables = [torch.randperm(blocks, generator=torch.Generator().manual_seed(i)).tolist() for i in range(n)]
+        self.lengths = [0] * n
+        self.angles = rotary_angles(torch.arange(512), shape.head_dim, shape.rope_theta)
+
+    def run(self, chunks: dict[int, list[int]], k: int | None = None, wanted: Tensor | None = None) -> Result:
+        """The next tokens of some sequences, by number; all rows' logits by default."""
+        spans = []
+        for i, chunk in chunks.items():
+            spans.append(Span(len(chunk), self.lengths[i], self.pools[i], self.tables[i]))
+            self.lengths[i] += len(chunk)
+        source = torch.tensor([t for chunk in chunks.values() for t in chunk], dtype=torch.int64)
+        return self.step.run(source, spans, self.angles, torch.arange(len(source)) if wanted is None else wanted, k)
