@@ -14,6 +14,7 @@ from mixtral.config import ModelConfig
 from mixtral.config_formats import read_config
 from mixtral.engine import SamplingParams, generate, stream
 from mixtral.engine.generate import check_prompt
+from mixtral.engine.native import NativeModel, suits
 from mixtral.errors import UsageError
 from mixtral.files import atomic_folder
 from mixtral.hardware import has_fast_bf16
@@ -30,11 +31,18 @@ from mixtral.weights.save import check_free, write_hf
 
 
 class LM:
-    """A language model ready to use: in evaluation mode, its parameters without gradients."""
+    """A language model ready to use: in evaluation mode, its parameters without gradients.
 
-    def __init__(self, model: Mixtral, tokenizer: Tokenizer | None = None) -> None:
+    Args:
+        native: whether generation runs through the native step (engine/native.py); by default where that can stand in
+            for the model, and the weights are quantised or bf16. Plain weights are then held a second time, packed.
+    """
+
+    def __init__(self, model: Mixtral, tokenizer: Tokenizer | None = None, native: bool | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
+        self.native = native
+        self._packed: tuple[list[tuple[int, int]], NativeModel] | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -49,6 +57,19 @@ class LM:
         return self.model.embedding.weight.dtype
 
     # -- generating --------------------------------------------------------------------------------------------------
+
+    def native_step(self) -> NativeModel | None:
+        """What runs the model when it generates; None: the model itself. Made anew when weights have changed.
+
+        Raises UsageError with the reason when `native` is True and the step cannot stand in for this model.
+        """
+        if self.native is False or (self.native is None and not suits(self.model)):
+            return None
+        state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in named_state(self.model).values()]
+        if self._packed is None or self._packed[0] != state:
+            self._packed = None  # before another is made beside it
+            self._packed = state, NativeModel(self.model)
+        return self._packed[1]
 
     @overload
     def generate(self, prompt: str, **sampling: Any) -> str: ...
@@ -73,7 +94,7 @@ class LM:
             raise UsageError(f"prompt: a text, token ids, or a list of those is wanted, not {type(prompt).__name__}")
         texts = [isinstance(p, str) for p in prompt]
         ids = [self._ids(p) for p in prompt]
-        done = generate(self.model, ids, _params(sampling), tokenizer=self.tokenizer)
+        done = generate(self.model, ids, _params(sampling), tokenizer=self.tokenizer, native=self.native_step())
         return [g.text if is_text else g.tokens for g, is_text in zip(done, texts, strict=True)]
 
     @overload
@@ -84,7 +105,8 @@ class LM:
         """The same as `generate` for one prompt, piece by piece as it comes: pieces of text, or token ids."""
         if not _is_one(prompt):
             raise UsageError("prompt: stream takes one prompt; generate takes a list of them")
-        pieces = stream(self.model, [self._ids(prompt)], _params(sampling), tokenizer=self.tokenizer)
+        ids, runner = self._ids(prompt), self.native_step()
+        pieces = stream(self.model, [ids], _params(sampling), tokenizer=self.tokenizer, native=runner)
         if isinstance(prompt, str):
             return (piece.text for piece in pieces if piece.text)
         return (piece.token for piece in pieces)

@@ -15,6 +15,7 @@ from torch import Tensor
 import mixtral
 from mixtral.config import ModelConfig
 from mixtral.errors import ConfigError, UsageError, WeightsError
+from mixtral.kernels import native
 from mixtral.lm import LM, load
 from mixtral.model import Mixtral, initialise
 from mixtral.tokenizer import Tokenizer, train_bpe
@@ -283,3 +284,33 @@ def test_the_package_itself_offers_load_and_lm() -> None:
     assert mixtral.load is load and mixtral.LM is LM
     with pytest.raises(AttributeError, match="module 'mixtral' has no attribute 'lode'"):
         _ = mixtral.lode
+
+
+# -- the native step ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(bool(native.available()), reason=f"no native step: {native.available()}")
+def test_generation_takes_the_native_step_where_it_rounds_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = make_lm(None)
+    assert lm.native_step() is None  # fp32
+    exact = lm.generate(tokens(5), max_tokens=4)
+    lm.native = True
+    assert lm.native_step() is not None and len(lm.generate(tokens(5), max_tokens=4, ignore_eos=True)) == 4
+    lm.native = None
+    assert lm.generate(tokens(5), max_tokens=4) == exact
+
+    lm.model.to(torch.bfloat16)
+    step = lm.native_step()
+    assert step is not None and lm.native_step() is step
+    assert lm.generate(tokens(5), max_tokens=4, ignore_eos=True) == list(
+        lm.stream(tokens(5), max_tokens=4, ignore_eos=True)
+    )
+    lm.model.output_weight[7] = 100 * lm.model.norm(lm.model.embedding.weight[0])
+    assert lm.native_step() is not step  # it holds the weights as they were
+    lm.native = False
+    assert lm.native_step() is None
+
+    monkeypatch.setattr(native, "available", lambda: "not built")
+    assert LM(lm.model).native_step() is None
+    with pytest.raises(UsageError, match="native step: not built"):
+        LM(lm.model, native=True).generate(tokens(5))

@@ -45,6 +45,12 @@ def why_not(model: Mixtral) -> str:
     return f"it does not know {foreign} in the model" if foreign else ""
 
 
+def suits(model: Mixtral) -> bool:
+    """Whether generation is to use the step unasked: it can, and packing rounds no weight."""
+    quantised = any(isinstance(part, QuantLinear | QuantExperts | QuantFeedForward) for part in _parts(model))
+    return (quantised or model.embedding.weight.dtype == torch.bfloat16) and not why_not(model)
+
+
 class NativeModel:
     """What runs a model's forward pass, without gradients, through the native step.
 

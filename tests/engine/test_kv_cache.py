@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mixtral.config import ModelConfig
 from mixtral.engine.kv_cache import FullCache, RollingCache, make_cache
 from mixtral.errors import ConfigError
 from mixtral.model import Mixtral, Packed
@@ -119,6 +120,18 @@ def test_capacity_is_reserved_at_once() -> None:
     buffer = cache._sequences[0].kv_2LSGC
     cache.extend(0, marked(range(48)), marked(range(48)), packed(range(48)))
     assert cache._sequences[0].kv_2LSGC is buffer and buffer.shape[2] == 48
+
+
+@pytest.mark.parametrize(("config", "slots"), [(CONFIG, [64, 65]), (WINDOWED, [WINDOW, WINDOW])])
+def test_growing_makes_room_that_keeps_what_is_there(config: ModelConfig, slots: list[int]) -> None:
+    cache = make_cache(config, 2, torch.float32)
+    first, _ = cache.grow([WINDOW, 0])
+    first[:] = torch.randn(first.shape)
+    again, other = cache.grow([0, 65])
+    assert again is first and cache.lengths == [WINDOW, 65]
+    assert [buffer.shape[2] for buffer in (first, other)] == slots
+    more, _ = cache.grow([100, 0])
+    assert cache.lengths == [WINDOW + 100, 65] and torch.equal(more[:, :, :WINDOW], first[:, :, :WINDOW])
 
 
 def test_keep_drops_and_reorders_sequences() -> None:
