@@ -27,6 +27,7 @@ from mixtral.commands.generate import generate
 from mixtral.commands.info import info
 from mixtral.commands.quantize import quantize
 from mixtral.commands.runs import runs
+from mixtral.commands.synth import synth
 from mixtral.commands.train import train
 from mixtral.errors import MixtralError
 
@@ -40,6 +41,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     chat,
     convert,
     quantize,
+    synth,
 )
 
 _log = logging.getLogger("mixtral")  # its level tells whether --verbose was given

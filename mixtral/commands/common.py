@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mixtral.lm import LM
     from mixtral.moe import Routing
     from mixtral.tokenizer import Tokenizer
+    from mixtral.weights.progress import Progress
 
 ModelOption = Annotated[str, typer.Option("--model", metavar="DIR", help="Model folder, of Hugging Face or Mistral.")]
 DtypeOption = Annotated[
@@ -52,6 +53,30 @@ def working(what: str) -> Iterator[None]:
     """A spinner on standard error while the block runs; nothing where that is not a terminal."""
     with console(stderr=True).status(what):
         yield
+
+
+@contextmanager
+def bytes_bar() -> Iterator[Progress]:
+    """A bar of bytes on standard error; nothing where that is not a terminal."""
+    from rich import progress as rich_progress
+
+    err = console(stderr=True)
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(bar_width=20),
+        rich_progress.DownloadColumn(binary_units=True),
+        rich_progress.TransferSpeedColumn(),
+        rich_progress.TimeRemainingColumn(compact=True),
+    )
+    with rich_progress.Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        tasks: dict[str, rich_progress.TaskID] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+
+        yield show
 
 
 def load_model(folder: str, dtype: str, device: str) -> tuple[LM, Tokenizer]:

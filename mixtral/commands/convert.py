@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from mixtral.commands.common import bytes_text, console
-
-if TYPE_CHECKING:
-    from mixtral.weights.progress import Progress
+from mixtral.commands.common import bytes_bar, bytes_text
 
 
 def convert(
@@ -47,31 +42,7 @@ def convert(
     from mixtral.runtime import choose_dtype
 
     written = None if dtype == "auto" else choose_dtype(dtype, "cpu")
-    with _bar() as progress:
+    with bytes_bar() as progress:
         weights.convert(source, target, to, written, fused, progress, type)
     for file in [Path(target)] if to == "gguf" else sorted(Path(target).iterdir()):
         print(f"{file}  {bytes_text(file.stat().st_size)}")
-
-
-@contextmanager
-def _bar() -> Iterator[Progress]:
-    """A bar of bytes on standard error; nothing where that is not a terminal."""
-    from rich import progress as rich_progress
-
-    err = console(stderr=True)
-    columns = (
-        rich_progress.TextColumn("{task.description}"),
-        rich_progress.BarColumn(bar_width=20),
-        rich_progress.DownloadColumn(binary_units=True),
-        rich_progress.TransferSpeedColumn(),
-        rich_progress.TimeRemainingColumn(compact=True),
-    )
-    with rich_progress.Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        tasks: dict[str, rich_progress.TaskID] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done)
-
-        yield show

@@ -29,8 +29,7 @@ def load_quantised(
 
     Raises WeightsError when the file is damaged, or holds other tensors than configuration and recipe ask for.
     """
-    file = SafetensorsFile(Path(folder) / PACKED_FILE)
-    _check(file, stored_shapes(config, recipe))
+    file = open_packed(folder, config, recipe)
     dtype = dtype or file.headers["embedding.weight"].dtype
     state = {}
     for name, raw_bytes in file.mapped().items():
@@ -40,6 +39,13 @@ def load_quantised(
     model = empty_quantised(config, recipe)
     model.load_state_dict(state, assign=True)
     return model
+
+
+def open_packed(folder: str | Path, config: ModelConfig, recipe: Recipe) -> SafetensorsFile:
+    """The weights of a quantised folder, checked but for their values. Raises WeightsError as `load_quantised` does."""
+    file = SafetensorsFile(Path(folder) / PACKED_FILE)
+    _check(file, stored_shapes(config, recipe))
+    return file
 
 
 def empty_quantised(config: ModelConfig, recipe: Recipe) -> Mixtral:

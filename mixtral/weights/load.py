@@ -7,7 +7,7 @@ one tensor (`.pt` shards are memory-mapped: their pages are the system's to recl
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +18,7 @@ from torch import Tensor
 from mixtral.config import ModelConfig
 from mixtral.errors import UsageError, WeightsError
 from mixtral.weights.gguf_file import open_gguf
+from mixtral.weights.lazy import LazyState
 from mixtral.weights.names import Format, Slot, fixed_dtype, layouts, output_name, parameter_shapes, slots
 from mixtral.weights.progress import Progress, counter
 from mixtral.weights.safetensors_file import Header, SafetensorsFile
@@ -91,46 +92,27 @@ def load_state(
     return state
 
 
-class StateReader(Mapping[str, Tensor]):
-    """Our tensors of a model folder one at a time, in any order: for work that does not want them all in memory.
+class StateReader(LazyState):
+    """The tensors of a model folder or GGUF file, one at a time and in any order.
 
-    As a mapping it keeps the tensor that was asked for last. Raises WeightsError as `load_state` does, before anything
-    is read.
+    Raises WeightsError as `load_state` does, before anything is read.
     """
 
     def __init__(self, folder: str | Path, config: ModelConfig) -> None:
+        super().__init__(parameter_shapes(config))
         self._folder = Path(folder)
         files, self._headers, self._found, self._output = _open(self._folder, config)
         self._file_of = {name: file for file in files for name in file.headers}
-        self._shapes = parameter_shapes(config)
         self._sources: dict[str, list[str]] = {}  # ours -> the foreign tensors that it is put together from
         for name, slot in self._found.items():
             self._sources.setdefault(slot.ours, []).append(name)
-        self._last: tuple[str, Tensor] | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-    def __getitem__(self, ours: str) -> Tensor:
-        if self._last is None or self._last[0] != ours:
-            self._last = None  # so that the old one goes before the new one comes
-            self._last = (ours, self.read(ours))
-        return self._last[1]
-
-    def described(self) -> dict[str, Tensor]:
-        """Shapes and dtypes of all, as tensors without data."""
-        return {name: torch.empty(shape, dtype=self.dtype(name), device="meta") for name, shape in self._shapes.items()}
 
     def dtype(self, ours: str) -> torch.dtype:
-        """What `read` returns: the widest dtype of the foreign tensors."""
+        """The widest of the foreign tensors'."""
         return fixed_dtype(ours) or _widest([self._headers[name] for name in self._sources[ours]])
 
     def read(self, ours: str) -> Tensor:
-        """Our parameter or buffer of that name, in new memory."""
-        tensor = torch.empty(self._shapes[ours], dtype=self.dtype(ours))
+        tensor = torch.empty(self.shapes[ours], dtype=self.dtype(ours))
         for name in self._sources[ours]:
             foreign = self._file_of[name].read(name)
             if name == self._output:

@@ -18,7 +18,7 @@ from mixtral.config import ModelConfig
 from mixtral.config_formats import to_hf, to_mistral
 from mixtral.errors import UsageError, WeightsError
 from mixtral.files import atomic_folder
-from mixtral.weights.load import StateReader
+from mixtral.weights.lazy import LazyState
 from mixtral.weights.names import Ffn, Format, Slot, fixed_dtype, layouts, output_name, parameter_shapes, slots
 from mixtral.weights.progress import Progress, counter
 from mixtral.weights.safetensors_file import FLOATS, Entry, write_safetensors
@@ -117,8 +117,8 @@ def _entries(state: State, config: ModelConfig, format: Format, ffn: Ffn, dtype:
 
 
 def described(state: State) -> dict[str, Tensor]:
-    """Tensors that tell shapes and dtypes: those of the state, or stand-ins for what is still to be read."""
-    return state.described() if isinstance(state, StateReader) else dict(state)
+    """Tensors that tell shapes and dtypes: those of the state, or stand-ins for what is still to be made."""
+    return state.described() if isinstance(state, LazyState) else dict(state)
 
 
 def taken(state: State, slot: Slot) -> Tensor:

@@ -184,7 +184,7 @@ def test_an_unreadable_index(shards: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_folders_without_weights(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"nowhere: no such folder; a model folder with its weights, or a \.gguf file,"):
+    with pytest.raises(UsageError, match=r"nowhere: no such folder; a model folder with its weights, or a \.gguf"):
         detect_format(tmp_path / "nowhere")
     (tmp_path / "pytorch_model.bin").touch()
     (tmp_path / "consolidated.00.pt.part").touch()
