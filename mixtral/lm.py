@@ -161,7 +161,7 @@ class LM:
 def load(
     path: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
 ) -> LM:
-    """The model of a folder, in Hugging Face's or Mistral's format or quantised, with its tokenizer when it has one.
+    """The model of a folder (Hugging Face's, Mistral's or quantised) or GGUF file, with its tokenizer when it has one.
 
     Args:
         dtype: "bf16", "fp32", ...; by default (or "auto") the file's, but fp32 on a CPU that is slow in bf16.
