@@ -100,7 +100,8 @@ class Conversation:
 
         self.text = f"{self.text}\n{line}" if self.text else line
         with contextlib.suppress(KeyboardInterrupt):
-            for piece in stream(self.lm.model, [self._ids()], self.params, tokenizer=self.tokenizer):
+            runner = self.lm.native_step()
+            for piece in stream(self.lm.model, [self._ids()], self.params, tokenizer=self.tokenizer, native=runner):
                 self.text += piece.text
                 print(shown(piece.text), end="", flush=True)
         print()

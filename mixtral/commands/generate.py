@@ -91,7 +91,7 @@ def _continue(
     from mixtral.engine import stream
 
     samples = [Sample() for _ in range(n)]
-    for piece in stream(lm.model, [ids] * n, params, tokenizer=lm.tokenizer, k=k):
+    for piece in stream(lm.model, [ids] * n, params, tokenizer=lm.tokenizer, k=k, native=lm.native_step()):
         speed.count()
         samples[piece.sequence].add(piece)
         if show:
