@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -201,6 +202,7 @@ def test_a_forked_child_makes_a_pool_of_its_own() -> None:
     w, x_TD = weight("int8", 100, 64), torch.randn(5, 64)
     want = native.packed_linear(x_TD, w, "int8", 100)
     if (child := os.fork()) == 0:
+        signal.alarm(60)  # one that waits for the parent's threads waits for ever
         os._exit(0 if torch.equal(native.packed_linear(x_TD, w, "int8", 100), want) else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert torch.equal(native.packed_linear(x_TD, w, "int8", 100), want)

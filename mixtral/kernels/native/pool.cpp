@@ -36,10 +36,10 @@ class Epoch {
     wake_.notify_all();
   }
 
-  // Returns when the counter is not at `old` any more.
-  void wait(uint32_t old, std::chrono::microseconds spin) {
+  // Returns when the counter is not at `old` any more; `spin` is in microseconds.
+  void wait(uint32_t old, int spin) {
     if (now() != old) return;
-    for (const auto end = Clock::now() + spin; Clock::now() < end;)
+    for (const auto end = Clock::now() + std::chrono::microseconds(spin); Clock::now() < end;)
       for (int i = 0; i < 64; ++i) {
         if (now() != old) return;
         pause();
@@ -62,11 +62,11 @@ class Pool {
   Pool(int count, int spin) : count_(count), spin_(spin) {}
 
   int count() const { return count_; }
-  int spin() const { return static_cast<int>(spin_.count()); }
+  int spin() const { return spin_; }
 
   void resize(int count, int spin) {
     std::lock_guard<std::mutex> lock(turn_);
-    spin_ = std::chrono::microseconds(spin);
+    spin_ = spin;
     if (count == count_) return;
     stop();
     count_ = count;
@@ -118,8 +118,8 @@ class Pool {
     }
   }
 
-  int count_;
-  std::chrono::microseconds spin_;
+  std::atomic<int> count_;
+  std::atomic<int> spin_;  // microseconds
   std::mutex turn_;  // one region at a time
   std::vector<std::thread> workers_;
   void (*body_)(void *, int, int) = nullptr;

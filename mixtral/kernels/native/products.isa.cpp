@@ -48,7 +48,7 @@ struct Int4Format : Int4 {
   static constexpr int kBytes = 288;
 };
 
-// The weights of a column, or of the first of several: those of its block, and the lanes inside it.
+// The weights of the block that a column belongs to, from a group on.
 template <class F>
 const uint8_t *weights_of(const Product &p, int column, int group) {
   const int64_t block = column / kColumns;
@@ -57,6 +57,7 @@ const uint8_t *weights_of(const Product &p, int column, int group) {
 
 int row_of(const Product &p, int row) { return p.index ? p.index[row] : row; }
 
+// The first of a column's lanes in its block.
 constexpr int lane_of(int column) { return column % kColumns * kWidth; }
 
 // The sums of C columns by R rows, begun anew or continued from `out`.
@@ -77,7 +78,7 @@ struct Sums {
   static float *place(const Product &p, int column, int row) { return p.out + row * p.out_stride + column * kWidth; }
 };
 
-// Only few rows take their weights from memory; with more they are in the cache.
+// One row or two wait for memory; more compute for as long as the processor's own look-ahead takes.
 template <int R>
 void ask_ahead(const uint8_t *weights) {
   if constexpr (R <= 2) __builtin_prefetch(weights + kAhead);
