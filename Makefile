@@ -4,7 +4,7 @@
 help:
 	@echo 'make setup  install the package and all that its tests need into .venv'
 	@echo 'make native build the C++ library anew, after a change to it'
-	@echo 'make demo   train a small Mixtral here, write with it, show its routing'
+	@echo 'make demo   the model that comes with the package writes, and shows its routing'
 	@echo 'make test   run the tests'
 	@echo 'make check  lint and type-check'
 	@echo 'make bench  run every benchmark in turn'

@@ -23,6 +23,7 @@ from mixtral.moe import Routing
 from mixtral.quant.load import load_quantised
 from mixtral.quant.recipe import PACKED, read_recipe
 from mixtral.runtime import choose_device, choose_dtype
+from mixtral.shipped import model_folder
 from mixtral.tokenizer import Tokenizer
 from mixtral.weights import load_state
 from mixtral.weights.gguf_tokenizer import read_tokenizer
@@ -164,10 +165,11 @@ def load(
     """The model of a folder (Hugging Face's, Mistral's or quantised) or GGUF file, with its tokenizer when it has one.
 
     Args:
+        path: the folder, or "mixtral-nano" for the model that comes with the package.
         dtype: "bf16", "fp32", ...; by default (or "auto") the file's, but fp32 on a CPU that is slow in bf16.
         device: "cpu", "cuda", "cuda:1"; by default (or "auto") a GPU when there is one.
     """
-    chosen = choose_device(device)
+    path, chosen = model_folder(path), choose_device(device)
     config = read_config(path)
     tokenizer = read_tokenizer(path)
     if (recipe := read_recipe(path)) is not None:

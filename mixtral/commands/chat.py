@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mixtral.commands.common import DeviceOption, DtypeOption, ModelOption, load_model, say, show_routing, shown
+from mixtral.shipped import SHIPPED
 
 if TYPE_CHECKING:
     from mixtral.engine import SamplingParams
@@ -19,7 +20,7 @@ COMMANDS = ("/reset", "/routing", "/quit")
 
 
 def chat(
-    model: ModelOption,
+    model: ModelOption = SHIPPED,
     max_tokens: Annotated[int, typer.Option(metavar="N", help="The most tokens of one answer.")] = 128,
     temperature: Annotated[float, typer.Option(metavar="T", help="0: always the most probable token.")] = 0.8,
     top_p: Annotated[float, typer.Option(metavar="P", help="Draw from the fewest tokens that sum to P.")] = 0.95,
@@ -37,7 +38,7 @@ def chat(
     /reset starts anew, /routing shows which experts took the text, /quit or Ctrl-D leaves, Ctrl-C stops an answer.
 
     Examples:
-    mixtral chat --model runs/demo/final
+    mixtral chat
     mixtral chat --model DIR --temperature 0.5 --max-tokens 60
     mixtral chat --model DIR --stop "You:"
     """

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from mixtral.tokenizer import Tokenizer
     from mixtral.weights.progress import Progress
 
-ModelOption = Annotated[str, typer.Option("--model", metavar="DIR", help="Model folder, of Hugging Face or Mistral.")]
+ModelOption = Annotated[
+    str, typer.Option("--model", metavar="DIR", help="Model folder, of Hugging Face or Mistral, or mixtral-nano.")
+]
 DtypeOption = Annotated[
     str, typer.Option(metavar="NAME", help="bf16, fp32 or fp16; auto: the file's, or fp32 where bf16 is slow.")
 ]

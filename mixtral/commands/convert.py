@@ -40,9 +40,10 @@ def convert(
     """
     from mixtral import weights
     from mixtral.runtime import choose_dtype
+    from mixtral.shipped import model_folder
 
     written = None if dtype == "auto" else choose_dtype(dtype, "cpu")
     with bytes_bar() as progress:
-        weights.convert(source, target, to, written, fused, progress, type)
+        weights.convert(model_folder(source), target, to, written, fused, progress, type)
     for file in [Path(target)] if to == "gguf" else sorted(Path(target).iterdir()):
         print(f"{file}  {bytes_text(file.stat().st_size)}")

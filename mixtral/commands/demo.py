@@ -1,4 +1,4 @@
-"""`mixtral demo`: the main job in one command, on text that every Python carries."""
+"""`mixtral demo`: what the system does, shown by the model that comes with it."""
 
 from __future__ import annotations
 
@@ -8,90 +8,122 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixtral.commands.common import JsonOption, console, show_loads, shown
-from mixtral.commands.train import summary
+from mixtral.commands.common import JsonOption, console, loads, shown, working
+from mixtral.commands.demo_train import train_demo
+from mixtral.shipped import FOLDER, SHIPPED
 
 if TYPE_CHECKING:
-    from mixtral.train.pretrain import Trained
+    from rich.table import Table
 
-PROMPT = "def __init__(self, name, value=None):\n"
-SEED = 1
+    from mixtral.lm import LM
+
+PROMPT = 'def fibonacci(n):\n    """Return the n-th number."""\n'
+SAMPLING: dict[str, Any] = {"max_tokens": 120, "temperature": 0.4, "top_p": 0.95, "seed": 1}
+DEFAULT_OUT = Path("runs/demo")
+ARITHMETIC = """\
+State the final answer to the following arithmetic problem: 57 + 22 =
+79
+
+Solve the following multiplication: 6 * 7. Give only the result as your final answer.
+42
+"""
+PROSE = """\
+A mapping object maps hashable values to arbitrary objects. Mappings are mutable objects. There is currently only one
+standard mapping type, the dictionary. Objects that compare equal refer to the same entry, and the order is kept.
+"""
 
 
 def demo(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The run's folder.")] = Path("runs/demo"),
-    max_steps: Annotated[int | None, typer.Option(metavar="N", help="Fewer or more steps than the recipe's.")] = None,
+    train: Annotated[bool, typer.Option("--train", help="Train a small model here first: some minutes.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="With --train: the run's folder (runs/demo).")] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(metavar="N", help="With --train: fewer or more steps than the recipe's.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a small Mixtral on the standard library, write with it, and show where its tokens went.
+    """Let the model that comes with the package write Python, and show which experts take what.
 
-    Takes some minutes on two cores. An interrupted demo goes on where it stopped; a finished one only shows its model.
+    Needs no download and takes seconds. With --train, a smaller model is trained on the standard library of your Python
+    first, and shows the same; an interrupted training goes on where it stopped, a finished one only shows its model.
 
     Examples:
     mixtral demo
-    mixtral demo --out runs/quick --max-steps 100
+    mixtral demo --train
+    mixtral demo --train --out runs/quick --max-steps 100
     """
     from mixtral.errors import UsageError
-    from mixtral.recipes import recipe
-    from mixtral.train.pretrain import begin, pretrain
-    from mixtral.train.view import TerminalView
 
-    terminal = console(stderr=True)
-    if not (out / "config.json").exists():
-        config = recipe("tiny") if max_steps is None else recipe("tiny").replace(steps=max_steps)
-        begin(config, out)
-        shape = config.model
-        terminal.print(
-            f"A Mixtral of {shape.n_params() / 1e6:.1f} M parameters, {shape.n_active_params() / 1e6:.1f} M active: "
-            f"{shape.n_layers} layers of {shape.n_experts} experts, {shape.experts_per_token} a token. "
-            f"{config.steps * config.tokens_per_step / 1e6:.2f} M tokens to train on."
-        )
-    elif max_steps is not None:
-        raise UsageError(f"--max-steps: the run in {out} was begun with its own number; choose another --out")
-    trained = pretrain(out, TerminalView(terminal))
-    figures = _figures(trained)
+    if train:
+        train_demo(out or DEFAULT_OUT, max_steps, as_json)
+    elif out is not None or max_steps is not None:
+        raise UsageError("--out and --max-steps are for a training of your own; add --train")
+    else:
+        _shipped(as_json)
+
+
+def _shipped(as_json: bool) -> None:
+    from mixtral.lm import load
+
+    with working(f"reading {SHIPPED}"):
+        lm = load(SHIPPED)
+    figures = _figures(lm)
     if as_json:
         print(json.dumps(figures))
     else:
-        _show(trained, figures)
+        _show(lm, figures)
 
 
-def _figures(trained: Trained) -> dict[str, Any]:
-    """The run's numbers, a counted bigram model's bits per byte on the same held-out tokens, and a sample."""
-    from mixtral.eval.ngram import bigram_bits_per_byte
-    from mixtral.lm import load
+def _figures(lm: LM) -> dict[str, Any]:
+    """What the model writes, and the loads of three kinds of text by layer and expert."""
+    assert lm.tokenizer is not None
+    text = lm.generate(PROMPT, **SAMPLING)
+    kinds = {"code": PROMPT + text, "prose": PROSE, "arithmetic": ARITHMETIC}
+    return {
+        "model": str(FOLDER),
+        "parameters": lm.config.n_params(),
+        "active_parameters": lm.config.n_active_params(),
+        "prompt": PROMPT,
+        "text": text,
+        "loads": {kind: loads(lm.routing(lm.tokenizer.encode(text))) for kind, text in kinds.items()},
+    }
 
-    run = trained.run
-    data = run.loader.data
-    held_out = [(b.batch.tokens_T.numpy(), b.targets_T.numpy()) for b in run.val_batches]
-    n_bytes, vocabulary = run.byte_lengths_V.numpy(), run.config.model.vocab_size
-    bigram = bigram_bits_per_byte(data.pairs("train"), held_out, n_bytes, vocabulary)
-    text = load(trained.folder).generate(PROMPT, max_tokens=120, temperature=0.6, top_p=0.95, seed=SEED)
-    return {**summary(trained), "bigram_bits_per_byte": bigram, "prompt": PROMPT, "text": text}
 
-
-def _show(trained: Trained, figures: dict[str, Any]) -> None:
-    out, final = console(), trained.folder
-    ratio = figures["val_cross_entropy"] / figures["start_cross_entropy"]
-    loads = figures["val_loads"]
-    least = min(min(load) * len(load) for load in loads)
-    out.print(f"\n{PROMPT}", style="dim", end="")
-    out.print(shown(figures["text"]))
-    show_loads(loads, "Where the held-out tokens went, by layer and expert")
+def _show(lm: LM, figures: dict[str, Any]) -> None:
+    out, shape = console(), lm.config
     out.print(
-        f"\nheld-out text   {figures['start_cross_entropy']:.3f} -> {figures['val_cross_entropy']:.3f} nats a token, "
-        f"{ratio:.0%} of the start\n"
-        f"bits a byte     {figures['val_bits_per_byte']:.3f}; a bigram model counted on the same text: "
-        f"{figures['bigram_bits_per_byte']:.3f}\n"
-        f"expert loads    the least used expert of any layer got {least:.2f} of its fair share of held-out tokens",
+        f"{SHIPPED}, the model that comes with the package: {shape.n_params() / 1e6:.1f} M parameters, "
+        f"{shape.n_active_params() / 1e6:.1f} M active;\n{shape.n_layers} layers of {shape.n_experts} experts, "
+        f"{shape.experts_per_token} a token. Its card: {FOLDER / 'README.md'}\n",
         soft_wrap=True,
     )
+    out.print(PROMPT, style="dim", end="")
+    out.print(shown(figures["text"]), soft_wrap=True)
+    out.print()
+    out.print(_by_kind(figures["loads"], out.options.ascii_only))
+    out.print("\nA character an expert: half height is a fair share, full height twice that.", style="dim")
     out.print(
-        f"\nNext:\n"
-        f"  mixtral generate --model {final} --prompt 'class Node:' --temperature 0.7 --routing\n"
-        f"  mixtral chat --model {final}\n"
-        f"  mixtral info {final}\n"
-        f"  mixtral convert {final} runs/mistral --to mistral\n"
-        f"  mixtral train tiny --out runs/mine --data FOLDER --max-steps 2000",
+        "\nNext:\n"
+        "  mixtral generate --prompt 'class Node:' --temperature 0.7 --routing\n"
+        "  mixtral chat\n"
+        f"  mixtral info {SHIPPED}\n"
+        f"  mixtral convert {SHIPPED} runs/mistral --to mistral\n"
+        "  mixtral demo --train",
         soft_wrap=True,
     )
+
+
+def _by_kind(layers_of: dict[str, list[list[float]]], ascii_only: bool) -> Table:
+    """A row a kind of text, a column a layer: which experts took it (arXiv 2401.04088, figure 7, in characters)."""
+    from rich.table import Table
+
+    from mixtral.analysis import load_strip
+
+    table = Table(
+        title="Which experts took what", title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0)
+    )
+    table.add_column("")
+    for number in range(len(next(iter(layers_of.values())))):
+        table.add_column(f"layer {number}", no_wrap=True)
+    for kind, layers in layers_of.items():
+        table.add_row(kind, *(load_strip(load, ascii_only) for load in layers))
+    return table

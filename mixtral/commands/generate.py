@@ -22,6 +22,7 @@ from mixtral.commands.common import (
     show_routing,
     shown,
 )
+from mixtral.shipped import SHIPPED
 
 if TYPE_CHECKING:
     from mixtral.engine import Piece, SamplingParams
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: ModelOption,
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text to continue; - reads it from standard input.")],
+    model: ModelOption = SHIPPED,
     max_tokens: Annotated[int, typer.Option(metavar="N", help="The most tokens to generate.")] = 256,
     temperature: Annotated[float, typer.Option(metavar="T", help="0: always the most probable token.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(metavar="N", help="Draw from the N most probable tokens.")] = None,
@@ -55,7 +56,7 @@ def generate(
     text, and were not taught to follow instructions.
 
     Examples:
-    mixtral generate --model runs/demo/final --prompt "def add(" --max-tokens 100
+    mixtral generate --prompt "def fibonacci(n):" --max-tokens 100
     mixtral generate --model DIR --prompt "Once" --temperature 0.8 --seed 1 --routing
     mixtral generate --model DIR --prompt "Once" --k 1
     echo "To be or" | mixtral generate --model DIR --prompt - --json

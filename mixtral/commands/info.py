@@ -33,8 +33,8 @@ def info(
 
     All is counted from the configuration; nothing is loaded or downloaded.
 
-    Presets: tiny, small, mistral-7b,
-    mistral-7b-v0.3, mixtral-8x7b, mixtral-8x22b, mixtral-8x22b-v0.3. A folder of such a name is ./NAME.
+    Presets: tiny, small, mistral-7b, mistral-7b-v0.3, mixtral-8x7b, mixtral-8x22b, mixtral-8x22b-v0.3. mixtral-nano is
+    the model that comes with the package. A folder of such a name is ./NAME.
 
     Examples:
     mixtral info mixtral-8x7b
@@ -53,9 +53,10 @@ def find_config(name: str) -> ModelConfig:
     """Of a preset or a model folder. Raises ConfigError when it is neither, or the folder's configuration is bad."""
     from mixtral.config_formats import read_config
     from mixtral.presets import PRESETS, preset
+    from mixtral.shipped import SHIPPED, model_folder
 
-    is_path = Path(name).exists() or "/" in name
-    return read_config(name) if is_path and name not in PRESETS else preset(name)
+    is_path = name == SHIPPED or Path(name).exists() or "/" in name
+    return read_config(model_folder(name)) if is_path and name not in PRESETS else preset(name)
 
 
 def describe(name: str, config: ModelConfig, context: int | None, k: int | None) -> dict[str, Any]:

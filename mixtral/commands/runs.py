@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,8 +22,9 @@ def runs(
 ) -> None:
     """Compare training runs, finished or not, in a table and a plot.
 
-    best val and b/B (bits a byte) are of the validation with the lowest loss, tok/s and matrix (the share of the
-    machine's matrix rate) medians over steps, max/mean (the worst layer) and dead experts of the last statistics.
+    size is active and all parameters; val and b/B (bits a byte) are of the validation with the lowest loss, tok/s and
+    matrix (the share of the machine's matrix rate) medians over steps, mem the most memory; max (the worst layer's
+    largest load over the mean) and dead experts are of the last statistics.
 
     Examples:
     mixtral runs runs/a runs/b
@@ -41,18 +43,23 @@ def runs(
         return
     table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("run", overflow="fold")
-    for name in ("active/all", "step", "loss", "best val", "b/B", "tok/s", "matrix", "memory", "max/mean", "dead"):
+    for name in ("size", "step", "loss", "val", "b/B", "tok/s", "matrix", "mem", "max", "dead"):
         table.add_column(name, justify="right")
-    for summary in summaries:
-        table.add_row(*_row(summary))
+    for name, summary in zip(_short([summary.name for summary in summaries]), summaries, strict=True):
+        table.add_row(name, *_row(summary))
     console().print(table)
     if plot is not None:
         console().print(f"curves: {plot}", soft_wrap=True)
 
 
+def _short(names: list[str]) -> list[str]:
+    """Paths from the folder that all of them share, as a table has little room."""
+    shared = os.path.commonpath([os.path.dirname(os.path.abspath(name)) for name in names])
+    return [os.path.relpath(name, shared) for name in names]
+
+
 def _row(s: RunSummary) -> list[str]:
     return [
-        s.name,
         f"{s.active_parameters / 1e6:.1f}/{s.parameters / 1e6:.1f}M",
         f"{s.step}/{s.steps}",
         _text(s.cross_entropy, "{:.3f}"),

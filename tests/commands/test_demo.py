@@ -1,4 +1,4 @@
-"""The demo, on a small corpus and for a few steps."""
+"""The demo: of the shipped model, and with a training on a small corpus for a few steps."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def ctrl_c() -> None:
 
 def test_it_trains_writes_and_shows(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    first = run("demo", "--out", out, "--max-steps", "6")
+    first = run("demo", "--train", "--out", out, "--max-steps", "6")
     assert first.code == 0
     for wanted in ("def __init__(self", "Where the held-out tokens went", "held-out text", "bits a byte",
                    "a bigram model", "expert loads",
@@ -67,11 +67,11 @@ def test_it_trains_writes_and_shows(run: Run, tmp_path: Path) -> None:
     assert "step 6: validation" in first.err and "step 6: validation" not in first.out
     metrics = (out / "metrics.jsonl").read_bytes()
 
-    second = run("demo", "--out", out)
+    second = run("demo", "--train", "--out", out)
     assert second.code == 0 and second.out == first.out and "step 6: validation" not in second.err
     assert (out / "metrics.jsonl").read_bytes() == metrics
 
-    told = json.loads(run("demo", "--out", out, "--json").out)
+    told = json.loads(run("demo", "--train", "--out", out, "--json").out)
     assert told["steps"] == 6 and told["tokens"] == 6 * 128 and told["model"] == str(out / "final")
     assert told["val_cross_entropy"] < told["start_cross_entropy"]
     assert 0 < told["bigram_bits_per_byte"] < 8 and told["prompt"].startswith("def __init__") and told["text"]
@@ -79,8 +79,8 @@ def test_it_trains_writes_and_shows(run: Run, tmp_path: Path) -> None:
 
 def test_steps_of_a_run_that_was_begun_are_refused(run: Run, tmp_path: Path) -> None:
     out = str(tmp_path / "demo")
-    assert run("demo", "--out", out, "--max-steps", "2").code == 0
-    again = run("demo", "--out", out, "--max-steps", "3")
+    assert run("demo", "--train", "--out", out, "--max-steps", "2").code == 0
+    again = run("demo", "--train", "--out", out, "--max-steps", "3")
     assert again.code == 2 and "was begun with its own number" in again.err
 
 
@@ -88,10 +88,10 @@ def test_an_interrupted_demo_goes_on(run: Run, tmp_path: Path, monkeypatch: pyte
     out = tmp_path / "demo"
     with monkeypatch.context() as patch:
         after_step(patch, 3, ctrl_c)
-        code, printed, err = run("demo", "--out", out)
+        code, printed, err = run("demo", "--train", "--out", out)
     assert (code, printed) == (130, "")
     assert err.splitlines()[-1] == f"mixtral: stopped after step 3; go on with: mixtral train --resume {out}"
-    assert json.loads(run("demo", "--out", out, "--json").out)["steps"] == 8
+    assert json.loads(run("demo", "--train", "--out", out, "--json").out)["steps"] == 8
 
 
 def test_training_and_going_on_from_the_command_line(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,5 +111,27 @@ def test_training_and_going_on_from_the_command_line(run: Run, tmp_path: Path, m
 
 def test_a_folder_that_is_no_run_is_left_alone(run: Run, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("kept")
-    code, _, err = run("demo", "--out", tmp_path)
+    code, _, err = run("demo", "--train", "--out", tmp_path)
     assert code == 2 and f"{tmp_path} is not empty" in err and [p.name for p in tmp_path.iterdir()] == ["precious"]
+
+
+def test_the_shipped_model_writes_and_shows_its_routing(run: Run) -> None:
+    code, out, _ = run("demo")
+    assert code == 0
+    for wanted in ("def fibonacci(n):", "Which experts took what", "code", "prose", "arithmetic",
+                   "layer 3", "mixtral generate --prompt", "mixtral chat", "mixtral demo --train"):  # fmt: skip
+        assert wanted in out, wanted
+    assert all(len(line) <= 80 for line in out.splitlines() if "layer" in line)
+
+
+def test_the_shipped_models_figures_as_json(run: Run) -> None:
+    told = json.loads(run("demo", "--json").out)
+    assert told["parameters"] > told["active_parameters"] and told["text"]
+    for layers in told["loads"].values():
+        assert len(layers) == 4 and all(sum(load) == pytest.approx(1) for load in layers)
+
+
+@pytest.mark.parametrize("option", [("--out", "x"), ("--max-steps", "3")])
+def test_options_of_a_training_without_one_are_refused(run: Run, option: tuple[str, str]) -> None:
+    code, _, err = run("demo", *option)
+    assert code == 2 and "add --train" in err
