@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="Model folder to read, of Hugging Face or Mistral.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Model folder of Hugging Face or Mistral, or GGUF file, to read.")
+    ],
     target: Annotated[str, typer.Argument(metavar="DST", help="Folder to write; must not exist, or be empty.")],
     bits: Annotated[str, typer.Option(metavar="BITS", help="8, 4, or mixed: 8, and 4 for the experts.")],
     calibrate: Annotated[
@@ -67,13 +69,16 @@ def quantize(
 
 
 def _sequences(source: str, text: str, tokens: int) -> list[list[int]]:
-    """Sequences of a text by the tokenizer of the model folder `source`; UsageError when it has none."""
+    """Sequences of a text by the tokenizer of the model `source`. Raises UsageError when it came without one."""
     from mixtral.config_formats import read_config
+    from mixtral.errors import UsageError
     from mixtral.quant.text import read_sequences
-    from mixtral.tokenizer import load_tokenizer
+    from mixtral.weights.gguf_tokenizer import read_tokenizer
 
     context = read_config(source).context
-    return read_sequences(text, load_tokenizer(source), tokens, context)
+    if (tokenizer := read_tokenizer(source)) is None:
+        raise UsageError(f"{source}: no tokenizer; --calibrate and --text need one")
+    return read_sequences(text, tokenizer, tokens, context)
 
 
 def _calibrated(

@@ -13,7 +13,7 @@ Legend: T tokens, D model width, F expert hidden width, E experts, V vocabulary,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,7 @@ def second_moments(
         for i, batch in enumerate(batches):
             hidden[i] = watched.run(hidden[i], angles[i], batch, None if k_V is None else k_V[batch.tokens_T])
         found |= watched.moments()
+        del watched  # before the next layer comes into memory
         if progress is not None:
             progress("calibrating", layer + 1, config.n_layers)
     if not config.tie_embeddings:
@@ -94,6 +95,15 @@ def _batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]
         yield part
 
 
+def _before(module: nn.Module, look: Callable[[Tensor], None]) -> None:
+    """Let `look` see the module's first input at every call."""
+
+    def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        look(inputs[0])
+
+    module.register_forward_pre_hook(hook)
+
+
 class _Watched:
     """One layer, and what goes into its matrices."""
 
@@ -102,36 +112,27 @@ class _Watched:
         self.seen = _Moments()
         with torch.device("meta"):
             self.block = Block(config).eval()
-        names = self.block.state_dict()
-        state = {name: reader.read(self.prefix + name) for name in names}
-        wanted = {name: fixed_dtype(self.prefix + name) or torch.float32 for name in names}
-        self.block.load_state_dict({name: state[name].to(wanted[name]) for name in names}, assign=True)
-        self.ffn_input: Tensor | None = None
-        self._watch(self.block.attention.wqkv, "attention.wqkv.weight")
-        self._watch(self.block.attention.wo, "attention.wo.weight")
-        self.block.ffn.register_forward_pre_hook(self._keep_ffn_input)
-
-    def _watch(self, module: nn.Module, name: str) -> None:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self.seen.add(name, inputs[0])
-
-        module.register_forward_pre_hook(hook)
-
-    def _keep_ffn_input(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.ffn_input = inputs[0]
+        wanted = {name: fixed_dtype(self.prefix + name) or torch.float32 for name in self.block.state_dict()}
+        state = {name: reader.read(self.prefix + name).to(dtype) for name, dtype in wanted.items()}
+        self.block.load_state_dict(state, assign=True)
+        self.ffn_inputs: list[Tensor] = []
+        # What the hooks hold must not hold the block: such a circle would keep it until the next garbage collection.
+        seen, ffn_inputs = self.seen, self.ffn_inputs
+        _before(self.block.attention.wqkv, lambda x: seen.add("attention.wqkv.weight", x))
+        _before(self.block.attention.wo, lambda x: seen.add("attention.wo.weight", x))
+        _before(self.block.ffn, ffn_inputs.append)
 
     def run(self, x_TD: Tensor, angles: tuple[Tensor, Tensor], batch: Packed, k: Tensor | None) -> Tensor:
         """The layer's output for a batch, whose inputs are counted on the way."""
         y_TD, routing = self.block(x_TD, angles, batch, self.layer, None, None, k)
-        assert self.ffn_input is not None
-        ffn = self.block.ffn
+        ffn, h_TD = self.block.ffn, self.ffn_inputs.pop()
         if isinstance(ffn, MoE):
-            self._experts(ffn.experts, self.ffn_input, routing)
+            self._experts(ffn.experts, h_TD, routing)
             if ffn.shared is not None:
-                self._network("ffn.shared.", ffn.shared.w13, self.ffn_input)
+                self._network("ffn.shared.", ffn.shared.w13, h_TD)
         else:
             assert isinstance(ffn, FeedForward)
-            self._network("ffn.", ffn.w13, self.ffn_input)
+            self._network("ffn.", ffn.w13, h_TD)
         return y_TD
 
     def _experts(self, experts: Experts, x_TD: Tensor, routing: Routing) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,7 @@ def test_bars_on_a_terminal_alone(run: Run, folder: Path, text: Path, tmp_path: 
         (["{folder}", "out", "--bits", "4", "--text", "nowhere.txt"], 2, "nowhere.txt"),
         (["{folder}", "out", "--bits", "4", "--calibrate", "nowhere.txt"], 2, "nowhere.txt"),
         (["{folder}", "out", "--bits", "4", "--calibrate", "blank.txt"], 1, "blank.txt: no text in it"),
+        (["bare", "out", "--bits", "4", "--calibrate", "blank.txt"], 2, "bare: no tokenizer; --calibrate and"),
         (["{folder}", "file/out", "--bits", "4"], 1, "cannot write file/out: "),
     ],
 )
@@ -77,6 +79,7 @@ def test_failures(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "full/kept").write_text("precious")
     (tmp_path / "file").write_text("a file, where a folder is wanted")
     (tmp_path / "blank.txt").write_text(" \n")
+    shutil.copytree(folder, tmp_path / "bare", ignore=lambda _, names: {n for n in names if "token" in n or ".v3" in n})
     got = run("quantize", *(a.format(folder=folder) for a in arguments))
     assert (got.code, got.out) == (code, "") and got.err.count("\n") == 1 and message in got.err
     assert (tmp_path / "full/kept").read_text() == "precious" and not (tmp_path / "out").exists()

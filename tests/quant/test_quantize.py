@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,6 +120,57 @@ def test_progress(folder: Path, tmp_path: Path) -> None:
     quantise_folder(folder, tmp_path / "q", Recipe.of("4"), progress=lambda *args: told.append(args))
     assert len(told) == 2 * (2 + 4 * 3) + 1 and {what for what, _, _ in told} == {"quantising"}
     assert told[-1][1] == told[-1][2] and told[0][1] < told[1][1]
+
+
+PEAK = """
+import re, sys, torch
+from mixtral.config import ModelConfig
+from mixtral.lm import load
+from mixtral.quant.calibrate import second_moments
+from mixtral.quant.quantize import quantise_folder
+from mixtral.quant.recipe import Recipe
+from mixtral.weights import parameter_shapes, save_hf
+from mixtral.weights.load import StateReader
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+
+# 91 MiB in fp32; the largest of our tensors has 8 MiB, a layer 13 MiB
+config = ModelConfig(vocab_size=1024, dim=256, n_layers=7, n_heads=4, n_kv_heads=2, head_dim=64, ffn_dim=512,
+                     n_experts=8, experts_per_token=2)
+random = torch.Generator().manual_seed(0)
+src, dst = sys.argv[1] + "/src", sys.argv[1] + "/dst"
+save_hf({n: torch.randn(s, generator=random) for n, s in parameter_shapes(config).items()}, config, src)
+print(config.weight_bytes(32) / 2**20)
+"""
+
+QUANTISE = PEAK.split("random =")[0] + """
+src, dst = sys.argv[1] + "/src", sys.argv[1] + "/dst"
+torch.ones(256, 256) @ torch.ones(256, 256)  # what torch sets up once
+before = peak()
+moments = second_moments(StateReader(src, config), config, [list(range(3, 67))])
+quantise_folder(src, dst, Recipe.of("8"), moments)
+quantising = peak() - before
+load(dst, device="cpu")
+print(quantising, peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_peak_memory(tmp_path: Path) -> None:
+    """Calibrating and quantising take some tensors' memory, not the model's; loading takes next to none."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+
+    def run(code: str) -> list[float]:
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return [float(figure) for figure in done.stdout.split()]
+
+    (model,) = run(PEAK)
+    quantising, loading = run(QUANTISE)
+    assert model > 90
+    assert quantising < 45, "a layer, 13 MiB, what is computed with it, and some slack"
+    assert loading < 45
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
