@@ -19,7 +19,7 @@ from mixtral.weights import convert, detect_format, load_state, save_hf
 from mixtral.weights.gguf_file import GgufFile
 from mixtral.weights.gguf_write import write_gguf
 from mixtral.weights.names import slots
-from tests.weights.weight_states import CONFIGS, SPARSE, assert_same, random_state
+from tests.weights.weight_states import CONFIGS, DENSE, SPARSE, assert_same, random_state
 
 # Every row a multiple of 32, so that all matrices can be quantised.
 EVEN = SPARSE.replace(dim=64, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=32, vocab_size=40)
@@ -66,6 +66,17 @@ def test_names_and_types(tmp_path: Path) -> None:
         assert {found[f"{name}.weight"] for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_gate_inp")} == {"F32"}
         assert {found[f"blk.0.{part}.weight"] for part in ("attn_k", "ffn_up_exps", "ffn_down_exps")} == {type.upper()}
     assert kinds["q4_0"]["token_embd.weight"] == kinds["q4_0"]["output.weight"] == "Q8_0"
+
+
+def test_gate_and_up_are_not_swapped() -> None:
+    """A file written wrongly would be read back wrongly, and nothing else would tell."""
+    sparse, dense = random_state(SPARSE), random_state(DENSE)
+    w13_E2FD, w13_2FD = sparse["layers.1.ffn.experts.w13"], dense["layers.1.ffn.w13"]
+    stacked, single = slots(SPARSE, "gguf", "stacked"), slots(SPARSE, "gguf", "per-expert")
+    for index, part in enumerate(("gate", "up")):
+        assert stacked[f"blk.1.ffn_{part}_exps.weight"].view(w13_E2FD).equal(w13_E2FD[:, index])
+        assert single[f"blk.1.ffn_{part}.3.weight"].view(w13_E2FD).equal(w13_E2FD[3, index])
+        assert slots(DENSE, "gguf", "dense")[f"blk.1.ffn_{part}.weight"].view(w13_2FD).equal(w13_2FD[index])
 
 
 @pytest.mark.parametrize(("type", "bits", "levels"), [("q8_0", 8.5, 127), ("q4_0", 4.5, 8)])
