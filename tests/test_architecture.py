@@ -149,8 +149,11 @@ def readme_tree() -> dict[str, str]:
 
 
 def real_tree() -> set[str]:
-    """Every file of the package; empty formalities (__init__.py of folders, py.typed) and what is built are left out."""
+    """Every file of the package; empty formalities (__init__.py of folders, py.typed), what is built, and the parts of
+    the model that ships, for which its card stands, are left out."""
+    card = "nano/README.md"
     files = {f.relative_to(PACKAGE).as_posix() for f in PACKAGE.rglob("*") if f.is_file() and f.suffix != ".so"}
+    files = {f for f in files if f == card or not f.startswith("nano/")}
     return {f for f in files if "__pycache__" not in f and not f.endswith("/__init__.py") and f != "py.typed"}
 
 
