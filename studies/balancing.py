@@ -131,7 +131,8 @@ def study(options: argparse.Namespace) -> Path:
     corpus = prepare_corpus(out, scale)
     runs = planned(corpus, out / "tokenizer", scale.steps, tuple(options.only))
     perform_all(runs, out, corpus, scale, options.jobs, 60 * options.budget_minutes)
-    measure_pace(out, [run for run in runs if "dense" in run.kind.groups])
+    if "dense" in options.only:
+        measure_pace(out, [run for run in runs if "dense" in run.kind.groups])
     return report(out)
 
 
