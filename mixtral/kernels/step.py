@@ -49,7 +49,9 @@ class Result(NamedTuple):
 
 
 class Step:
-    """A model's weights in one table, ready for any number of calls. Holds the tensors that the table points to.
+    """A model's weights in one table, ready for any number of calls, one at a time: they share their scratch.
+
+    Holds the tensors that the table points to.
 
     Raises UsageError for weights whose shape, dtype or layout native code could not read, by name.
     """

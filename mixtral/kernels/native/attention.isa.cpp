@@ -43,27 +43,23 @@ struct Tiles {
 
 // -- the cache ---------------------------------------------------------------------------------------------------------
 
-// Where position `at` has its key (or value, `offset` bytes further) for this task's head.
-const uint8_t *find(const AttentionTask &t, const uint8_t *fresh, int64_t offset, int64_t at) {
-  const Sequence &s = *t.sequence;
-  const int64_t size = bytes_of(t.cache_dtype);
-  const int64_t row = size * t.n_heads * t.head_dim, head = size * t.head * t.head_dim;
-  if (at >= s.first) return fresh + (at - s.first) * row + head;
-  const int64_t slot = at % (static_cast<int64_t>(s.n_blocks) * s.block_size);
-  return s.blocks[slot / s.block_size] + t.layer_offset + offset + slot % s.block_size * row + head;
-}
-
-// Positions from .. to - 1 of the tile that starts at `tile` -> its rows in fp32; the others are left as zeros.
+// This head's keys (or values, `offset` bytes further) of the positions from .. to - 1 of a tile -> its rows in fp32, the
+// others zeros. What came before this call lies in the blocks, the call's own rows in `fresh`.
 void read(const AttentionTask &t, const uint8_t *fresh, int64_t offset, int64_t tile, int64_t from, int64_t to,
-                 const Tiles &w) {
-  for (int i = 0; i < kTile; ++i) {
-    float *row = w.rows + i * w.width;
-    int filled = 0;
-    if (tile + i >= from && tile + i < to) {
-      widen(find(t, fresh, offset, tile + i), t.cache_dtype, t.head_dim, row);
-      filled = t.head_dim;
-    }
-    for (int c = filled; c < w.width; ++c) row[c] = 0.0f;
+          const Tiles &w) {
+  const Sequence &s = *t.sequence;
+  const int64_t head_bytes = bytes_of(t.cache_dtype) * t.head_dim, row_bytes = t.n_heads * head_bytes;
+  const int64_t slot = from % (static_cast<int64_t>(s.n_blocks) * s.block_size);
+  int64_t block = slot / s.block_size, within = slot % s.block_size;
+  for (int64_t at = tile; at < tile + kTile; ++at) {
+    float *row = w.rows + (at - tile) * w.width;
+    const bool there = at >= from && at < to;
+    for (int c = there ? t.head_dim : 0; c < w.width; ++c) row[c] = 0.0f;
+    if (!there) continue;
+    const uint8_t *source = at < s.first ? s.blocks[block] + t.layer_offset + offset + within * row_bytes
+                                         : fresh + (at - s.first) * row_bytes;
+    widen(source + t.head * head_bytes, t.cache_dtype, t.head_dim, row);
+    if (++within == s.block_size) within = 0, block = block + 1 == s.n_blocks ? 0 : block + 1;
   }
 }
 
