@@ -48,9 +48,10 @@ def quantize(
     """
     from mixtral.quant.quantize import quantise_folder
     from mixtral.quant.recipe import Recipe
+    from mixtral.shipped import model_folder
     from mixtral.weights.save import check_free
 
-    recipe = Recipe.of(bits)
+    recipe, source = Recipe.of(bits), str(model_folder(source))
     check_free(target)
     to_compare = None if text is None else _sequences(source, text, tokens)  # a bad text is told before the work
     importance: dict[str, Tensor] | None = None
