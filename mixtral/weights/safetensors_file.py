@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import struct
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,8 @@ DTYPES = {
 FLOATS = [dtype for dtype in DTYPES.values() if dtype.is_floating_point]
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_LIMIT = 100_000_000  # bytes; the reference implementation's
+# Else Linux refuses to map a file larger than memory, as all might be written to. Python names the flag from 3.13 on.
+_NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 _ALIGN = 64  # bytes: where the first tensor starts, a line of the processor's cache
 
 
@@ -117,8 +121,9 @@ class SafetensorsFile:
 
         What is written to them stays in this process.
         """
-        size = self.path.stat().st_size
-        raw = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8)
+        with self.path.open("rb") as file:
+            pages = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE)
+        raw = torch.frombuffer(pages, dtype=torch.uint8)
         return {name: raw[self._start + first : self._start + last] for name, (_, first, last) in self._ranges.items()}
 
 

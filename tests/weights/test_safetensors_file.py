@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +144,14 @@ def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(safetensors_file, "_read_into", lambda file, buffer, path: whole(Slow(file), buffer, path))
     save_file(TENSORS, tmp_path / "x")
     assert all(torch.equal(tensor, TENSORS[name]) for name, tensor in SafetensorsFile(tmp_path / "x").stream())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count mapped memory otherwise")
+def test_a_file_larger_than_memory_is_mapped(tmp_path: Path) -> None:
+    """A sparse one: its tensor is zeros that take no room on the disk."""
+    size = 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    with (tmp_path / "a.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + size)
+    assert SafetensorsFile(tmp_path / "a.safetensors").mapped()["w"][-1] == 0
