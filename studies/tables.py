@@ -26,7 +26,7 @@ def tables(summaries: Sequence[Summary]) -> str:
     made = [(title, _table(kinds, columns)) for title, group, columns in parts if (kinds := by_kind(summaries, group))]
     if kinds := by_kind(summaries, "failure"):
         made += [(title, _table(kinds, columns)) for title, columns in _failure_columns(kinds).items()]
-    return "\n\n".join(f"### {title}\n\n{table}" for title, table in made) + "\n"
+    return "# The study of balancing in tables\n\n" + "\n\n".join(f"## {title}\n\n{table}" for title, table in made) + "\n"
 
 
 def _table(kinds: Kinds, columns: Sequence[Column]) -> str:
