@@ -26,7 +26,8 @@ def tables(summaries: Sequence[Summary]) -> str:
     made = [(title, _table(kinds, columns)) for title, group, columns in parts if (kinds := by_kind(summaries, group))]
     if kinds := by_kind(summaries, "failure"):
         made += [(title, _table(kinds, columns)) for title, columns in _failure_columns(kinds).items()]
-    return "# The study of balancing in tables\n\n" + "\n\n".join(f"## {title}\n\n{table}" for title, table in made) + "\n"
+    page = ["# The study of balancing in tables", *(f"## {title}\n\n{table}" for title, table in made)]
+    return "\n\n".join(page) + "\n"
 
 
 def _table(kinds: Kinds, columns: Sequence[Column]) -> str:
