@@ -29,7 +29,7 @@ def test_the_demo_trains_enough_and_keeps_what_it_validates() -> None:
 def test_the_model_that_ships_fits_the_package() -> None:
     config = recipe("nano")
     assert config.model.weight_bytes(bits=16) < 15e6  # of 16 MB; the rest is the tokenizer's
-    assert 10e6 <= config.steps * config.tokens_per_step <= 15e6
+    assert 7e6 <= config.steps * config.tokens_per_step <= 15e6
     assert config.save_every % config.val_every == 0
     sources = [Source.parse(spec) for spec in config.data]
     assert [source.name.partition(":")[0] for source in sources] == ["stdlib", "stdlib", *["reasoning-gym"] * 2]
