@@ -53,6 +53,9 @@ def shown(text: str) -> str:
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """A spinner on standard error while the block runs; nothing where that is not a terminal."""
+    if not sys.stderr.isatty():  # and rich, which takes a tenth of a second to import, is not needed
+        yield
+        return
     with console(stderr=True).status(what):
         yield
 
