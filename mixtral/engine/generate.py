@@ -9,6 +9,7 @@ Legend: B sequences of the step that get a token, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -21,6 +22,7 @@ from mixtral.engine.native import NativeModel
 from mixtral.engine.sampling import SamplingParams, make_generator, sample
 from mixtral.engine.text_output import TextOutput
 from mixtral.errors import MixtralError, UsageError
+from mixtral.kernels.native import cores_for_library
 from mixtral.model import Mixtral, Output, Packed
 from mixtral.moe import Routing
 from mixtral.tokenizer import Tokenizer
@@ -172,6 +174,7 @@ class _Run:
         _check(prompts, params, model.config, tokenizer, prefill_chunk)
         weight = model.embedding.weight
         self.forward: Callable[..., Output] = native or model
+        self.cores: Callable[[], AbstractContextManager[None]] = cores_for_library if native else nullcontext
         self.device, self.dtype = weight.device, weight.dtype
         self.vocab_size = min(model.config.vocab_size, tokenizer.vocab_size) if tokenizer else model.config.vocab_size
         self.prefill_chunk, self.keep_routing, self.k = prefill_chunk, keep_routing, k
@@ -187,6 +190,10 @@ class _Run:
     @torch.inference_mode()
     def step(self) -> list[Piece]:
         """Run the model once; the pieces of the sequences that it read to their end."""
+        with self.cores():
+            return self._step()
+
+    def _step(self) -> list[Piece]:
         chunks = [s.all_tokens[s.read :][: self.prefill_chunk] for s in self.active]
         batch = Packed.of(chunks, [s.read for s in self.active], self.device)
         for sequence, chunk in zip(self.active, chunks, strict=True):

@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from mixtral.kernels.packed import LANES, check_packed
 FOLDER = Path(__file__).parent / "native"
 REMEDY = "install a C++17 compiler (g++ or clang++), then run `make native` in a checkout, or reinstall the package"
 SPIN_MICROSECONDS = 50  # how long an idle thread of the pool waits awake; none where threads outnumber cores
+_pool_threads: int | None = None  # of the library inside cores_for_library; None: as many as torch has
 
 FORMATS = {"bf16": 0, "int8": 1, "int4": 2}  # enum Format of native/packed.h
 
@@ -45,13 +48,31 @@ def supports(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def library() -> ctypes.CDLL:
-    """The library, its pool as many threads as torch has. Raises UsageError where there is none."""
+    """The library, its pool as many threads as torch has (`cores_for_library`). UsageError where there is none."""
     loaded = _load()
     if not isinstance(loaded, ctypes.CDLL):
         raise UsageError(f"native kernels: {loaded}; {REMEDY}")
-    threads = torch.get_num_threads()
+    threads = _pool_threads or torch.get_num_threads()
     loaded.mx_set_threads(threads, SPIN_MICROSECONDS if threads <= _cores() else 0)
     return loaded
+
+
+@contextmanager
+def cores_for_library() -> Iterator[None]:
+    """While the block runs, torch computes on one thread, and the library on as many as torch had.
+
+    For loops of native calls with small ops of torch between them: after every op that it spreads, torch's OpenMP
+    threads spin for a while and keep the cores from the library's pool (docs/log.md, 2026-11-22).
+    """
+    global _pool_threads
+    before, threads = _pool_threads, torch.get_num_threads()
+    _pool_threads = before or threads
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        _pool_threads = before
+        torch.set_num_threads(threads)
 
 
 def instruction_set() -> str:

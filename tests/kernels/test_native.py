@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 import os
 import shutil
@@ -266,3 +268,30 @@ def test_a_library_with_other_headers(tmp_path: Path) -> None:
     assert not isinstance(native.load(tmp_path), str)
     (tmp_path / "packed.h").write_text("struct Matrix {};")
     assert "was built with other headers than those beside it" in str(native.load(tmp_path))
+
+
+def test_the_library_has_the_cores_that_torch_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(native, "_load", functools.cache(lambda: Told(told)))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(ZeroDivisionError), native.cores_for_library():
+            native.library()
+            with native.cores_for_library():  # inside, nothing changes
+                native.library()
+            assert torch.get_num_threads() == 1
+            1 / 0  # noqa: B018
+        assert torch.get_num_threads() == 2
+        torch.set_num_threads(1)
+        native.library()
+        assert told == [2, 2, 1]
+    finally:
+        torch.set_num_threads(before)
+
+
+class Told(ctypes.CDLL):
+    """A library that only notes how many threads it is told to have."""
+
+    def __init__(self, told: list[int]) -> None:
+        self.mx_set_threads = lambda threads, _: told.append(threads)
