@@ -6,7 +6,7 @@ RUN is the folder of a training run, such as `mixtral train nano --out runs/nano
 same files and tasks: the dense model of equal active compute, say, which is
 
     mixtral train nano --out runs/nano-dense --set model.n_experts=1 --set model.experts_per_token=1 \
-        --set model.ffn_dim=384
+        --set model.ffn_dim=384 --set balance=
 
 Bits a byte: all held-out documents of the first run's domain "code", each read in windows of the training's context,
 half of which is context alone but in the first; the end of each document counts. The compressors get the same bytes,

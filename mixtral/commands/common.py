@@ -61,16 +61,20 @@ def working(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def bytes_bar() -> Iterator[Progress]:
-    """A bar of bytes on standard error; nothing where that is not a terminal."""
+def stages_bar(in_bytes: bool = False) -> Iterator[Progress]:
+    """A bar for each stage on standard error, its progress in bytes or in percent; none where that is no terminal."""
     from rich import progress as rich_progress
 
     err = console(stderr=True)
+    told: list[rich_progress.ProgressColumn] = (
+        [rich_progress.DownloadColumn(binary_units=True), rich_progress.TransferSpeedColumn()]
+        if in_bytes
+        else [rich_progress.TaskProgressColumn()]
+    )
     columns = (
         rich_progress.TextColumn("{task.description}"),
         rich_progress.BarColumn(bar_width=20),
-        rich_progress.DownloadColumn(binary_units=True),
-        rich_progress.TransferSpeedColumn(),
+        *told,
         rich_progress.TimeRemainingColumn(compact=True),
     )
     with rich_progress.Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:

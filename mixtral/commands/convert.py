@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mixtral.commands.common import bytes_bar, bytes_text
+from mixtral.commands.common import bytes_text, stages_bar
 
 
 def convert(
@@ -43,7 +43,7 @@ def convert(
     from mixtral.shipped import model_folder
 
     written = None if dtype == "auto" else choose_dtype(dtype, "cpu")
-    with bytes_bar() as progress:
+    with stages_bar(in_bytes=True) as progress:
         weights.convert(model_folder(source), target, to, written, fused, progress, type)
     for file in [Path(target)] if to == "gguf" else sorted(Path(target).iterdir()):
         print(f"{file}  {bytes_text(file.stat().st_size)}")

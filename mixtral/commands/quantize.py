@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixtral.commands.common import JsonOption, bytes_text, console
+from mixtral.commands.common import JsonOption, bytes_text, console, stages_bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +53,7 @@ def quantize(
     check_free(target)
     to_compare = None if text is None else _sequences(source, text, tokens)  # a bad text is told before the work
     importance: dict[str, Tensor] | None = None
-    with _bar() as progress:
+    with stages_bar() as progress:
         if calibrate is not None:
             importance, facts = _calibrated(source, calibrate, tokens, progress)
             recipe = Recipe.of(bits, facts)
@@ -137,26 +135,3 @@ def _show_comparison(comparison: Comparison) -> None:
     for part in (comparison.whole, *comparison.parts):
         table.add_row(part.what, f"{part.perplexity:.4f}", f"{part.kl:.6f}", f"{100 * part.agreement:.2f}%")
     out.print(table)
-
-
-@contextmanager
-def _bar() -> Iterator[Progress]:
-    """A bar for each stage on standard error; nothing where that is not a terminal."""
-    from rich import progress as rich_progress
-
-    err = console(stderr=True)
-    columns = (
-        rich_progress.TextColumn("{task.description}"),
-        rich_progress.BarColumn(bar_width=20),
-        rich_progress.TaskProgressColumn(),
-        rich_progress.TimeRemainingColumn(compact=True),
-    )
-    with rich_progress.Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        tasks: dict[str, rich_progress.TaskID] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done)
-
-        yield show

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mixtral.commands.common import bytes_bar, bytes_text
+from mixtral.commands.common import bytes_text, stages_bar
 
 
 def synth(
@@ -29,7 +29,7 @@ def synth(
     from mixtral.quant.synth import write_random
 
     config = presets.preset(preset)
-    with bytes_bar() as progress:
+    with stages_bar(in_bytes=True) as progress:
         write_random(config, target, bits, seed, progress)
     for file in sorted(Path(target).iterdir()):
         print(f"{file}  {bytes_text(file.stat().st_size)}")

@@ -1,4 +1,4 @@
-"""`mixtral-nano`: the model that ships in the package, trained in an hour on two cores."""
+"""`mixtral-nano`: the model that ships in the package, trained in an hour on one thread of a busy machine."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ def nano() -> TrainConfig:
 
     Sixteen experts, as those that a token does not take cost no time and the file has room for them; rows of 512, for
     code refers far back. The vocabulary is learnt from the data, with Mistral's v3 control tokens in it. Arithmetic and
-    logic are of the second level of difficulty (sums of two or three numbers of one or two digits), which a model of
-    this size can learn something of. Prose is small and comes some five times over, code one and a half times.
+    logic are of the second level of difficulty (sums of two or three numbers of one or two digits): so short a training
+    learns their form and not their answers (the card, nano/README.md). Prose is small and comes
+    some five times over, code one and a half times.
 
     A step is one part of four rows, so that micro_batch balances all domains together, as the study of balancing
     favours (docs/studies/balancing.md).
