@@ -93,7 +93,7 @@ def _show(lm: LM, figures: dict[str, Any]) -> None:
     out.print(
         f"{SHIPPED}, the model that comes with the package: {shape.n_params() / 1e6:.1f} M parameters, "
         f"{shape.n_active_params() / 1e6:.1f} M active;\n{shape.n_layers} layers of {shape.n_experts} experts, "
-        f"{shape.experts_per_token} a token. Its card: {FOLDER / 'README.md'}\n",
+        f"{shape.experts_per_token} a token. Its card:\n{FOLDER / 'README.md'}\n",
         soft_wrap=True,
     )
     out.print(PROMPT, style="dim", end="")
