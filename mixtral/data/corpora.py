@@ -27,7 +27,7 @@ EXCLUDED_FOLDERS = frozenset({
 EXCLUDED_FILES = re.compile(r"_sysconfigdata.*|entities\.py|stringprep\.py|.*_pb2\.py|_?test_.*|.*_test\.py")
 MAX_SOURCE_BYTES = 400_000  # a longer source file is nearly always a generated table
 
-STDLIB_PARTS = ("code", "prose")
+STDLIB_PARTS = ("code", "tests", "prose")
 
 # Generators of reasoning-gym that are left out: they need 0.1 s and more for one task, or draw from Python sets, so
 # that the same seed gives other tasks in another process.
@@ -103,8 +103,9 @@ def list_files(name: str) -> list[File]:
 
 
 def _stdlib(part: str) -> list[File]:
-    """Sources as "code"; the language reference that `help()` shows as "prose". `part` is one of them, or "" for both.
+    """Sources as "code", the language reference that `help()` shows as "prose", and the sources' own tests as "tests".
 
+    `part` is one of them, or "" for the first two; a system may come without the tests.
     Docstrings are not taken out as prose of their own: they are in the sources, and a text that stood in two documents
     could be trained on in one and held out in the other.
     """
@@ -112,8 +113,11 @@ def _stdlib(part: str) -> list[File]:
 
     if part not in ("", *STDLIB_PARTS):
         raise UsageError(f"data source stdlib:{part}: unknown part {part!r}; {did_you_mean(part, STDLIB_PARTS)}")
+    library = Path(sysconfig.get_path("stdlib"))
+    if part == "tests":
+        return _test_files(library)
     path = Path(str(topics.__file__))
-    code = _python_files(Path(sysconfig.get_path("stdlib"))) if part != "prose" else []
+    code = _python_files(library) if part != "prose" else []
     prose = [File(f"pydoc_data/{key}", path, "prose", text) for key, text in topics.topics.items()]
     return code if part == "code" else [*code, *prose]
 
@@ -124,10 +128,25 @@ def _python_files(folder: Path) -> list[File]:
         folders[:] = [name for name in folders if name not in EXCLUDED_FOLDERS]  # os.walk enters only what is left here
         sources = (name for name in names if name.endswith(".py") and not EXCLUDED_FILES.fullmatch(name))
         for path in (Path(place, name) for name in sources):
-            # An empty __init__.py is no fault here, as an empty file that a user names would be.
-            if 0 < path.stat().st_size <= MAX_SOURCE_BYTES:
+            if _has_fair_size(path):
                 files.append(File(path.relative_to(folder).as_posix(), path, "code"))
     return files
+
+
+def _test_files(library: Path) -> list[File]:
+    files = [
+        File(path.relative_to(library).as_posix(), path, "tests")
+        for path in (library / "test").rglob("*.py")
+        if not path.name.startswith("bad") and _has_fair_size(path)  # badsyntax_*.py: wrong on purpose
+    ]
+    if not files:
+        raise DataError(f"data source stdlib:tests: no tests in {library / 'test'}; this Python came without them")
+    return files
+
+
+def _has_fair_size(path: Path) -> bool:
+    """An empty __init__.py is no fault in an installed library, as an empty file that a user names would be."""
+    return 0 < path.stat().st_size <= MAX_SOURCE_BYTES
 
 
 def _path_files(path: Path) -> list[File]:
