@@ -5,8 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from mixtral.lm import load
+from mixtral.weights import convert
+from mixtral.weights.safetensors_file import SafetensorsFile
 from tests.commands.conftest import TEXT, Run
 
 
@@ -37,6 +40,32 @@ def test_calibrated_and_compared(run: Run, folder: Path, text: Path, tmp_path: P
     rows = {line.split("  ")[0]: line.split() for line in lines[lines.index("") + 2 :]}
     assert list(rows) == ["quantised", "nothing", "all", "layer 0", "layer 1", "output"]
     assert rows["all"][-1].endswith("%") and 0 < float(rows["all"][-2]) < 0.5
+
+
+def test_from_gguf(run: Run, folder: Path, text: Path, tmp_path: Path) -> None:
+    """The same packed bytes as from the folder that the file was made of, with its tokenizer, calibrated or not."""
+    convert(folder, tmp_path / "bf16", "hf", torch.bfloat16)  # what the GGUF file holds
+    convert(tmp_path / "bf16", tmp_path / "model.gguf", "gguf")
+    options = ("--bits", "4", "--calibrate", text, "--text", text, "--tokens", "100")
+    want = run("quantize", tmp_path / "bf16", tmp_path / "a", *options)
+    got = run("quantize", tmp_path / "model.gguf", tmp_path / "b", *options)
+    assert (want.code, got.code) == (0, 0), got.err
+    assert want.out.split("\n\n")[1] == got.out.split("\n\n")[1]  # the comparison
+    there, back = (SafetensorsFile(tmp_path / name / "packed.safetensors") for name in "ab")
+    assert there.headers.keys() == back.headers.keys()
+    assert all(torch.equal(there.read(name).float(), back.read(name).float()) for name in there.headers)
+    first, second = (load(tmp_path / name).tokenizer for name in "ab")
+    assert first is not None and second is not None and first.fingerprint == second.fingerprint
+    assert run("generate", "--model", tmp_path / "b", "--prompt", "To be", "--max-tokens", "3").code == 0
+
+
+def test_from_quantised_gguf(run: Run, folder: Path, tmp_path: Path) -> None:
+    """Its blocks are expanded and rounded again, to our formats."""
+    convert(folder, tmp_path / "model.gguf", "gguf", type="q8_0")
+    assert run("quantize", tmp_path / "model.gguf", tmp_path / "q", "--bits", "8").code == 0
+    ids = list(range(3, 40))
+    want, got = load(tmp_path / "model.gguf", "fp32").logits(ids), load(tmp_path / "q", "fp32").logits(ids)
+    assert 0 < (got - want).norm() <= 0.05 * want.norm()
 
 
 def test_json(run: Run, folder: Path, text: Path, tmp_path: Path) -> None:
