@@ -36,26 +36,41 @@ class LM:
 
     Args:
         native: whether generation runs through the native step (engine/native.py); by default where that can stand in
-            for the model, and the weights are quantised or bf16. Plain weights are then held a second time, packed.
+            for the model, and the weights are quantised or bf16.
+        sole: nobody else holds the model, so that its bf16 matrices may be freed while the native step has them packed:
+            until `model` is first asked for, whole or by logits, routing or save. Else they are held twice.
     """
 
-    def __init__(self, model: Mixtral, tokenizer: Tokenizer | None = None, native: bool | None = None) -> None:
-        self.model = model.eval().requires_grad_(False)
+    def __init__(
+        self, model: Mixtral, tokenizer: Tokenizer | None = None, native: bool | None = None, sole: bool = False
+    ) -> None:
+        self._model = model.eval().requires_grad_(False)
+        self._sole = sole
         self.tokenizer = tokenizer
         self.native = native
         self._packed: tuple[list[tuple[int, int]], NativeModel] | None = None
 
     @property
+    def model(self) -> Mixtral:
+        """The model itself, whole. Whoever asks may keep it, so its matrices stay from then on."""
+        if self._sole:
+            if self._packed is not None:
+                self._packed[1].restore()
+                self._packed = self._weights_state(), self._packed[1]
+            self._sole = False
+        return self._model
+
+    @property
     def config(self) -> ModelConfig:
-        return self.model.config
+        return self._model.config
 
     @property
     def device(self) -> torch.device:
-        return self.model.embedding.weight.device
+        return self._model.embedding.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.embedding.weight.dtype
+        return self._model.embedding.weight.dtype
 
     # -- generating --------------------------------------------------------------------------------------------------
 
@@ -64,13 +79,22 @@ class LM:
 
         Raises UsageError with the reason when `native` is True and the step cannot stand in for this model.
         """
-        if self.native is False or (self.native is None and not suits(self.model)):
+        if self.native is False or (self.native is None and not suits(self._model)):
             return None
-        state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in named_state(self.model).values()]
-        if self._packed is None or self._packed[0] != state:
+        if self._packed is None or self._packed[0] != self._weights_state():
             self._packed = None  # before another is made beside it
-            self._packed = state, NativeModel(self.model)
+            native = NativeModel(self._model, release=self._sole)
+            self._packed = self._weights_state(), native
         return self._packed[1]
+
+    def for_engine(self) -> tuple[Mixtral, NativeModel | None]:
+        """The model, and what runs it, as `engine.generate` and `engine.stream` take them; the model may be emptied."""
+        native = self.native_step()
+        return self._model if native else self.model, native
+
+    def _weights_state(self) -> list[tuple[int, int]]:
+        """Another list once a weight was exchanged or changed."""
+        return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in named_state(self._model).values()]
 
     @overload
     def generate(self, prompt: str, **sampling: Any) -> str: ...
@@ -95,7 +119,8 @@ class LM:
             raise UsageError(f"prompt: a text, token ids, or a list of those is wanted, not {type(prompt).__name__}")
         texts = [isinstance(p, str) for p in prompt]
         ids = [self._ids(p) for p in prompt]
-        done = generate(self.model, ids, _params(sampling), tokenizer=self.tokenizer, native=self.native_step())
+        model, native = self.for_engine()
+        done = generate(model, ids, _params(sampling), tokenizer=self.tokenizer, native=native)
         return [g.text if is_text else g.tokens for g, is_text in zip(done, texts, strict=True)]
 
     @overload
@@ -106,8 +131,8 @@ class LM:
         """The same as `generate` for one prompt, piece by piece as it comes: pieces of text, or token ids."""
         if not _is_one(prompt):
             raise UsageError("prompt: stream takes one prompt; generate takes a list of them")
-        ids, runner = self._ids(prompt), self.native_step()
-        pieces = stream(self.model, [ids], _params(sampling), tokenizer=self.tokenizer, native=runner)
+        ids, (model, native) = self._ids(prompt), self.for_engine()
+        pieces = stream(model, [ids], _params(sampling), tokenizer=self.tokenizer, native=native)
         if isinstance(prompt, str):
             return (piece.text for piece in pieces if piece.text)
         return (piece.token for piece in pieces)
@@ -173,12 +198,12 @@ def load(
     config = read_config(path)
     tokenizer = read_tokenizer(path)
     if (recipe := read_recipe(path)) is not None:
-        return LM(load_quantised(path, config, recipe, _dtype(dtype, chosen), chosen), tokenizer)
+        return LM(load_quantised(path, config, recipe, _dtype(dtype, chosen), chosen), tokenizer, sole=True)
     state = _one_dtype(load_state(path, config, _dtype(dtype, chosen), chosen))
     with torch.device("meta"):
         model = Mixtral(config)
     model.load_state_dict(state, assign=True)
-    return LM(model, tokenizer)
+    return LM(model, tokenizer, sole=True)
 
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:

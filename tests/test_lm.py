@@ -5,6 +5,9 @@ Weights are drawn at scale 0.2, so that attention and routing are far from unifo
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from mixtral.kernels import native
 from mixtral.lm import LM, load
 from mixtral.model import Mixtral, initialise
 from mixtral.tokenizer import Tokenizer, train_bpe
-from mixtral.weights import convert
+from mixtral.weights import convert, parameter_shapes, save_hf
 
 transformers = pytest.importorskip("transformers")
 
@@ -314,3 +317,91 @@ def test_generation_takes_the_native_step_where_it_rounds_no_weight(monkeypatch:
     assert LM(lm.model).native_step() is None
     with pytest.raises(UsageError, match="native step: not built"):
         LM(lm.model, native=True).generate(tokens(5))
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    """A folder with a bf16 model."""
+    lm = make_lm(None)
+    lm.model.to(torch.bfloat16)
+    lm.save(tmp_path / "bf16")
+    return tmp_path / "bf16"
+
+
+@pytest.mark.skipif(bool(native.available()), reason=f"no native step: {native.available()}")
+def test_a_loaded_model_is_emptied_while_it_generates_and_whole_when_it_is_asked_for(stored: Path) -> None:
+    want = load(stored, "bf16", "cpu").logits(tokens(9))
+    lm = load(stored, "bf16", "cpu")
+    text = lm.generate(tokens(5), max_tokens=4, ignore_eos=True)
+    step = lm.native_step()
+    assert not lm._model.output_weight.numel()
+    assert lm.config.vocab_size == 300 and (lm.device.type, lm.dtype) == ("cpu", torch.bfloat16)  # leave it emptied
+    pieces = lm.stream(tokens(5), max_tokens=4, ignore_eos=True)
+    assert not lm._model.output_weight.numel()
+    first = next(pieces)
+    assert torch.equal(lm.logits(tokens(9)), want)
+    assert [first, *pieces] == text  # the stream goes on
+    assert lm.native_step() is step  # nothing has changed
+    whole = load(stored, "bf16", "cpu").model.state_dict()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in lm.model.state_dict().items())
+    lm.model.output_weight[7] += 1
+    assert lm.native_step() is not step
+    assert lm.model.output_weight.numel()  # whoever has asked for the model keeps it
+
+
+@pytest.mark.skipif(bool(native.available()), reason=f"no native step: {native.available()}")
+def test_every_other_road_finds_the_whole_model(stored: Path, tmp_path: Path) -> None:
+    def emptied() -> LM:
+        lm = load(stored, "bf16", "cpu")
+        lm.generate(tokens(5), max_tokens=1)
+        assert not lm._model.output_weight.numel()
+        return lm
+
+    plain = load(stored, "bf16", "cpu")
+    emptied().save(tmp_path / "saved")
+    assert (tmp_path / "saved/model.safetensors").read_bytes() == (stored / "model.safetensors").read_bytes()
+    assert torch.equal(emptied().routing(tokens(9))[1].logits_TE, plain.routing(tokens(9))[1].logits_TE)
+    lm = emptied()
+    lm.native = plain.native = False
+    assert lm.generate(tokens(5), max_tokens=9) == plain.generate(tokens(5), max_tokens=9)
+    mine = LM(plain.model)  # somebody else holds it
+    mine.generate(tokens(5), max_tokens=1)
+    assert plain.model.output_weight.numel()
+
+
+PEAK = """
+import re, sys, torch
+from mixtral.kernels import native
+from mixtral.lm import load
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+
+torch.ones(256, 256) @ torch.ones(256, 256)  # what torch sets up once
+native.available()
+before = peak()
+lm = load(sys.argv[1], "bf16", "cpu")
+lm.generate([3, 4, 5], max_tokens=2, ignore_eos=True)
+generated = peak() - before
+lm.logits([3, 4, 5])
+print(generated, peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+@pytest.mark.skipif(bool(native.available()), reason=f"no native step: {native.available()}")
+def test_peak_memory_of_generating_in_bf16(tmp_path: Path) -> None:
+    """One copy of the weights and a tensor; a second copy when the model itself is asked for as well."""
+    config = ModelConfig(
+        vocab_size=1024, dim=256, n_layers=5, n_heads=4, n_kv_heads=2, head_dim=64, ffn_dim=1536, n_experts=8,
+        experts_per_token=2,
+    )  # fmt: skip
+    save_hf({n: torch.full(s, 0.01).bfloat16() for n, s in parameter_shapes(config).items()}, config, tmp_path / "m")
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "m")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    generating, both = map(float, done.stdout.split())
+    model = config.weight_bytes() / 2**20
+    assert model > 90
+    assert generating < 1.5 * model, "the weights, a tensor of 12 MiB and what it becomes, and some slack"
+    assert both > 1.9 * model  # else the figure above would say nothing

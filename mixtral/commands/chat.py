@@ -101,8 +101,8 @@ class Conversation:
 
         self.text = f"{self.text}\n{line}" if self.text else line
         with contextlib.suppress(KeyboardInterrupt):
-            runner = self.lm.native_step()
-            for piece in stream(self.lm.model, [self._ids()], self.params, tokenizer=self.tokenizer, native=runner):
+            model, native = self.lm.for_engine()
+            for piece in stream(model, [self._ids()], self.params, tokenizer=self.tokenizer, native=native):
                 self.text += piece.text
                 print(shown(piece.text), end="", flush=True)
         print()

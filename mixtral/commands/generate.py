@@ -92,7 +92,8 @@ def _continue(
     from mixtral.engine import stream
 
     samples = [Sample() for _ in range(n)]
-    for piece in stream(lm.model, [ids] * n, params, tokenizer=lm.tokenizer, k=k, native=lm.native_step()):
+    model, native = lm.for_engine()
+    for piece in stream(model, [ids] * n, params, tokenizer=lm.tokenizer, k=k, native=native):
         speed.count()
         samples[piece.sequence].add(piece)
         if show:

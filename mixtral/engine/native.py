@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from mixtral.config import ModelConfig
 from mixtral.engine.kv_cache import FullCache
 from mixtral.errors import UsageError
 from mixtral.kernels import native, step_tables
-from mixtral.kernels.packed import pack
+from mixtral.kernels.packed import pack, unpack
 from mixtral.kernels.step import MOST_ROWS, Result, Span, Step
 from mixtral.kernels.step_tables import ExpertWeights, LayerWeights, ModelWeights, Weight
 from mixtral.model import Mixtral, Output, Packed
@@ -58,16 +59,30 @@ class NativeModel:
     it. Raises UsageError with the reason when the step cannot stand in for the model.
 
     Args:
-        release: free each of the model's own matrices once it is packed; the model itself cannot be run any more.
+        release: free each of the model's own bf16 matrices once it is packed; until `restore`, the model itself cannot
+            be run.
     """
 
     def __init__(self, model: Mixtral, release: bool = False) -> None:
         if reason := why_not(model):
             raise UsageError(f"native step: {reason}")
         self.config = model.config
-        with torch.no_grad():
-            self._step = Step(model.config, step_weights(model, release))
+        self._released: list[_Released] = []
+        try:
+            with torch.no_grad():
+                self._step = Step(model.config, step_weights(model, self._released if release else None))
+        except BaseException:  # Ctrl-C too: whoever catches it goes on with the model
+            self.restore()
+            raise
         self._angles = rotary_angles(torch.arange(0), model.config.head_dim, model.config.rope_theta)
+
+    @torch.inference_mode(False)  # what an inference tensor holds could not be changed later
+    def restore(self) -> None:
+        """Give the model back the matrices that were released, bit for bit; the packed ones stay beside them."""
+        while self._released:
+            parameter, packed, n, d = self._released[-1]
+            parameter.data = unpack(packed, "bf16", n, d)[0]
+            self._released.pop()
 
     def __call__(self, batch: Packed, cache: FullCache, rows: Tensor | None = None, k: int | None = None) -> Output:
         """What Mixtral.forward returns for the same arguments."""
@@ -160,22 +175,34 @@ def _blocks(model: Mixtral) -> Iterator[Block]:
         yield block
 
 
-def step_weights(model: Mixtral, release: bool = False) -> ModelWeights:
-    """Every matrix packed: those of quantised parts as they are, others rounded to bf16."""
+class _Released(NamedTuple):
+    """A parameter that was emptied, and the packed [n, d] matrices that stand for it."""
+
+    parameter: nn.Parameter
+    packed: Tensor
+    n: int
+    d: int
+
+
+def step_weights(model: Mixtral, released: list[_Released] | None = None) -> ModelWeights:
+    """Every matrix packed: those of quantised parts as they are, others rounded to bf16.
+
+    Given a list, each bf16 parameter is emptied once it is packed, and what it held is added there.
+    """
     config, embedding = model.config, model.embedding.weight.detach()
-    layers = tuple(_layer(block, config, release) for block in _blocks(model))
+    layers = tuple(_layer(block, config, released) for block in _blocks(model))
     if model.output is None:
         output = Weight(pack(embedding.to(torch.bfloat16), "bf16"), "bf16", config.vocab_size, config.dim)
     else:
-        output = _linear(model.output, config.vocab_size, config.dim, release)
+        output = _linear(model.output, config.vocab_size, config.dim, released)
     return ModelWeights(embedding.contiguous(), layers, _fp32(model.norm.weight), output)
 
 
-def _layer(block: Block, config: ModelConfig, release: bool) -> LayerWeights:
+def _layer(block: Block, config: ModelConfig, released: list[_Released] | None) -> LayerWeights:
     heads_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     ffn = block.ffn.experts if isinstance(block.ffn, MoE) else block.ffn
-    w13, name = _packed(ffn, "w13", release)
-    w2, _ = _packed(ffn, "w2", release)
+    w13, name = _packed(ffn, "w13", released)
+    w2, _ = _packed(ffn, "w2", released)
     w13, w2 = w13.unflatten(0, (-1, 2)) if w13.dim() == 3 else w13, w2[None] if w2.dim() == 2 else w2
     experts = tuple(
         ExpertWeights(
@@ -186,24 +213,25 @@ def _layer(block: Block, config: ModelConfig, release: bool) -> LayerWeights:
     )  # fmt: skip
     return LayerWeights(
         _fp32(block.attention_norm.weight), _fp32(block.ffn_norm.weight),
-        _linear(block.attention.wqkv, heads_dim + 2 * kv_dim, config.dim, release),
-        _linear(block.attention.wo, config.dim, heads_dim, release),
+        _linear(block.attention.wqkv, heads_dim + 2 * kv_dim, config.dim, released),
+        _linear(block.attention.wo, config.dim, heads_dim, released),
         _fp32(block.ffn.router.weight) if isinstance(block.ffn, MoE) else None, experts,
     )  # fmt: skip
 
 
-def _linear(linear: nn.Module, n: int, d: int, release: bool) -> Weight:
-    packed, name = _packed(linear, "weight", release)
+def _linear(linear: nn.Module, n: int, d: int, released: list[_Released] | None) -> Weight:
+    packed, name = _packed(linear, "weight", released)
     return Weight(packed, name, n, d)
 
 
-def _packed(module: nn.Module, name: str, release: bool) -> tuple[Tensor, str]:
+def _packed(module: nn.Module, name: str, released: list[_Released] | None) -> tuple[Tensor, str]:
     """A module's matrix or stack of them, packed, and its format."""
     if isinstance(module, QuantLinear | QuantExperts | QuantFeedForward):
         return getattr(module, f"{name}_packed"), module.format.name
     parameter: nn.Parameter = getattr(module, name)
     packed = _pack_one_by_one(parameter.detach())
-    if release:
+    if released is not None and parameter.dtype == torch.bfloat16:
+        released.append(_Released(parameter, packed, *parameter.shape[-2:]))
         parameter.data = parameter.new_empty(0)
     return packed, "bf16"
 

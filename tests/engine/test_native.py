@@ -122,13 +122,42 @@ def test_parts_in_different_formats() -> None:
         torch.testing.assert_close(ours.logprobs, theirs.logprobs, rtol=0, atol=0.02)
 
 
-def test_releasing_frees_the_models_own_matrices() -> None:
-    model = make_model()
-    want = generate(model, PROMPTS, GREEDY, native=NativeModel(model))
-    runner = NativeModel(model, release=True)
-    kept = [name for name, parameter in model.named_parameters() if parameter.numel()]
+@pytest.mark.parametrize("shape", ["eight experts", "dense", "tied"])
+def test_releasing_frees_the_models_own_matrices_and_restoring_brings_them_back(shape: str) -> None:
+    model = make_model(**SHAPES[shape]).to(torch.bfloat16)
+    model.layers[1].attention.wo.weight.data[0, :3] = torch.tensor([-0.0, 1e-40, 1.0])
+    before = {name: tensor.clone().view(torch.int16) for name, tensor in model.state_dict().items()}
+    want = NativeModel(model)
+    got = NativeModel(model, release=True)
+    kept = {name for name, parameter in model.named_parameters() if parameter.numel()}
     assert all(name.endswith(("norm.weight", "embedding.weight", "router.weight")) for name in kept)
-    assert generate(model, PROMPTS, GREEDY, native=runner) == want
+    assert len(kept) < len(before)
+    batch, config = Packed.of(PROMPTS), model.config
+    outputs = [runner(batch, make_cache(config, 4, torch.bfloat16)).logits for runner in (want, got)]
+    assert torch.equal(*outputs)
+    with torch.inference_mode():
+        got.restore()
+    after = model.state_dict()
+    assert all(torch.equal(tensor, after[name].view(torch.int16)) for name, tensor in before.items())
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    assert torch.equal(got(batch, make_cache(config, 4, torch.bfloat16)).logits, outputs[0])
+
+
+def test_fp32_matrices_are_not_released_for_packing_rounds_them() -> None:
+    model = make_model()
+    NativeModel(model, release=True)
+    assert all(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_model_whose_packing_was_broken_off_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mixtral.engine.native.Step", interrupted)
+    model = make_model().to(torch.bfloat16)
+    with pytest.raises(KeyboardInterrupt):
+        NativeModel(model, release=True)
+    assert all(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(
