@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import statistics
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,6 +121,27 @@ def _linear(weight: Matrix, x_TD: Tensor, out: Tensor) -> None:
         raise MemoryError(f"native product: no memory for {rows} rounded rows of {x_TD.shape[1]} inputs")
 
 
+def read_sum(words: Tensor) -> int:
+    """The sum modulo 2^64 of contiguous int64 numbers, read by all threads: memory read and nothing else."""
+    assert words.dtype == torch.int64 and words.is_contiguous() and words.device.type == "cpu"
+    return int(library().mx_read(ctypes.c_void_p(words.data_ptr()), ctypes.c_int64(words.numel())))
+
+
+def measure_read(n_bytes: int = 1 << 30, seconds: float = 0.5) -> float:
+    """Bytes a second at which all threads of the library read memory: the ceiling of decoding.
+
+    The median of passes over a buffer of `n_bytes`, which is to be much larger than the caches; there are three or
+    more, until `seconds` are over. UsageError where there is no library.
+    """
+    words = torch.ones(n_bytes // 8, dtype=torch.int64)
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
+        started = time.perf_counter()
+        read_sum(words)
+        times.append(time.perf_counter() - started)
+    return 8 * len(words) / statistics.median(times)
+
+
 def _told(tensor: Tensor) -> str:
     laid = "" if tensor.is_contiguous() else ", not contiguous"
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}{laid}"
@@ -144,6 +167,7 @@ def load(folder: Path) -> ctypes.CDLL | str:
     try:
         loaded = ctypes.CDLL(str(path))
         loaded.mx_isa.restype = loaded.mx_headers.restype = ctypes.c_char_p
+        loaded.mx_read.restype = ctypes.c_uint64
         made_with = loaded.mx_headers().decode()
     except (OSError, AttributeError) as error:
         return f"{path} cannot be loaded ({error})"
