@@ -2,7 +2,8 @@
 // an unnamed namespace; lanes_avx512.h and lanes_portable.h define the same names.
 
 constexpr int kWidth = 8;     // lanes of a register
-constexpr int kMostRows = 4;  // rows that share a loaded weight
+constexpr int kMostRowsBf16 = 5;  // rows that share a loaded weight
+constexpr int kMostRowsQuantised = 4;
 
 using Floats = __m256;
 using Ints = __m256i;
@@ -41,15 +42,24 @@ Pair widen(__m256i pairs) {
 }
 
 Pair load_pairs(const uint8_t *from) { return widen(load_bytes(from)); }
-Pair splat_pair(const uint8_t *from) { return widen(splat_bytes(from)); }
+
+// Rows are widened once, when they are rounded (rows.isa.cpp): widening here would take as long as the products.
+constexpr int kPairBytes = 8;
+
+Pair splat_pair(const uint8_t *from) {
+  float x[2];
+  std::memcpy(x, from, sizeof x);
+  return {_mm256_set1_ps(x[0]), _mm256_set1_ps(x[1])};
+}
 
 Floats dot_pairs(Floats acc, Pair w, Pair x) {
   return _mm256_fmadd_ps(w.first, x.first, _mm256_fmadd_ps(w.second, x.second, acc));
 }
 
-// Columns that go through the inputs together: a row's sums wait for each other, so that few rows need several.
-constexpr int columns_bf16(int rows) { return rows <= 2 ? 4 : 2; }
-constexpr int columns_quantised(int rows) { return rows <= 2 ? 2 : 1; }
+// Blocks that go through the inputs together. One row waits for memory, which gives more to four readers than to one, and
+// for its own sums; more rows fill the registers with one block.
+constexpr int blocks_bf16(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+constexpr int blocks_quantised(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 
 // -- int8 and int4 -----------------------------------------------------------------------------------------------------
 
@@ -87,6 +97,7 @@ struct Int8 {
 // Unsigned w + 8 by x; the 8 comes off through the sum of x. Sixteen bits hold a whole group: 8 * 2 * 15 * 127 = 30480.
 struct Int4 {
   using Sum = Ints;
+  using Weights = Ints;
 
   static Sum start(int32_t) { return _mm256_setzero_si256(); }
 

@@ -2,7 +2,8 @@
 // an unnamed namespace; lanes_avx2.h and lanes_portable.h define the same names.
 
 constexpr int kWidth = 16;    // lanes of a register
-constexpr int kMostRows = 6;  // rows that share a loaded weight
+constexpr int kMostRowsBf16 = 6;  // rows that share a loaded weight
+constexpr int kMostRowsQuantised = 6;
 
 using Floats = __m512;
 using Ints = __m512i;
@@ -31,13 +32,14 @@ __m512i splat_bytes(const uint8_t *from) {
 using Pair = __m512bh;
 
 Pair load_pairs(const uint8_t *from) { return (__m512bh)_mm512_loadu_si512(from); }
+constexpr int kPairBytes = 4;
 Pair splat_pair(const uint8_t *from) { return (__m512bh)splat_bytes(from); }
 Floats dot_pairs(Floats acc, Pair w, Pair x) { return _mm512_dpbf16_ps(acc, w, x); }
 
-// Columns that go through the inputs together: a row's sums wait for each other, so that few rows need several, and all
-// save loads of x. 4 x 6 sums, 4 weights and an x fit the 32 registers, as do 2 x 6 integer and 2 x 6 float sums.
-constexpr int columns_bf16(int) { return 4; }
-constexpr int columns_quantised(int rows) { return rows <= 2 ? 4 : 2; }
+// Blocks that go through the inputs together: a row's sums wait for each other, memory gives more to several readers,
+// and all save loads of x. 4 x 6 sums, 4 weights and an x fit the 32 registers, as do 2 x 6 integer and 2 x 6 float sums.
+constexpr int blocks_bf16(int) { return 4; }
+constexpr int blocks_quantised(int rows) { return rows <= 2 ? 4 : 2; }
 
 // -- int8 and int4: unsigned by signed bytes; the offset of w comes off through the sum of x ---------------------------
 
@@ -47,6 +49,7 @@ Quad splat_quad(const uint8_t *from) { return splat_bytes(from); }
 
 struct Int8 {
   using Sum = Ints;
+  using Weights = Ints;
   static Sum start(int32_t sum_x) { return _mm512_set1_epi32(-128 * sum_x); }
   static Ints weights(const uint8_t *group, int quad) { return _mm512_loadu_si512(group + 64 * quad); }
   static Sum dot(Sum sum, Ints w, Quad x) { return _mm512_dpbusd_epi32(sum, w, x); }
@@ -55,6 +58,7 @@ struct Int8 {
 
 struct Int4 {
   using Sum = Ints;
+  using Weights = Ints;
   static Sum start(int32_t sum_x) { return _mm512_set1_epi32(-8 * sum_x); }
 
   static Ints weights(const uint8_t *group, int quad) {

@@ -2,7 +2,8 @@
 // Included by products.isa.cpp alone, inside an unnamed namespace; lanes_avx2.h and lanes_avx512.h define the same names.
 
 constexpr int kWidth = 4;     // lanes of what most processors have as a register
-constexpr int kMostRows = 4;  // rows that share a loaded weight
+constexpr int kMostRowsBf16 = 4;  // rows that share a loaded weight
+constexpr int kMostRowsQuantised = 4;
 
 struct Floats {
   float v[kWidth];
@@ -55,8 +56,9 @@ Floats load_halves(const uint8_t *from) {
   return x;
 }
 
-constexpr int columns_bf16(int) { return kBlock / kWidth; }
-constexpr int columns_quantised(int) { return kBlock / kWidth; }
+// Blocks that go through the inputs together.
+constexpr int blocks_bf16(int) { return 1; }
+constexpr int blocks_quantised(int) { return 1; }
 
 // -- bf16 --------------------------------------------------------------------------------------------------------------
 
@@ -80,10 +82,14 @@ Pair load_pairs(const uint8_t *from) {
   return widen(pairs);
 }
 
+constexpr int kPairBytes = 8;  // rows are widened when they are rounded (rows.isa.cpp)
+
 Pair splat_pair(const uint8_t *from) {
-  uint32_t pairs[kWidth];
-  for (uint32_t &pair : pairs) std::memcpy(&pair, from, sizeof pair);
-  return widen(pairs);
+  float x[2];
+  std::memcpy(x, from, sizeof x);
+  Pair pair;
+  for (int i = 0; i < kWidth; ++i) pair.first[i] = x[0], pair.second[i] = x[1];
+  return pair;
 }
 
 // A product of two bf16 numbers is exact in fp32, so that a product and a sum are as good as fma.

@@ -8,7 +8,7 @@ constexpr int64_t kLine = 64;  // bytes of a cache line
 int64_t whole_lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
 int64_t row_stride(bool quantised, int groups) {
-  const int64_t lines = whole_lines(static_cast<int64_t>(groups) * kGroup * (quantised ? 1 : 2)) / kLine;
+  const int64_t lines = whole_lines(static_cast<int64_t>(groups) * kGroup * (quantised ? 1 : 4)) / kLine;
   return (lines | 1) * kLine;
 }
 

@@ -23,8 +23,8 @@ struct Matrix {
   int groups() const { return (d + kGroup - 1) / kGroup; }
 };
 
-// Rows of activations as the products want them: bf16, or int8 by groups with a scale and a sum each. int8 and int4
-// weights take the same rows. `stride` is a row's bytes, odd in cache lines so that rows do not share a set of the cache.
+// Rows of activations as the products want them: bf16 (held in fp32 where it cannot be multiplied as it is, with room for
+// that everywhere), or int8 by groups with a scale and a sum each. int8 and int4 weights take the same rows. `stride` is a row's bytes, odd in cache lines so that rows do not share a set of the cache.
 struct Rows {
   int32_t quantised;  // 0: bf16, 1: int8
   int32_t count, d;

@@ -78,28 +78,30 @@ struct Sums {
   static float *place(const Product &p, int column, int row) { return p.out + row * p.out_stride + column * kWidth; }
 };
 
-// One row or two wait for memory; more compute for as long as the processor's own look-ahead takes.
+// One row or two wait for memory, and ask for the next lines of each block; more rows compute for as long as the
+// processor's own look-ahead takes.
 template <int R>
 void ask_ahead(const uint8_t *weights) {
   if constexpr (R <= 2) __builtin_prefetch(weights + kAhead);
 }
 
-// C columns by R rows of one pair of inputs; the fewer of weights and activations wait in registers for the others.
+// C columns by R rows of one pair of inputs, both `at` pairs further; the fewer of weights and activations wait in
+// registers for the others.
 template <int C, int R>
-void add_pair(Sums<C, R> &sums, const uint8_t *const *w, const uint8_t *const *x, int64_t pair) {
+void add_pair(Sums<C, R> &sums, const uint8_t *const *w, const uint8_t *const *x, int64_t at) {
   if constexpr (R <= 2) {
     Pair inputs[R];
-    for (int r = 0; r < R; ++r) inputs[r] = splat_pair(x[r] + 4 * pair);
+    for (int r = 0; r < R; ++r) inputs[r] = splat_pair(x[r] + kPairBytes * at);
     for (int c = 0; c < C; ++c) {
-      const Pair weights = load_pairs(w[c] + 64 * pair);
-      if (lane_of(c) == 0) ask_ahead<R>(w[c] + 64 * pair);
+      const Pair weights = load_pairs(w[c] + 64 * at);
+      if (lane_of(c) == 0) ask_ahead<R>(w[c] + 64 * at);
       for (int r = 0; r < R; ++r) sums.v[c][r] = dot_pairs(sums.v[c][r], weights, inputs[r]);
     }
   } else {
     Pair weights[C];
-    for (int c = 0; c < C; ++c) weights[c] = load_pairs(w[c] + 64 * pair);
+    for (int c = 0; c < C; ++c) weights[c] = load_pairs(w[c] + 64 * at);
     for (int r = 0; r < R; ++r) {
-      const Pair inputs = splat_pair(x[r] + 4 * pair);
+      const Pair inputs = splat_pair(x[r] + kPairBytes * at);
       for (int c = 0; c < C; ++c) sums.v[c][r] = dot_pairs(sums.v[c][r], weights[c], inputs);
     }
   }
@@ -116,91 +118,98 @@ void tile(Bf16Format, const Product &p, int column, int row, Groups groups) {
   sums.write(p, column, row);
 }
 
-// The exact integer dot products of one group, for C columns by R rows.
-template <class F, int C, int R>
+// The exact integer dot products of one group of a block, for R rows; x of row r is at x[r] + at.
+template <class F, int R>
 struct Dots {
-  Ints v[C][R];
+  Ints v[kColumns][R];
 
-  Dots(const uint8_t *const *w, const uint8_t *const *x, const int32_t *sums_x) {
-    typename F::Sum sum[C][R];
-    for (int c = 0; c < C; ++c)
+  Dots(const uint8_t *w, const uint8_t *const *x, int64_t at, const int32_t *sums_x) {
+    typename F::Sum sum[kColumns][R];
+    for (int c = 0; c < kColumns; ++c)
       for (int r = 0; r < R; ++r) sum[c][r] = F::start(sums_x[r]);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
       const int quad = (i & 1) * 4 + (i >> 1);  // 0, 4, 1, 5, ...: int4 has two such in one register
-      for (int c = 0; c < C; ++c) {
-        const auto weights = F::weights(w[c], quad);
-        for (int r = 0; r < R; ++r) sum[c][r] = F::dot(sum[c][r], weights, splat_quad(x[r] + 4 * quad));
+      typename F::Weights weights[kColumns];
+      for (int c = 0; c < kColumns; ++c) weights[c] = F::weights(w + 4 * lane_of(c), quad);
+      for (int r = 0; r < R; ++r) {
+        const Quad inputs = splat_quad(x[r] + at + 4 * quad);
+        for (int c = 0; c < kColumns; ++c) sum[c][r] = F::dot(sum[c][r], weights[c], inputs);
       }
     }
-    for (int c = 0; c < C; ++c)
+    for (int c = 0; c < kColumns; ++c)
       for (int r = 0; r < R; ++r) v[c][r] = F::finish(sum[c][r], sums_x[r]);
   }
 };
 
 template <int C, int R, class F>
 void tile(F, const Product &p, int column, int row, Groups groups) {
-  const uint8_t *x[R], *w[C], *halves[C];
+  constexpr int kBlocks = C / kColumns;
+  const uint8_t *x[R], *w[kBlocks];
   const float *scales[R];
   const int32_t *sums_x[R];
   for (int r = 0; r < R; ++r) {
     const int64_t at = row_of(p, row + r);
-    x[r] = p.x.values + at * p.x.stride + groups.first * kGroup;
+    x[r] = p.x.values + at * p.x.stride;
     scales[r] = p.x.scales + at * p.x.groups();
     sums_x[r] = p.x.sums + at * p.x.groups();
   }
-  for (int c = 0; c < C; ++c) {
-    const uint8_t *group = weights_of<F>(p, column + c, groups.first);
-    w[c] = group + 4 * lane_of(column + c);
-    halves[c] = group + F::kBytes - 2 * kBlock + 2 * lane_of(column + c);
-  }
+  for (int b = 0; b < kBlocks; ++b) w[b] = weights_of<F>(p, column + b * kColumns, 0);
   Sums<C, R> sums(p, column, row, groups.first == 0);
-  for (int group = groups.first; group < groups.last; ++group) {
+  for (int64_t group = groups.first; group < groups.last; ++group) {
     int32_t sum_x[R];
     for (int r = 0; r < R; ++r) sum_x[r] = sums_x[r][group];
-    const Dots<F, C, R> dots(w, x, sum_x);
-    for (int c = 0; c < C; ++c) {
-      if (lane_of(c) == 0)
-        for (int line = 0; line < F::kBytes; line += 64) ask_ahead<R>(w[c] + line);
-      const Floats scale = load_halves(halves[c]);
-      for (int r = 0; r < R; ++r) sums.v[c][r] = fma(dots.v[c][r], multiply(scale, scales[r][group]), sums.v[c][r]);
-      w[c] += F::kBytes;
-      halves[c] += F::kBytes;
+    for (int b = 0; b < kBlocks; ++b) {
+      const uint8_t *weights = w[b] + group * F::kBytes;
+      for (int line = 0; line < F::kBytes; line += 64) ask_ahead<R>(weights + line);
+      const Dots<F, R> dots(weights, x, group * kGroup, sum_x);
+      for (int c = 0; c < kColumns; ++c) {
+        const Floats scale = load_halves(weights + F::kBytes - 2 * kBlock + 2 * lane_of(c));
+        for (int r = 0; r < R; ++r) {
+          Floats &sum = sums.v[b * kColumns + c][r];
+          sum = fma(dots.v[c][r], multiply(scale, scales[r][group]), sum);
+        }
+      }
     }
-    for (int r = 0; r < R; ++r) x[r] += kGroup;
   }
   sums.write(p, column, row);
 }
 
-constexpr int columns_of(Bf16Format, int rows) { return columns_bf16(rows); }
+constexpr int blocks_of(Bf16Format, int rows) { return blocks_bf16(rows); }
+constexpr int most_rows(Bf16Format) { return kMostRowsBf16; }
 template <class F>
-constexpr int columns_of(F, int rows) {
-  return columns_quantised(rows);
+constexpr int blocks_of(F, int rows) {
+  return blocks_quantised(rows);
+}
+template <class F>
+constexpr int most_rows(F) {
+  return kMostRowsQuantised;
 }
 
-// R rows by the columns of a few blocks, as many at once as there are registers for.
+// R rows by some blocks, as many at once as there are registers for.
 template <class F, int R>
-void rows_by_columns(const Product &p, int column, int last, int row, Groups groups) {
-  constexpr int C = columns_of(F{}, R);
-  for (; column + C <= last; column += C) tile<C, R>(F{}, p, column, row, groups);
-  if constexpr (C > kColumns)
-    for (; column < last; column += kColumns) tile<kColumns, R>(F{}, p, column, row, groups);
+void rows_by_blocks(const Product &p, int block, int last, int row, Groups groups) {
+  constexpr int B = blocks_of(F{}, R);
+  for (; block + B <= last; block += B) tile<B * kColumns, R>(F{}, p, block * kColumns, row, groups);
+  if constexpr (B > 1)
+    for (; block < last; ++block) tile<kColumns, R>(F{}, p, block * kColumns, row, groups);
 }
 
-template <class F, int R = kMostRows>
+template <class F, int R = most_rows(F{})>
 void some_rows(int count, const Product &p, int block, int last, int row, Groups groups) {
   if (count == R)
-    rows_by_columns<F, R>(p, block * kColumns, last * kColumns, row, groups);
+    rows_by_blocks<F, R>(p, block, last, row, groups);
   else if constexpr (R > 1)
     some_rows<F, R - 1>(count, p, block, last, row, groups);
 }
 
-// Many rows: the weights of a few blocks are cut into parts that stay in the first-level cache (8 KiB a block) while all
-// rows go past them; the sums wait in `out`, in the same order as if they had never left their registers.
+// Many rows: the weights of a few blocks are cut into parts that stay in half the first-level cache (4 KiB a block) while
+// all rows go past them; the sums wait in `out`, in the same order as if they had never left their registers.
 template <class F>
 void product(const Product &p, int count, int first, int last) {
-  const int tiles = (count + kMostRows - 1) / kMostRows, groups = p.w.groups();
-  const int part = tiles > 1 ? 8192 / F::kBytes : groups;
+  constexpr int kRows = most_rows(F{});
+  const int tiles = (count + kRows - 1) / kRows, groups = p.w.groups();
+  const int part = tiles > 1 ? 4096 / F::kBytes : groups;
   for (int block = first; block < last; block += kBlocksAtOnce) {
     const int end = block + kBlocksAtOnce < last ? block + kBlocksAtOnce : last;
     for (int group = 0; group < groups; group += part) {
