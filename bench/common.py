@@ -22,24 +22,44 @@ from mixtral.runtime import environment
 RESULTS = Path(__file__).parent / "results"
 
 
+class PeerError(Exception):
+    """An engine in a process of its own failed."""
+
+
 class Apart:
-    """A run in a process of its own; calling it makes one run.
+    """A run in a process of its own; calling it makes one run and returns its result.
 
     `make(*args)` is called in that process and returns the run. Peers are measured so: settings that ours makes for its
     process (threads, allocator) are not theirs, and theirs are not ours.
+
+    Args:
+        patience: seconds that making it, or a run, may take; then, and when the process dies, PeerError is raised.
     """
 
-    def __init__(self, make: Callable[..., Callable[[], object]], args: tuple[Any, ...]) -> None:
+    def __init__(
+        self, make: Callable[..., Callable[..., object]], args: tuple[Any, ...], patience: float | None = None
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self.ours, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, make, args), daemon=True)
+        self.patience = patience
         self.process.start()
         theirs.close()
-        self.ours.recv()  # it is made
+        self._answer()  # it is made
 
-    def __call__(self) -> None:
-        self.ours.send("run")
-        self.ours.recv()
+    def __call__(self, *args: Any) -> Any:
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer
+            self.ours.send(args)
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            if self.ours.poll(self.patience):
+                return self.ours.recv()
+        except (EOFError, ConnectionResetError):
+            raise PeerError("its process ended; the reason stands above") from None
+        self.process.terminate()
+        raise PeerError(f"no answer in {self.patience:.0f} s")
 
     def close(self) -> None:
         """End the process; its memory is free again."""
@@ -47,13 +67,12 @@ class Apart:
         self.process.join()
 
 
-def _serve(pipe: Connection, make: Callable[..., Callable[[], object]], args: tuple[Any, ...]) -> None:
+def _serve(pipe: Connection, make: Callable[..., Callable[..., object]], args: tuple[Any, ...]) -> None:
     run = make(*args)
-    pipe.send("made")
+    pipe.send(None)
     with contextlib.suppress(EOFError):
-        while pipe.recv():
-            run()
-            pipe.send("done")
+        while True:
+            pipe.send(run(*pipe.recv()))
 
 
 def seconds(run: Callable[[], object]) -> float:

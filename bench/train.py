@@ -40,14 +40,19 @@ def sequences(config: TrainConfig, rows: int) -> Tensor:
     return torch.randint(config.model.vocab_size, (rows, LENGTH), generator=generator)
 
 
-def our_step(config: TrainConfig, dtype: str) -> Callable[[], object]:
+def our_step(config: TrainConfig, dtype: str) -> Callable[[], None]:
     """Our step as `mixtral train` sets up its process."""
     set_threads()
     keep_freed_memory()
     model = make_ours(config.model, "fp32")
     optimizer = Optimizer(model, config, DTYPES[dtype])
     batch = TrainBatch(*pack(sequences(config, config.rows)))
-    return lambda: train_step(model, optimizer, [batch], config, 0, stats=False)
+
+
+    def step() -> None:
+        train_step(model, optimizer, [batch], config, 0, stats=False)
+
+    return step
 
 
 def their_step(config: TrainConfig, experts: str, dtype: str, rows: int) -> Callable[[], object]:
