@@ -8,9 +8,11 @@ Legend: B sequences of the step that get a token, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -173,7 +175,7 @@ class _Run:
         params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         _check(prompts, params, model.config, tokenizer, prefill_chunk)
         weight = model.embedding.weight
-        self.forward: Callable[..., Output] = native or model
+        self.forward: Callable[..., Output] = partial(native, routing=keep_routing) if native else model
         self.cores: Callable[[], AbstractContextManager[None]] = cores_for_library if native else nullcontext
         self.device, self.dtype = weight.device, weight.dtype
         self.vocab_size = min(model.config.vocab_size, tokenizer.vocab_size) if tokenizer else model.config.vocab_size
@@ -216,7 +218,7 @@ class _Run:
     def _draw(self, logits_BV: Tensor, ready: list[_Sequence]) -> list[Piece]:
         logits_BV = logits_BV[:, : self.vocab_size]  # ids that the tokenizer lacks are padding of the weights
         norm_B = logits_BV.logsumexp(-1)
-        if not norm_B.isfinite().all():  # true as soon as one logit is NaN or +inf
+        if not all(map(math.isfinite, norm_B.tolist())):  # some norm is not as soon as one logit is NaN or +inf
             raise MixtralError(
                 f"generation: logits are not finite in {self.dtype}; "
                 "the weights are damaged, or need a dtype of larger range (bf16 or fp32)"

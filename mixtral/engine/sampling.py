@@ -89,11 +89,18 @@ def sample(logits_BV: Tensor, params: Sequence[SamplingParams], generators: Sequ
 
     A sequence of temperature 0 draws no random number; any other draws exactly one.
     """
-    ids_B = logits_BV.argmax(-1)  # documented to return the first of equal values
+    ids_B = _first_highest(logits_BV)
     for row, (wanted, generator) in enumerate(zip(params, generators, strict=True)):
         if wanted.temperature > 0:
             ids_B[row] = _draw(logits_BV[row], wanted, generator)
     return ids_B
+
+
+def _first_highest(logits_BV: Tensor) -> Tensor:
+    """The lowest index of each row's highest logit -> int64 [B]."""
+    if logits_BV.device.type == "cpu" and logits_BV.dtype == torch.float32:  # numpy takes a tenth of torch's time
+        return torch.from_numpy(logits_BV.detach().numpy().argmax(-1))
+    return logits_BV.argmax(-1)  # documented to return the first of equal values
 
 
 def _draw(logits_V: Tensor, params: SamplingParams, generator: torch.Generator) -> Tensor:

@@ -130,7 +130,7 @@ class Step:
         config, rows = self.config, len(source)
         if source.dim() == 1:
             pointer(source.contiguous(), "tokens", (rows,), torch.int64)
-            if rows and not 0 <= int(source.min()) <= int(source.max()) < config.vocab_size:
+            if not _all_within(source, config.vocab_size):
                 raise UsageError(f"native step: a token id is not one of 0..{config.vocab_size - 1}")
         else:
             pointer(source.contiguous(), "rows", (rows, config.dim), torch.float32)
@@ -145,7 +145,7 @@ class Step:
             raise UsageError(f"native step: k must lie in 1..{config.n_experts} (the experts), not {k}")
         if wanted_R is not None:
             pointer(wanted_R.contiguous(), "wanted rows", (len(wanted_R),), torch.int64)
-            if len(wanted_R) and not 0 <= int(wanted_R.min()) <= int(wanted_R.max()) < rows:
+            if not _all_within(wanted_R, rows):
                 raise UsageError(f"native step: a wanted row is not one of 0..{rows - 1}")
         for span in spans:
             _check_span(span, spans[0].pool_LB2SGC.dtype, config)
@@ -179,6 +179,12 @@ def _fill_layer(config: ModelConfig, layer: step_tables.Layer, weights: step_tab
     ))  # fmt: skip
     layer.experts = experts
     return experts
+
+
+def _all_within(ids: Tensor, n: int) -> bool:
+    """Whether each lies in 0 .. n - 1. A call has few: a list is faster than the tensor's own minimum and maximum."""
+    listed = ids.tolist()
+    return not listed or 0 <= min(listed) <= max(listed) < n
 
 
 def _check_span(span: Span, dtype: torch.dtype, config: ModelConfig) -> None:
