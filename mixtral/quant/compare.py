@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,29 +56,42 @@ class _Sums:
         return Distance(what, math.exp(self.nats / n), self.kl / n, self.agreed / n)
 
 
-@torch.no_grad()
 def compare(
     plain: Mixtral, quantised: Mixtral, sequences: Sequence[Sequence[int]], progress: Progress | None = None
 ) -> Comparison:
     """Both models on the same sequences, each of two tokens or more; `progress` is called after each sequence."""
+    device = plain.embedding.weight.device
+    batches = [(Packed.of([s[:-1]], device=device), torch.tensor(s[1:], device=device)) for s in sequences]
     models = dict(_mixtures(plain, quantised))
+    itself, whole, *parts = distances(plain, models, batches, progress)
+    return Comparison(itself.perplexity, sum(len(targets_T) for _, targets_T in batches), whole, parts)
+
+
+@torch.no_grad()
+def distances(
+    plain: Mixtral, models: Mapping[str, Mixtral], batches: Sequence[tuple[Packed, Tensor]],
+    progress: Progress | None = None,
+) -> list[Distance]:  # fmt: skip
+    """Of the plain model to itself, for its perplexity, and of each other by name, all on the same batches.
+
+    Args:
+        batches: tokens, and for each the one that follows it; below 0: none, and the row is not counted.
+        progress: called after each batch.
+    """
     sums = {what: _Sums() for what in ("plain", *models)}
-    for number, sequence in enumerate(sequences, start=1):
-        batch, targets_T = Packed.of([sequence[:-1]], device=plain.embedding.weight.device), torch.tensor(sequence[1:])
-        targets_T = targets_T.to(batch.tokens_T.device)
-        plain_TV = _logp(plain, batch)
-        sums["plain"].add(plain_TV, plain_TV, targets_T)
+    for number, (batch, targets_T) in enumerate(batches, start=1):
+        rows = (targets_T >= 0).nonzero().flatten()
+        plain_TV = _logp(plain, batch, rows)
+        sums["plain"].add(plain_TV, plain_TV, targets_T[rows])
         for what, model in models.items():
-            sums[what].add(_logp(model, batch), plain_TV, targets_T)
+            sums[what].add(_logp(model, batch, rows), plain_TV, targets_T[rows])
         if progress is not None:
-            progress("comparing", number, len(sequences))
-    perplexity = sums.pop("plain").distance("").perplexity
-    whole, *parts = (sum_.distance(what) for what, sum_ in sums.items())
-    return Comparison(perplexity, sums["all"].tokens, whole, parts)
+            progress("comparing", number, len(batches))
+    return [sum_.distance(what) for what, sum_ in sums.items()]
 
 
-def _logp(model: Mixtral, batch: Packed) -> Tensor:
-    logits_TV = model(batch).logits
+def _logp(model: Mixtral, batch: Packed, rows: Tensor) -> Tensor:
+    logits_TV = model(batch, rows=rows).logits
     assert logits_TV is not None
     return logits_TV.log_softmax(-1)
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mixtral.lm import load
-from mixtral.quant.compare import compare
+from mixtral.model import Packed
+from mixtral.quant.compare import compare, distances
 from mixtral.quant.quantize import quantise_folder
 from mixtral.quant.recipe import Recipe
 from tests.quant.models import SHAPES, make_folder, tokens
@@ -36,6 +37,20 @@ def test_figures_by_hand(tmp_path: Path) -> None:
     assert got.whole.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
     assert got.whole.agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
     assert told == [("comparing", 1, 1)]
+
+
+def test_tokens_without_a_target_are_not_counted(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model")
+    quantise_folder(folder, tmp_path / "q", Recipe.of("4"))
+    plain, quantised = (load(f, dtype="fp32", device="cpu").model for f in (folder, tmp_path / "q"))
+    batch, targets_T = Packed.of([tokens(30), tokens(9, seed=1)]), torch.tensor(tokens(39, seed=2))
+    targets_T[::3] = -100
+    itself, other = distances(plain, {"q": quantised}, [(batch, targets_T)])
+    p, q = (model(batch).logits.log_softmax(-1)[targets_T >= 0] for model in (plain, quantised))
+    next_n = targets_T[targets_T >= 0]
+    assert (itself.what, itself.kl, itself.agreement, other.what) == ("plain", 0, 1, "q")
+    assert itself.perplexity == pytest.approx(math.exp(-p.gather(1, next_n[:, None]).mean()), rel=1e-5)
+    assert other.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
