@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import transformers_engine
 from common import Apart
-from engines import Engine, Task
+from engines import Engine, LlamaCpp, Task, find_llama_cpp, ours, vllm
+from model_files import FORMATS, GGUF_TYPES, ModelFiles, gguf_step_bytes, our_step_bytes, plain_step_bytes
 
 
 @dataclass(frozen=True)
@@ -46,18 +54,17 @@ class Series:
 def take_turns(
     entries: Sequence[Entry], tasks: Sequence[Task], rounds: int, ceiling: Callable[[], float]
 ) -> list[Series]:
-    """Every entry at every task it can do, one after the other, `rounds` times; before that once, to warm up."""
+    """Every entry at every task it can do, one after the other, `rounds` times; first once to warm up."""
     series = [Series(entry, task) for task in tasks for entry in entries if entry.can(task)]
-    for entry in entries:
-        entry.engine(tasks[0]._replace(tokens=min(4, tasks[0].tokens)))
-    for number in range(rounds):
+    for number in range(rounds + 1):
         for one in series:
-            one.ceilings.append(ceiling())
-            run = one.entry.engine(one.task)
-            one.rates.append(run.rate)
-            one.peak = max(one.peak, run.peak)
+            top, run = ceiling(), one.entry.engine(one.task)
             told = f"{one.entry.engine.title} {one.entry.told_format}, {one.task}"
-            print(f"round {number + 1}, {told}: {run.rate:.1f} tokens/s", file=sys.stderr)
+            print(f"round {number or 'to warm up'}, {told}: {run.rate:.1f} tokens/s", file=sys.stderr)
+            if number:
+                one.ceilings.append(top)
+                one.rates.append(run.rate)
+            one.peak = max(one.peak, run.peak)
     return series
 
 
@@ -83,3 +90,82 @@ def close(entries: Sequence[Entry], ceiling: Apart) -> None:
     for entry in entries:
         entry.engine.close()
     ceiling.close()
+
+
+# -- who takes part ----------------------------------------------------------------------------------------------------
+
+Ideal = Callable[[float, int, Task], float]  # (bytes of a step's weights, bits of the cache, task) -> need of a token
+
+
+def entries(
+    args: argparse.Namespace, files: ModelFiles, ideal: Ideal, trial: Task
+) -> tuple[list[Entry], dict[str, float]]:
+    """Every engine that is there; transformers' settings, and their tokens/s at the trial."""
+    config, threads = files.config, args.threads
+    found, tried = [], {}
+    for format in args.formats:
+        need = partial(ideal, our_step_bytes(config, format), 16)
+        found.append(Entry(ours(files.ours(format), threads), format, format, need, ours=True))
+    if (llama := find_llama_cpp(args.llama_cpp)) is not None:
+        for format in args.formats:
+            file = files.gguf(format)
+            need = partial(ideal, gguf_step_bytes(file, config), 16)
+            found.append(Entry(LlamaCpp(llama, file, threads), format, GGUF_TYPES[format], need))
+    if "bf16" in args.formats and not args.no_transformers:
+        setting, tried = transformers_engine.best(files.ours("bf16"), threads, trial, args.setting)
+        size = transformers_engine.DTYPES[setting.dtype].itemsize
+        need = partial(ideal, plain_step_bytes(config, size), 8 * size)
+        engine = transformers_engine.engine(files.ours("bf16"), threads, setting)
+        found.append(Entry(engine, "bf16", setting.dtype, need))
+    if "bf16" in args.formats and importlib.util.find_spec("vllm"):
+        need = partial(ideal, plain_step_bytes(config, 2), 16)
+        found.append(Entry(vllm(files.ours("bf16"), threads), "bf16", "bf16", need))
+    return found, tried
+
+
+def head(args: argparse.Namespace, files: ModelFiles, tried: dict[str, float]) -> dict[str, Any]:
+    """What every result begins with."""
+    return {
+        "config": files.config.to_dict(), "rounds": args.rounds, "threads": args.threads,
+        "transformers": version("transformers"), "settings_tried": tried, "missing": missing(args),
+    }  # fmt: skip
+
+
+def remarks(result: dict[str, Any]) -> list[str]:
+    """What a reader of the table has to know."""
+    settings = dict.fromkeys(f"{r['engine']}: {r['settings']}" for r in result["rows"])
+    missing = [f"{name}: not installed" for name in result["missing"]]
+    return [*settings, *missing]
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Options of decode.py and prefill.py alike."""
+    home = Path(tempfile.gettempdir()) / "mixtral-bench"
+    parser.add_argument("--preset", default="default", help="the model's shape: default, or a preset such as tiny")
+    parser.add_argument("--folder", type=Path, default=home, help=f"where the model's files are kept (default {home})")
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each engine (default 5)")
+    parser.add_argument("--threads", type=int, help="of every engine; by default all cores that are ours")
+    parser.add_argument("--llama-cpp", metavar="DIR", help="folder of llama-bench, if it is not on the path")
+    parser.add_argument("--no-transformers", action="store_true", help="leave transformers out")
+    parser.add_argument("--setting", metavar="TITLE", help="transformers' setting, instead of a trial of all")
+    parser.add_argument("--json-out", action="store_true", help="write bench/results/<...>.json and .png")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the plot here as well")
+    formats = parser.add_argument("--formats", type=names_of(FORMATS), default=list(FORMATS), metavar="NAMES")
+    formats.help = "of bf16,int8,int4 (default: all)"
+
+
+def names_of(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """For argparse: names between commas."""
+
+    def names(text: str) -> list[str]:
+        if unknown := set(found := text.split(",")) - set(known):
+            raise argparse.ArgumentTypeError(f"unknown {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+        return found
+
+    return names
+
+
+def missing(args: argparse.Namespace) -> list[str]:
+    """Peers that are not here."""
+    found = {"llama.cpp": find_llama_cpp(args.llama_cpp), "vLLM": importlib.util.find_spec("vllm")}
+    return [name for name, here in found.items() if here is None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from common import Apart, PeerError
 from engines import Engine, InProcess, Run, Task, peak_bytes, prompts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PATIENCE = 120.0  # seconds for loading, or for one trial, compilation included
+PATIENCE = 180.0  # seconds for loading, or for one trial, compilation included
 
 
 class Setting(NamedTuple):
@@ -36,13 +37,28 @@ PLAIN = [
 COMPILED = [Setting(dtype, "sdpa", experts, True) for dtype in DTYPES for experts in ("grouped_mm", "batched_mm")]
 
 
-def best(folder: Path, threads: int, trial: Task, settings: list[Setting]) -> tuple[Setting, dict[str, float]]:
-    """The fastest setting at a short task, and tokens/s of all; those that failed or took too long have 0."""
+def choices(trial: Task) -> list[Setting]:
+    """All for decoding; for a prompt neither batched_mm, which gathers an expert's weights for every routed row, nor
+    what `generate` compiles."""
+    return [*PLAIN, *COMPILED] if trial.tokens else [setting for setting in PLAIN if setting.experts != "batched_mm"]
+
+
+def best(folder: Path, threads: int, trial: Task, title: str | None = None) -> tuple[Setting, dict[str, float]]:
+    """The fastest setting at a short task, and tokens/s of all; those that failed or took too long have 0.
+
+    `title`: of the setting to take without a trial. SystemExit when there is none of that name.
+    """
+    settings = choices(trial)
+    if title is not None:
+        found = [setting for setting in settings if setting.title == title]
+        if not found:
+            raise SystemExit(f"--setting: none is called {title!r}; known: {'; '.join(s.title for s in settings)}")
+        return found[0], {}
     rates: dict[Setting, float] = {}
     for setting in settings:
         try:
             run = Apart(_run, (str(folder), threads, setting), PATIENCE)
-            run(trial._replace(tokens=min(2, trial.tokens)))
+            run(trial)  # of the same length: a compiled step is made for one size of cache
             rates[setting] = run(trial).rate
             run.close()
         except PeerError as error:
@@ -60,6 +76,7 @@ def engine(folder: Path, threads: int, setting: Setting) -> Engine:
 def _run(path: str, threads: int, setting: Setting) -> Callable[[Task], Run]:
     import transformers
 
+    warnings.filterwarnings("ignore")  # the compiler's, about transformers' own code
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""The picture of bench/decode.py: tokens/s of each engine, and what the bandwidth of the same minute allows."""
+"""Bars of tokens/s by engine and format, and on each what the ceiling of the same minute allows."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 COLOURS = {"mixtral": "C0", "llama.cpp": "C1", "transformers": "C2", "vLLM": "C3"}
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Bars of the rows with one request at the result's context; a line on each is the limit of its bytes."""
+def plot(result: dict[str, Any], path: Path, meaning: str) -> None:
+    """The rows with one request at the result's context; `meaning`: of the line that marks the ceiling."""
+    from matplotlib.figure import Figure  # here, since every engine's process loads this file with the script's others
+
     rows = [r for r in result["rows"] if r["batch"] == 1 and r["context"] == result["context"]]
     figure = Figure(figsize=(7.5, 0.9 + 0.42 * len(rows)), layout="constrained")
     axes = figure.subplots()
@@ -25,6 +25,6 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes.set_yticks(range(len(rows)), [f"{r['engine']} {r['format']}" for r in rows])
     axes.invert_yaxis()
     axes.margins(x=0.18)
-    axes.set(xlabel="tokens/s, one request; the black line is where memory's speed ends")
+    axes.set(xlabel=f"tokens/s, one request; {meaning}")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
