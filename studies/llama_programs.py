@@ -6,6 +6,7 @@ half of each; `windows` cuts the same ones, so that models that run here can be 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import subprocess
@@ -21,6 +22,7 @@ from mixtral.errors import MixtralError
 from mixtral.model import Packed
 
 _STATISTICS = ("Mean PPL(base)", "Mean PPL(Q)", "Mean    KLD", "Same top p")
+_TRIES = 4
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,15 @@ def perplexity(
     source.write_text(text, encoding="utf-8")
     options = ["--kl-divergence-base", logits, "-c", context, "-b", context, "-t", 1, "--no-warmup"]
     run_program(program, "-m", base, "-f", source, *options)
-    return [read_statistics(run_program(program, "-m", file, "--kl-divergence", *options)) for file in files]
+    return [_statistics(program, "-m", file, "--kl-divergence", *options) for file in files]
+
+
+def _statistics(*command: object) -> Statistics:
+    """On a busy machine the program now and then ends before its log is out; it is then run again."""
+    for _ in range(_TRIES - 1):
+        with contextlib.suppress(MixtralError):
+            return read_statistics(run_program(*command))
+    return read_statistics(run_program(*command))
 
 
 def read_statistics(printed: str) -> Statistics:

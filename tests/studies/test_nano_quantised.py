@@ -149,6 +149,16 @@ def test_reading_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert (tmp_path / "text.txt").read_text() == "text"
 
 
+def test_an_output_that_is_cut_off_is_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = ["", *[PRINTED[:200]] * 3, PRINTED]  # of the base; then of the file
+    monkeypatch.setattr(llama_programs, "run_program", lambda *_: outputs.pop(0))
+    assert perplexity(Path("bin"), Path("a"), [Path("b")], "text", 64, tmp_path) == [read_statistics(PRINTED)]
+    outputs = [""] * 5
+    with pytest.raises(MixtralError, match="ends in: nothing"):
+        perplexity(Path("bin"), Path("a"), [Path("b")], "text", 64, tmp_path)
+    assert not outputs
+
+
 def test_programs_that_fail() -> None:
     assert run_program(sys.executable, "-c", "print(7)") == "7\n"
     with pytest.raises(MixtralError, match="failed: no such model"):
