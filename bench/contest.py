@@ -22,16 +22,18 @@ from model_files import FORMATS, GGUF_TYPES, ModelFiles, gguf_step_bytes, our_st
 
 @dataclass(frozen=True)
 class Entry:
-    """An engine with a model in it. `format`: of ours, or the one of ours that a peer is set against."""
+    """An engine with a model in it.
+
+    `format` is of ours, or the one of ours that a peer is set against; `many` says whether it is asked to serve several
+    requests at once.
+    """
 
     engine: Engine
     format: str
     told_format: str  # what the engine's own world calls it
     ideal: Callable[[Task], float]  # what a token needs of the ceiling: bytes, or FLOPs
     ours: bool = False
-
-    def can(self, task: Task) -> bool:
-        return getattr(self.engine, "can", lambda _: True)(task)
+    many: bool = False
 
 
 @dataclass
@@ -55,7 +57,7 @@ def take_turns(
     entries: Sequence[Entry], tasks: Sequence[Task], rounds: int, ceiling: Callable[[], float]
 ) -> list[Series]:
     """Every entry at every task it can do, one after the other, `rounds` times; first once to warm up."""
-    series = [Series(entry, task) for task in tasks for entry in entries if entry.can(task)]
+    series = [Series(entry, task) for task in tasks for entry in entries if entry.many or task.batch == 1]
     for number in range(rounds + 1):
         for one in series:
             top, run = ceiling(), one.entry.engine(one.task)
@@ -105,21 +107,22 @@ def entries(
     found, tried = [], {}
     for format in args.formats:
         need = partial(ideal, our_step_bytes(config, format), 16)
-        found.append(Entry(ours(files.ours(format), threads), format, format, need, ours=True))
+        found.append(Entry(ours(files.ours(format), threads), format, format, need, ours=True, many=True))
     if (llama := find_llama_cpp(args.llama_cpp)) is not None:
         for format in args.formats:
             file = files.gguf(format)
             need = partial(ideal, gguf_step_bytes(file, config), 16)
-            found.append(Entry(LlamaCpp(llama, file, threads), format, GGUF_TYPES[format], need))
+            engine = LlamaCpp(llama, file, threads)
+            found.append(Entry(engine, format, GGUF_TYPES[format], need, many=engine.batched.exists()))
     if "bf16" in args.formats and not args.no_transformers:
         setting, tried = transformers_engine.best(files.ours("bf16"), threads, trial, args.setting)
         size = transformers_engine.DTYPES[setting.dtype].itemsize
         need = partial(ideal, plain_step_bytes(config, size), 8 * size)
-        engine = transformers_engine.engine(files.ours("bf16"), threads, setting)
-        found.append(Entry(engine, "bf16", setting.dtype, need))
+        peer = transformers_engine.engine(files.ours("bf16"), threads, setting)
+        found.append(Entry(peer, "bf16", setting.dtype, need))
     if "bf16" in args.formats and importlib.util.find_spec("vllm"):
         need = partial(ideal, plain_step_bytes(config, 2), 16)
-        found.append(Entry(vllm(files.ours("bf16"), threads), "bf16", "bf16", need))
+        found.append(Entry(vllm(files.ours("bf16"), threads), "bf16", "bf16", need, many=True))
     return found, tried
 
 

@@ -6,7 +6,7 @@ moment. A step reads the active weights once and the cache: its fraction of the 
 over what the read kernel reached. Ratios are medians of the rounds' ratios.
 
 With --context over 128 each engine also runs at 128, and the slowdown stands beside the one that the added bytes of the
-cache explain. With --batches several requests run at once.
+cache explain. With --batches several requests run at once, where the engine is made for it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def needed(config: ModelConfig, weights: float, cache_bits: int, task: Task) -> 
 def slowdowns(series: Sequence[Series], context: int) -> list[dict[str, Any]]:
     """Of each entry at `context` against SHORT: seconds a token over seconds a token, and bytes over bytes."""
     found = []
-    for one in (s for s in series if s.task.context == context):
+    for one in (s for s in series if s.task.context == context and s.task.batch == 1):
         short = next(s for s in series if s.entry is one.entry and s.task == one.task._replace(context=SHORT))
         slower = statistics.median(a / b for a, b in zip(short.rates, one.rates, strict=True))
         found.append({

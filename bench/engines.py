@@ -110,11 +110,14 @@ def _our_run(path: str, threads: int) -> Callable[[Task], Run]:
 
 
 class LlamaCpp:
-    """llama-bench, and llama-batched-bench for several requests: one start of the program a run, its own timing."""
+    """llama-bench, and llama-batched-bench for several requests: one start of the program a run, its own timing.
+
+    The second was not there to be tried: its options and its output are taken from its documentation.
+    """
 
     def __init__(self, folder: Path, file: Path, threads: int) -> None:
         self.title, self.file, self.threads = "llama.cpp", file, threads
-        self.bench, self.batched = str(folder / "llama-bench"), str(folder / "llama-batched-bench")
+        self.bench, self.batched = folder / "llama-bench", folder / "llama-batched-bench"
         text = subprocess.run([self.bench, "--help"], capture_output=True, text=True, check=True).stdout
         self.load = ["-mmp", "0"] if "-mmp" in text else ["-lm", "none"]
         how = f"llama-bench -t {threads} {' '.join(self.load)} -r 1"
@@ -135,9 +138,6 @@ class LlamaCpp:
             "-t", self.threads, "--no-mmap", "--output-format", "jsonl",
         ])  # fmt: skip
         return Run(parse_batched_bench(output), peak)
-
-    def can(self, task: Task) -> bool:
-        return task.batch == 1 or Path(self.batched).exists()
 
     def close(self) -> None:
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,12 @@ def test_rounds_go_in_turn_and_medians_are_of_the_rounds() -> None:
     assert row(ours, [ours, theirs])["ratio"] is None
 
 
+def test_several_requests_are_for_those_who_serve_them() -> None:
+    alone, many = entry("other", [1.0, 1.0, 1.0, 1.0]), replace(entry("mixtral", [1.0] * 4), many=True)
+    series = take_turns([alone, many], [Task(0, 4), Task(0, 4, batch=8)], 1, lambda: 1.0)
+    assert [(s.entry, s.task.batch) for s in series] == [(alone, 1), (many, 1), (many, 8)]
+
+
 def test_a_ratio_is_the_median_of_ratios_and_not_of_rates() -> None:
     assert ratio([1.0, 10.0, 100.0], [1.0, 1.0, 200.0]) == 1.0
 
@@ -102,7 +109,8 @@ def test_a_ratio_is_the_median_of_ratios_and_not_of_rates() -> None:
 def test_the_slowdown_stands_beside_what_bytes_explain() -> None:
     one = entry("mixtral", [])
     long, short = Series(one, Task(1128, 4), rates=[1.0, 4.0, 2.0]), Series(one, Task(128, 4), rates=[2.0, 4.0, 6.0])
-    (found,) = slowdowns([short, long], 1128)
+    several = Series(one, Task(1128, 4, batch=8), rates=[9.0, 9.0, 9.0])
+    (found,) = slowdowns([short, long, several], 1128)
     assert found["slowdown"] == 2.0  # of 2, 1, 3
     assert found["explained"] == 1138 / 138 and found["cache_bytes"] == 1128
 
