@@ -112,7 +112,7 @@ def _our_run(path: str, threads: int) -> Callable[[Task], Run]:
 class LlamaCpp:
     """llama-bench, and llama-batched-bench for several requests: one start of the program a run, its own timing.
 
-    The second was not there to be tried: its options and its output are taken from its documentation.
+    The second was not built where this was written, and never run: its options and output are taken from its source.
     """
 
     def __init__(self, folder: Path, file: Path, threads: int) -> None:
@@ -132,10 +132,11 @@ class LlamaCpp:
         return Run(parse_llama_bench(output), peak)
 
     def _batched(self, task: Task) -> Run:
+        load = ["--no-mmap"] if "-mmp" in self.load else self.load  # older and newer programs
         room = task.batch * (task.context + task.tokens)
         output, peak = _program([
             self.batched, "-m", self.file, "-c", room, "-npp", task.context, "-ntg", task.tokens, "-npl", task.batch,
-            "-t", self.threads, "--no-mmap", "--output-format", "jsonl",
+            "-t", self.threads, *load, "--output-format", "jsonl",
         ])  # fmt: skip
         return Run(parse_batched_bench(output), peak)
 
