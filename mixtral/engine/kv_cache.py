@@ -21,11 +21,14 @@ _FIRST_SLOTS = 64  # the smallest buffer; below it growing costs more than the m
 
 
 class _Slots:
-    """One sequence's buffer, and how many positions each layer has seen. Layers differ only during a forward pass."""
+    """One sequence's buffer, and how many positions each layer has seen. Layers differ only during a forward pass.
+
+    A head's slots lie one behind the other in memory, since attention reads them head by head.
+    """
 
     def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        shape = (2, config.n_layers, capacity, config.n_kv_heads, config.head_dim)
-        self.kv_2LSGC = torch.empty(shape, dtype=dtype, device=device)
+        shape = (2, config.n_layers, config.n_kv_heads, capacity, config.head_dim)
+        self.kv_2LSGC = torch.empty(shape, dtype=dtype, device=device).transpose(2, 3)
         self.lengths_L = [0] * config.n_layers
 
     def reserve(self, slots: int, limit: int | None) -> None:
@@ -36,7 +39,8 @@ class _Slots:
         slots = max(slots, 2 * have, _FIRST_SLOTS)
         slots = slots if limit is None else min(slots, limit)
         old_2LSGC = self.kv_2LSGC
-        self.kv_2LSGC = old_2LSGC.new_empty(*old_2LSGC.shape[:2], slots, *old_2LSGC.shape[3:])
+        n_layers, _, n_heads, width = old_2LSGC.shape[1:]
+        self.kv_2LSGC = old_2LSGC.new_empty(2, n_layers, n_heads, slots, width).transpose(2, 3)
         self.kv_2LSGC[:, :, :have] = old_2LSGC
 
 

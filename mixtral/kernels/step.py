@@ -36,7 +36,7 @@ class Span(NamedTuple):
 
     n: int  # rows
     first: int  # position of the first of them
-    pool_LB2SGC: Tensor  # fp32 or bf16, keys and values; its first three axes may have any strides
+    pool_LB2SGC: Tensor  # fp32 or bf16, keys and values; all axes but the last may have any strides
     table: Sequence[int]
 
 
@@ -189,13 +189,12 @@ def _all_within(ids: Tensor, n: int) -> bool:
 
 def _check_span(span: Span, dtype: torch.dtype, config: ModelConfig) -> None:
     pool = span.pool_LB2SGC
-    inner = (config.n_kv_heads * config.head_dim, config.head_dim, 1)
     wanted = (config.n_layers, 2, config.n_kv_heads, config.head_dim)
     if pool.dim() != 6 or pool.dtype != dtype or dtype not in DTYPES or pool.device.type != "cpu" \
-            or (pool.shape[0], pool.shape[2], *pool.shape[4:]) != wanted or pool.stride()[3:] != inner:
+            or (pool.shape[0], pool.shape[2], *pool.shape[4:]) != wanted or pool.stride(5) != 1:
         raise UsageError(
             f"native step: a cache must be fp32 or bf16 [{wanted[0]}, blocks, 2, slots, {wanted[2]}, {wanted[3]}] on "
-            f"the CPU, one dtype for all, each block's slots in one piece; not {pool.dtype} {list(pool.shape)}"
+            f"the CPU, one dtype for all, its last axis in one piece; not {pool.dtype} {list(pool.shape)}"
         )
     slots, needed = len(span.table) * pool.shape[3], span.first + span.n
     if config.sliding_window is not None:
@@ -213,11 +212,12 @@ def _sequences(spans: Sequence[Span]) -> tuple[ctypes.Array, list[ctypes.Array]]
     for sequence, span in zip(sequences, spans, strict=True):
         pool = span.pool_LB2SGC
         start, size = pool.data_ptr(), pool.element_size()
-        layer, block, value, *_ = (size * stride for stride in pool.stride())
+        layer, block, value, slot, head, _ = (size * stride for stride in pool.stride())
         table = (ctypes.c_void_p * len(span.table))(*(start + block * b for b in span.table))
         sequence.begin, sequence.n, sequence.first = begin, span.n, span.first
         sequence.n_blocks, sequence.block_size = len(span.table), pool.shape[3]
         sequence.layer_stride, sequence.value_stride, sequence.blocks = layer, value, table
+        sequence.slot_stride, sequence.head_stride = slot, head
         tables.append(table)
         begin += span.n
     return sequences, tables

@@ -41,7 +41,8 @@ class Model(ctypes.Structure):
 class Sequence(ctypes.Structure):
     _fields_ = (
         ("begin", c_int32), ("n", c_int32), ("first", c_int64), ("n_blocks", c_int32), ("block_size", c_int32),
-        ("layer_stride", c_int64), ("value_stride", c_int64), ("blocks", POINTER(c_void_p)),
+        ("layer_stride", c_int64), ("value_stride", c_int64), ("slot_stride", c_int64), ("head_stride", c_int64),
+        ("blocks", POINTER(c_void_p)),
     )  # fmt: skip
 
 

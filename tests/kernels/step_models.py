@@ -87,14 +87,19 @@ def tokens(n: int, seed: int = 0, vocab: int = 37) -> list[int]:
 
 
 class Cached:
-    """Some sequences on a native step, each with a pool of blocks of its own, in a shuffled order."""
+    """Some sequences on a native step, each with a pool of blocks of its own, in a shuffled order.
 
-    def __init__(self, model: Mixtral, n: int, blocks: int = 1, size: int = 64,
-                 dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
+    A block's slots lie one behind the other, or those of one head after those of another.
+    """
+
+    def __init__(self, model: Mixtral, n: int, blocks: int = 1, size: int = 64, dtype: torch.dtype = torch.float32,
+                 by_head: bool = False) -> None:  # fmt: skip
         shape = self.config = model.config
         self.step = Step(shape, step_weights(model))
-        self.pools = [torch.full((shape.n_layers, blocks, 2, size, shape.n_kv_heads, shape.head_dim), float("nan"),
-                                 dtype=dtype) for _ in range(n)]  # fmt: skip
+        slots = (shape.n_kv_heads, size) if by_head else (size, shape.n_kv_heads)
+        pools = [torch.full((shape.n_layers, blocks, 2, *slots, shape.head_dim), float("nan"), dtype=dtype)
+                 for _ in range(n)]  # fmt: skip
+        self.pools = [pool.transpose(3, 4) for pool in pools] if by_head else pools
         self.tables = [torch.randperm(blocks, generator=torch.Generator().manual_seed(i)).tolist() for i in range(n)]
         self.lengths = [0] * n
         self.angles = rotary_angles(torch.arange(512), shape.head_dim, shape.rope_theta)

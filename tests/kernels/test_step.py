@@ -202,7 +202,7 @@ ANGLES = rotary_angles(torch.arange(8), 16, 1e4)
         ({"spans": [Span(5, 0, POOL, [1])]}, r"a block that is not one of 0\.\.0"),
         ({"spans": [Span(5, 0, POOL.half(), [0])]}, "a cache must be fp32 or bf16"),
         ({"spans": [Span(5, 0, POOL[:1], [0])]}, "a cache must be fp32 or bf16"),
-        ({"spans": [Span(5, 0, POOL.transpose(3, 4).contiguous().transpose(3, 4), [0])]}, "in one piece"),
+        ({"spans": [Span(5, 0, POOL.transpose(4, 5).contiguous().transpose(4, 5), [0])]}, "its last axis in one"),
         ({"spans": [Span(3, 0, POOL, [0]), Span(2, 0, POOL.bfloat16(), [0])]}, "one dtype for all"),
         ({"angles": (ANGLES[0][:4], ANGLES[1][:4])}, r"rotary angles must be a contiguous float32 \[5, 8\]"),
         ({"wanted_R": torch.tensor([5])}, r"a wanted row is not one of 0\.\.4"),

@@ -6,148 +6,119 @@
 // sums of values have channels along the lanes.
 #include <math.h>
 
-#include "step_kernels.h"
-#include "step_lanes.h"
+#include "attention_tiles.h"
 
 namespace mx {
 namespace MX_ISA {
 namespace {
 
 constexpr float kInfinity = __builtin_inff();
-constexpr int kTile = 32;  // positions
-
-int padded(int head_dim) { return (head_dim + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes); }
+constexpr int kTogether = 4;  // queries that share each load; what one of them adds up does not depend on the others
 
 // What attend works on; all in one piece of scratch.
-struct Tiles {
+struct Work {
   int width;      // C, padded to whole registers
-  float *rows;    // [kTile, width] keys as they lie in the cache, then values
   float *keys;    // [width, kTile]
-  float *scores;  // [heads, kTile]
+  uint8_t *copy;  // [2, kTile, width] keys and values of a tile that cannot be read in place
+  float *scores;  // [kTogether, kTile]
   float *query;   // [kAttentionRows * heads, width], divided by sqrt(C)
-  float *sums;    // [kAttentionRows * heads, width], of weight * value
+  float *sums;    // [kAttentionRows * heads, width], of weight * value; channels in the order of `two`
+  float *total;   // [kAttentionRows * heads, kLanes], of the weights
   float *most;    // [kAttentionRows * heads], the largest score so far
-  float *total;   // [kAttentionRows * heads], of the weights
 
-  Tiles(float *scratch, int heads, int head_dim) : width(padded(head_dim)) {
+  Work(float *scratch, int heads, int head_dim) : width(padded(head_dim)) {
     const int64_t queries = static_cast<int64_t>(kAttentionRows) * heads;
-    rows = scratch;
-    keys = rows + kTile * width;
-    scores = keys + kTile * width;
-    query = scores + static_cast<int64_t>(heads) * kTile;
+    keys = scratch;
+    copy = reinterpret_cast<uint8_t *>(keys + kTile * width);
+    scores = keys + 3 * kTile * width;
+    query = scores + kTogether * kTile;
     sums = query + queries * width;
-    most = sums + queries * width;
-    total = most + queries;
+    total = sums + queries * width;
+    most = total + queries * kLanes;
   }
 };
-
-// -- the cache ---------------------------------------------------------------------------------------------------------
-
-// This head's keys (or values, `offset` bytes further) of the positions from .. to - 1 of a tile -> its rows in fp32, the
-// others zeros. What came before this call lies in the blocks, the call's own rows in `fresh`.
-void read(const AttentionTask &t, const uint8_t *fresh, int64_t offset, int64_t tile, int64_t from, int64_t to,
-          const Tiles &w) {
-  const Sequence &s = *t.sequence;
-  const int64_t head_bytes = bytes_of(t.cache_dtype) * t.head_dim, row_bytes = t.n_heads * head_bytes;
-  const int64_t slot = from % (static_cast<int64_t>(s.n_blocks) * s.block_size);
-  int64_t block = slot / s.block_size, within = slot % s.block_size;
-  for (int64_t at = tile; at < tile + kTile; ++at) {
-    float *row = w.rows + (at - tile) * w.width;
-    const bool there = at >= from && at < to;
-    for (int c = there ? t.head_dim : 0; c < w.width; ++c) row[c] = 0.0f;
-    if (!there) continue;
-    const uint8_t *source = at < s.first ? s.blocks[block] + t.layer_offset + offset + within * row_bytes
-                                         : fresh + (at - s.first) * row_bytes;
-    widen(source + t.head * head_bytes, t.cache_dtype, t.head_dim, row);
-    if (++within == s.block_size) within = 0, block = block + 1 == s.n_blocks ? 0 : block + 1;
-  }
-}
-
-// 0, 1, ... kLanes - 1 as a type.
-template <int... I>
-struct Places {};
-template <int N, int... I>
-struct PlacesTo : PlacesTo<N - 1, N - 1, I...> {};
-template <int... I>
-struct PlacesTo<0, I...> {
-  typedef Places<I...> type;
-};
-
-// a0 b0 a1 b1 ... from the first halves of a and b (start 0), or from the second halves (start kLanes / 2).
-template <int start, int... I>
-Lanes zip(Lanes a, Lanes b, Places<I...>) {
-  return __builtin_shufflevector(a, b, (start + I / 2 + I % 2 * kLanes)...);
-}
-
-// kLanes rows of kLanes floats, `stride` apart -> their columns, `out_stride` apart. Each round of zips moves one bit of
-// a row's number into the column's and back: after log2(kLanes) rounds they have changed places.
-void transpose(const float *from, int stride, float *to, int out_stride) {
-  const typename PlacesTo<kLanes>::type places;
-  Lanes a[kLanes], b[kLanes];
-  for (int i = 0; i < kLanes; ++i) a[i] = load(from + i * stride);
-  for (int round = 1; round < kLanes; round *= 2) {
-    for (int i = 0; i < kLanes / 2; ++i) {
-      b[2 * i] = zip<0>(a[i], a[i + kLanes / 2], places);
-      b[2 * i + 1] = zip<kLanes / 2>(a[i], a[i + kLanes / 2], places);
-    }
-    for (int i = 0; i < kLanes; ++i) a[i] = b[i];
-  }
-  for (int i = 0; i < kLanes; ++i) store(to + i * out_stride, a[i]);
-}
 
 // -- one tile ----------------------------------------------------------------------------------------------------------
 
 // Q queries against the tile's keys -> scores [Q, kTile].
 template <int Q>
-void score(const Tiles &w, const float *query, float *scores) {
-  for (int at = 0; at < kTile; at += 2 * kLanes) {
-    Lanes first[Q] = {}, second[Q] = {};
+void score(const Work &w, const float *query, float *scores, Ahead &ahead) {
+  constexpr int V = 8 / Q * kLanes < kTile ? 8 / Q : kTile / kLanes;  // eight sums at once, as an fma takes four cycles
+  for (int at = 0; at < kTile; at += V * kLanes) {
+    ahead.fetch();
+    Lanes sums[Q][V] = {};
+#pragma GCC unroll 4
     for (int c = 0; c < w.width; ++c) {
-      const Lanes a = load(w.keys + c * kTile + at), b = load(w.keys + c * kTile + at + kLanes);
+      Lanes key[V];
+      for (int v = 0; v < V; ++v) key[v] = load(w.keys + c * kTile + at + v * kLanes);
       for (int q = 0; q < Q; ++q) {
         const Lanes x = splat(query[q * w.width + c]);
-        first[q] = fma(x, a, first[q]);
-        second[q] = fma(x, b, second[q]);
+        for (int v = 0; v < V; ++v) sums[q][v] = fma(x, key[v], sums[q][v]);
       }
     }
-    for (int q = 0; q < Q; ++q) {
-      store(scores + q * kTile + at, first[q]);
-      store(scores + q * kTile + at + kLanes, second[q]);
-    }
+    for (int q = 0; q < Q; ++q)
+      for (int v = 0; v < V; ++v) store(scores + q * kTile + at + v * kLanes, sums[q][v]);
   }
 }
 
-// Q queries' scores of positions from .. to - 1 -> their weights e^(score - most), in place; sums and totals scaled anew.
-void weigh(float *scores, int from, int to, float &most, float &total, float *sums, int width) {
+// Hides all scores but those of positions from .. to - 1. Where a query then has a new largest one, its sums and its
+// total are scaled anew.
+void rescale(const Work &w, float *scores, int query, int from, int to) {
   for (int i = 0; i < from; ++i) scores[i] = -kInfinity;
   for (int i = to; i < kTile; ++i) scores[i] = -kInfinity;
-  Lanes top = splat(most);
+  Lanes top = splat(w.most[query]);
   for (int i = 0; i < kTile; i += kLanes) top = larger(load(scores + i), top);
   const float now = largest(top);
-  const float scale = exponential(splat(most - now))[0];
-  Lanes added{};
-  for (int i = 0; i < kTile; i += kLanes) {
-    const Lanes seen = load(scores + i);
-    const Lanes weight = seen == -kInfinity ? Lanes{} : exponential(seen - now);
-    store(scores + i, weight);
-    added += weight;
+  if (now == w.most[query]) return;
+  const Lanes scale = exponential(splat(w.most[query] - now));
+  float *total = w.total + query * kLanes, *sums = w.sums + static_cast<int64_t>(query) * w.width;
+  store(total, load(total) * scale);
+  for (int c = 0; c < w.width; c += kLanes) store(sums + c, load(sums + c) * scale);
+  w.most[query] = now;
+}
+
+// Scores -> weights e^(score - most), in place, and added to the totals.
+void weigh(const Work &w, int query, int count, Ahead &ahead) {
+  for (int q = 0; q < count; ++q) {
+    ahead.fetch();
+    const Lanes most = splat(w.most[query + q]);
+    float *total = w.total + (query + q) * kLanes;
+    Lanes added = load(total);
+    for (float *scores = w.scores + q * kTile; scores < w.scores + (q + 1) * kTile; scores += kLanes) {
+      const Lanes seen = load(scores);
+      const Lanes weight = seen == -kInfinity ? Lanes{} : exponential(seen - most);
+      store(scores, weight);
+      added += weight;
+    }
+    store(total, added);
   }
-  total = total * scale + sum(added);
-  most = now;
-  for (int c = 0; c < width; c += kLanes) store(sums + c, load(sums + c) * scale);
+}
+
+// Two registers of a row of values, from channel c on: of bf16 the even ones, then the odd ones. finish undoes it.
+template <Dtype dtype>
+void two(const uint8_t *row, int c, Lanes &a, Lanes &b) {
+  if (dtype == kBfloat16) {
+    const Lanes pairs = load(row + 2 * c);
+    a = first_of_pair(pairs), b = second_of_pair(pairs);
+  } else {
+    a = load(row + 4 * c), b = load(row + 4 * (c + kLanes));
+  }
 }
 
 // sums [Q, width] += weights [Q, from .. to - 1] * values.
-template <int Q>
-void gather(const Tiles &w, const float *weights, int from, int to, float *sums) {
-  for (int c = 0; c < w.width; c += 2 * kLanes) {
+template <Dtype dtype, int Q>
+void gather(const Tile &tile, const float *weights, int from, int to, float *sums, int width, Ahead &ahead) {
+  for (int c = 0; c < width; c += 2 * kLanes) {
+    ahead.fetch();
     Lanes first[Q], second[Q];
     for (int q = 0; q < Q; ++q) {
-      first[q] = load(sums + q * w.width + c);
-      second[q] = load(sums + q * w.width + c + kLanes);
+      first[q] = load(sums + q * width + c);
+      second[q] = load(sums + q * width + c + kLanes);
     }
+#pragma GCC unroll 4
     for (int i = from; i < to; ++i) {
-      const Lanes a = load(w.rows + i * w.width + c), b = load(w.rows + i * w.width + c + kLanes);
+      Lanes a, b;
+      two<dtype>(tile.values + i * tile.stride, c, a, b);
       for (int q = 0; q < Q; ++q) {
         const Lanes weight = splat(weights[q * kTile + i]);
         first[q] = fma(weight, a, first[q]);
@@ -155,42 +126,59 @@ void gather(const Tiles &w, const float *weights, int from, int to, float *sums)
       }
     }
     for (int q = 0; q < Q; ++q) {
-      store(sums + q * w.width + c, first[q]);
-      store(sums + q * w.width + c + kLanes, second[q]);
+      store(sums + q * width + c, first[q]);
+      store(sums + q * width + c + kLanes, second[q]);
     }
   }
 }
 
-// Q heads of one row, from query number `query` on, over positions from .. to - 1 of the tile.
-template <int Q>
-void attend_heads(const Tiles &w, int query, int from, int to) {
-  float *sums = w.sums + static_cast<int64_t>(query) * w.width;
-  score<Q>(w, w.query + static_cast<int64_t>(query) * w.width, w.scores);
-  for (int q = 0; q < Q; ++q)
-    weigh(w.scores + q * kTile, from, to, w.most[query + q], w.total[query + q], sums + q * w.width, w.width);
-  gather<Q>(w, w.scores, from, to, sums);
+// Q queries, from number `query` on, over positions from .. to - 1 of the tile.
+template <Dtype dtype, int Q>
+void attend_together(const Work &w, const Tile &tile, int query, int from, int to, Ahead &ahead) {
+  const int64_t at = static_cast<int64_t>(query) * w.width;
+  score<Q>(w, w.query + at, w.scores, ahead);
+  for (int q = 0; q < Q; ++q) rescale(w, w.scores + q * kTile, query + q, from, to);
+  weigh(w, query, Q, ahead);
+  gather<dtype, Q>(tile, w.scores, from, to, w.sums + at, w.width, ahead);
+}
+
+template <Dtype dtype>
+void attend_queries(const Work &w, const Tile &tile, int query, int count, int from, int to, Ahead &ahead) {
+  const int end = query + count;
+  for (; query + kTogether <= end; query += kTogether) attend_together<dtype, kTogether>(w, tile, query, from, to, ahead);
+  for (; query + 2 <= end; query += 2) attend_together<dtype, 2>(w, tile, query, from, to, ahead);
+  for (; query < end; ++query) attend_together<dtype, 1>(w, tile, query, from, to, ahead);
 }
 
 // -- all tiles ---------------------------------------------------------------------------------------------------------
 
-void start(const AttentionTask &t, const Tiles &w) {
+void start(const AttentionTask &t, const Work &w) {
   const float scale = 1.0f / sqrtf(static_cast<float>(t.head_dim));
   const int queries = (t.end - t.begin) * t.heads;
   for (int q = 0; q < queries; ++q) {
     const float *from = t.queries + (t.begin + q / t.heads) * t.stride + q % t.heads * t.head_dim;
     float *query = w.query + static_cast<int64_t>(q) * w.width, *sums = w.sums + static_cast<int64_t>(q) * w.width;
-    for (int c = 0; c < w.width; ++c) query[c] = c < t.head_dim ? from[c] * scale : 0.0f, sums[c] = 0.0f;
+    for (int c = 0; c < t.head_dim; ++c) query[c] = from[c] * scale;
+    for (int c = t.head_dim; c < w.width; ++c) query[c] = 0.0f;
+    for (int c = 0; c < w.width; ++c) sums[c] = 0.0f;
     w.most[q] = -kInfinity;
-    w.total[q] = 0.0f;
+    store(w.total + q * kLanes, Lanes{});
   }
 }
 
-void finish(const AttentionTask &t, const Tiles &w) {
+template <Dtype dtype>
+void finish(const AttentionTask &t, const Work &w) {
   const int queries = (t.end - t.begin) * t.heads;
   for (int q = 0; q < queries; ++q) {
     float *to = t.out + (t.begin + q / t.heads) * t.out_stride + q % t.heads * t.head_dim;
-    const float *sums = w.sums + static_cast<int64_t>(q) * w.width, scale = 1.0f / w.total[q];
-    for (int c = 0; c < t.head_dim; ++c) to[c] = sums[c] * scale;
+    float *sums = w.sums + static_cast<int64_t>(q) * w.width;
+    const float scale = 1.0f / sum(load(w.total + q * kLanes));
+    for (int c = 0; c < w.width; c += 2 * kLanes) {
+      const Lanes a = load(sums + c) * scale, b = load(sums + c + kLanes) * scale;
+      store(sums + c, dtype == kBfloat16 ? zip<0>(a, b) : a);
+      store(sums + c + kLanes, dtype == kBfloat16 ? zip<kLanes / 2>(a, b) : b);
+    }
+    std::memcpy(to, sums, sizeof(float) * static_cast<size_t>(t.head_dim));
   }
 }
 
@@ -198,37 +186,47 @@ int64_t first_seen(const AttentionTask &t, int64_t position) {
   return t.window && position >= t.window ? position - t.window + 1 : 0;
 }
 
+// Rows of the call against one tile, found at position `start`.
+template <Dtype dtype>
+void attend_rows(const AttentionTask &t, const Work &w, const Tile &tile, int64_t start, Ahead &ahead) {
+  const int64_t first = t.sequence->first + t.begin, last = t.sequence->first + t.end - 1;
+  if (start >= first_seen(t, last) && start + kTile - 1 <= first) {  // every row sees all of it
+    attend_queries<dtype>(w, tile, 0, (t.end - t.begin) * t.heads, 0, kTile, ahead);
+    return;
+  }
+  for (int64_t position = first; position <= last; ++position) {
+    const int64_t from = first_seen(t, position) - start, to = position - start + 1;
+    const int begin = from > 0 ? static_cast<int>(from) : 0, end = to < kTile ? static_cast<int>(to) : kTile;
+    const int query = static_cast<int>(position - first) * t.heads;
+    if (begin < end) attend_queries<dtype>(w, tile, query, t.heads, begin, end, ahead);
+  }
+}
+
+template <Dtype dtype>
+void attend_all(const AttentionTask &t, const Work &w) {
+  const int64_t first = t.sequence->first + t.begin, last = t.sequence->first + t.end - 1;
+  const int64_t oldest = first_seen(t, first);
+  start(t, w);
+  for (int64_t begin = oldest / kTile * kTile; begin <= last; begin += kTile) {
+    const int64_t from = begin > oldest ? begin : oldest, to = begin + kTile <= last ? begin + kTile : last + 1;
+    const Tile tile = find(t, begin, from, to, w.width, w.copy);
+    Ahead ahead(tile, t.head_dim * bytes_of(dtype));
+    turn<dtype>(tile, w.width, w.keys, ahead);
+    attend_rows<dtype>(t, w, tile, begin, ahead);
+  }
+  finish<dtype>(t, w);
+}
+
 }  // namespace
 
 int64_t attention_scratch(int heads, int head_dim) {
   const int64_t width = padded(head_dim), queries = static_cast<int64_t>(kAttentionRows) * heads;
-  return 2 * kTile * width + static_cast<int64_t>(heads) * kTile + queries * (2 * width + 2);
+  return (3 * width + kTogether) * kTile + queries * (2 * width + kLanes + 1);
 }
 
 void attend(const AttentionTask &t, float *scratch) {
-  const Tiles w(scratch, t.heads, t.head_dim);
-  const int64_t first = t.sequence->first + t.begin, last = t.sequence->first + t.end - 1;
-  const int64_t oldest = first_seen(t, first);
-  start(t, w);
-  for (int64_t tile = oldest / kTile * kTile; tile <= last; tile += kTile) {
-    const int64_t from = tile > oldest ? tile : oldest, to = tile + kTile <= last ? tile + kTile : last + 1;
-    read(t, t.new_keys, 0, tile, from, to, w);
-    for (int at = 0; at < kTile; at += kLanes)
-      for (int c = 0; c < w.width; c += kLanes) transpose(w.rows + at * w.width + c, w.width, w.keys + c * kTile + at, kTile);
-    read(t, t.new_values, t.sequence->value_stride, tile, from, to, w);
-    for (int64_t position = first; position <= last; ++position) {
-      const int64_t seen = first_seen(t, position);
-      const int begin = seen > tile ? static_cast<int>(seen - tile) : 0;
-      const int end = position - tile + 1 < kTile ? static_cast<int>(position - tile + 1) : kTile;
-      if (begin >= end) continue;
-      const int query = static_cast<int>(position - first) * t.heads;
-      int h = 0;  // four heads at a time share each load; what one head adds up does not depend on the others
-      for (; h + 4 <= t.heads; h += 4) attend_heads<4>(w, query + h, begin, end);
-      for (; h + 2 <= t.heads; h += 2) attend_heads<2>(w, query + h, begin, end);
-      for (; h < t.heads; ++h) attend_heads<1>(w, query + h, begin, end);
-    }
-  }
-  finish(t, w);
+  const Work w(scratch, t.heads, t.head_dim);
+  t.cache_dtype == kBfloat16 ? attend_all<kBfloat16>(t, w) : attend_all<kFloat32>(t, w);
 }
 
 }  // namespace MX_ISA

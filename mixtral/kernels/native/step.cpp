@@ -135,36 +135,42 @@ class Thread {
     }
   }
 
-  // Pieces of rows and key/value heads, dealt out in turn: later rows have more to read, so runs would be uneven.
+  // Pieces of rows and key/value heads, dealt out in turn: later rows have more to read, so runs would be uneven. Where
+  // threads would be left over, the queries of a key/value head are parted too.
   void attend(int layer) const {
-    int64_t piece = 0;
+    int64_t pieces = 0, piece = 0;
+    for (int i = 0; i < p_.n_sequences; ++i)
+      pieces += static_cast<int64_t>(m_.n_kv_heads) * ((p_.sequences[i].n + kAttentionRows - 1) / kAttentionRows);
+    const int queries = m_.n_heads / m_.n_kv_heads, shares = static_cast<int>(pieces ? threads_ / pieces : 0);
+    const int parts = shares < 1 ? 1 : shares < queries ? shares : queries;
     for (int i = 0; i < p_.n_sequences; ++i) {
       const Sequence &s = p_.sequences[i];
       for (int begin = 0; begin < s.n; begin += kAttentionRows)
         for (int g = 0; g < m_.n_kv_heads; ++g)
-          if (piece++ % threads_ == thread_) attend(s, layer, begin, g);
+          for (int part = 0; part < parts; ++part)
+            if (piece++ % threads_ == thread_) attend(s, layer, begin, g, share(queries, part, parts));
     }
   }
 
-  void attend(const Sequence &s, int layer, int begin, int g) const {
+  void attend(const Sequence &s, int layer, int begin, int g, Share mine) const {
     const int queries = m_.n_heads / m_.n_kv_heads;
     const int64_t first = s.begin;
     AttentionTask task{};
     task.sequence = &s;
     task.begin = begin;
     task.end = begin + kAttentionRows < s.n ? begin + kAttentionRows : s.n;
-    task.heads = queries;
+    task.heads = mine.last - mine.first;
     task.head = g;
     task.n_heads = m_.n_kv_heads;
     task.head_dim = m_.head_dim;
     task.window = m_.window;
     task.cache_dtype = p_.cache_dtype;
     task.layer_offset = layer * s.layer_stride;
-    task.queries = shared_.qkv + first * sizes_.qkv + static_cast<int64_t>(g) * (queries + 2) * m_.head_dim;
+    task.queries = shared_.qkv + first * sizes_.qkv + static_cast<int64_t>(g * (queries + 2) + mine.first) * m_.head_dim;
     task.stride = sizes_.qkv;
     task.new_keys = shared_.keys + first * sizes_.kv_bytes;
     task.new_values = shared_.values + first * sizes_.kv_bytes;
-    task.out = shared_.heads + first * sizes_.heads + static_cast<int64_t>(g) * queries * m_.head_dim;
+    task.out = shared_.heads + first * sizes_.heads + static_cast<int64_t>(g * queries + mine.first) * m_.head_dim;
     task.out_stride = sizes_.heads;
     MX_PICK(attend)(task, own_.attention);
   }
@@ -172,14 +178,17 @@ class Thread {
   // Writes the rows' keys and values into their slots, only now that no row reads what they replace. Of rows that fall
   // into the same slot the last one stays.
   void remember(const Sequence &s, int layer) const {
-    const int64_t slots = static_cast<int64_t>(s.n_blocks) * s.block_size;
+    const int64_t slots = static_cast<int64_t>(s.n_blocks) * s.block_size, head_bytes = sizes_.kv_bytes / m_.n_kv_heads;
     const Share mine = rows_of(s.n);
     for (int i = mine.first; i < mine.last; ++i) {
       if (i + slots < s.n) continue;
-      const int64_t slot = (s.first + i) % slots, from = (s.begin + i) * sizes_.kv_bytes;
-      uint8_t *keys = s.blocks[slot / s.block_size] + layer * s.layer_stride + slot % s.block_size * sizes_.kv_bytes;
-      std::memcpy(keys, shared_.keys + from, static_cast<size_t>(sizes_.kv_bytes));
-      std::memcpy(keys + s.value_stride, shared_.values + from, static_cast<size_t>(sizes_.kv_bytes));
+      const int64_t slot = (s.first + i) % slots;
+      uint8_t *block = s.blocks[slot / s.block_size] + layer * s.layer_stride + slot % s.block_size * s.slot_stride;
+      for (int g = 0; g < m_.n_kv_heads; ++g) {
+        const int64_t from = (s.begin + i) * sizes_.kv_bytes + g * head_bytes;
+        std::memcpy(block + g * s.head_stride, shared_.keys + from, static_cast<size_t>(head_bytes));
+        std::memcpy(block + g * s.head_stride + s.value_stride, shared_.values + from, static_cast<size_t>(head_bytes));
+      }
     }
   }
 

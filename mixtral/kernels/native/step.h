@@ -42,14 +42,16 @@ struct Model {
 };
 
 // The rows begin .. begin + n - 1, in ascending positions, and the cache of what comes before them. Position p lies in
-// slot p mod (n_blocks * block_size), slot s in block s / block_size. A block holds, for each layer, keys [block_size,
-// G, C] and values likewise.
+// slot p mod (n_blocks * block_size), slot s in block s / block_size. A block holds keys and values of block_size slots
+// for each layer, in any order; the C numbers of one slot and head lie in one piece.
 struct Sequence {
   int32_t begin, n;
   int64_t first;  // position of row `begin`
   int32_t n_blocks, block_size;
   int64_t layer_stride;  // bytes from one layer's keys to the next one's
   int64_t value_stride;  // bytes from a layer's keys to its values
+  int64_t slot_stride;   // bytes from one slot's keys to the next one's
+  int64_t head_stride;   // bytes from one key/value head's keys to the next one's
   uint8_t *const *blocks;
 };
 

@@ -8,11 +8,11 @@
 
 namespace mx {
 
-// Some rows of one sequence against one key/value head.
+// Some rows of one sequence against one key/value head, for some of its query heads.
 struct AttentionTask {
   const Sequence *sequence;
   int32_t begin, end;     // rows of the sequence, from 0
-  int32_t heads;          // query heads of this key/value head
+  int32_t heads;          // how many query heads
   int32_t head, n_heads;  // this key/value head, and how many there are
   int32_t head_dim, window, cache_dtype;
   int64_t layer_offset;        // bytes from a block's start to this layer's keys

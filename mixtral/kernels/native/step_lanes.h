@@ -23,7 +23,7 @@ constexpr int kLanes = 4;
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntLanes __attribute__((vector_size(4 * kLanes)));
 
-inline Lanes load(const float *from) {
+inline Lanes load(const void *from) {
   Lanes value;
   std::memcpy(&value, from, sizeof value);
   return value;
@@ -45,6 +45,24 @@ inline Lanes fma(Lanes a, Lanes b, Lanes c) {
 }
 
 inline Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
+inline Lanes smaller(Lanes a, Lanes b) { return a < b ? a : b; }
+
+// Of kLanes pairs of bf16, as they lie in memory, the first ones in fp32, and the second ones.
+inline Lanes first_of_pair(Lanes pairs) {
+  IntLanes bits;
+  std::memcpy(&bits, &pairs, sizeof bits);
+  bits <<= 16;
+  std::memcpy(&pairs, &bits, sizeof bits);
+  return pairs;
+}
+
+inline Lanes second_of_pair(Lanes pairs) {
+  IntLanes bits;
+  std::memcpy(&bits, &pairs, sizeof bits);
+  bits &= ~0xffff;
+  std::memcpy(&pairs, &bits, sizeof bits);
+  return pairs;
+}
 
 // The lanes' sum, always added up in the same order.
 inline float sum(Lanes value) {
@@ -66,8 +84,7 @@ constexpr float kTaylor[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f /
 // e^x to some 2e-7 of itself, x held within -87..88: 2^n times the Taylor polynomial of the rest, |rest| <= ln(2) / 2.
 inline Lanes exponential(Lanes x) {
   const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves no room for fractions
-  x = x < -87.0f ? splat(-87.0f) : x;  // in this form NaN stays NaN
-  x = x > 88.0f ? splat(88.0f) : x;
+  x = smaller(splat(88.0f), larger(splat(-87.0f), x));  // in this order NaN stays NaN
   const Lanes n = (x * 1.44269504f + round) - round;
   Lanes r = fma(n, splat(-0.693359375f), x);  // ln 2 in two parts, the first exact times n
   r = fma(n, splat(2.12194440e-4f), r);
