@@ -24,6 +24,8 @@ EXCLUDED_FOLDERS = frozenset({
     "test", "tests", "idle_test", "encodings", "lib2to3", "pydoc_data", "site-packages", "dist-packages",
     "__pycache__", "ensurepip",
 })
+# Tests that are wrong on purpose, or in another encoding than UTF-8.
+EXCLUDED_TESTS = re.compile(r"bad.*|test_source_encoding\.py")
 EXCLUDED_FILES = re.compile(r"_sysconfigdata.*|entities\.py|stringprep\.py|.*_pb2\.py|_?test_.*|.*_test\.py")
 MAX_SOURCE_BYTES = 400_000  # a longer source file is nearly always a generated table
 
@@ -137,7 +139,7 @@ def _test_files(library: Path) -> list[File]:
     files = [
         File(path.relative_to(library).as_posix(), path, "tests")
         for path in (library / "test").rglob("*.py")
-        if not path.name.startswith("bad") and _has_fair_size(path)  # badsyntax_*.py: wrong on purpose
+        if path.parent.name != "encoded_modules" and not EXCLUDED_TESTS.fullmatch(path.name) and _has_fair_size(path)
     ]
     if not files:
         raise DataError(f"data source stdlib:tests: no tests in {library / 'test'}; this Python came without them")

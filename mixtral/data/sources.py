@@ -3,7 +3,7 @@
 A source is written `NAME[?option=value&...][=WEIGHT]`, NAME one of
 
     stdlib[:PART]         the standard library's own sources, and the language reference that Python carries; the first
-                          alone is `stdlib:code`, the second `stdlib:prose`
+                          alone is `stdlib:code`, the second `stdlib:prose`; `stdlib:tests`: its own tests
     packages              the sources of the installed packages
     reasoning-gym[:PART]  generated tasks with their answers (an extra); PART: categories, such as `arithmetic` or
                           `logic`, and names of generators, such as `chain_sum`, with `+` between them

@@ -199,6 +199,23 @@ def test_a_part_of_the_standard_library(part: str) -> None:
     assert files == [file for file in list_files("stdlib") if file.domain == part]
 
 
+def test_the_tests_of_the_standard_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("test/test_os.py", "test/json_tests/test_dump.py", "test/badsyntax.py", "test/empty.py", "os.py",
+                 "test/encoded_modules/koi8_r.py"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("" if "empty" in name else "import os\n")
+    monkeypatch.setattr("mixtral.data.corpora.sysconfig.get_path", lambda _: str(tmp_path))
+    files = list_files("stdlib:tests")
+    assert {file.domain for file in files} == {"tests"}
+    assert {file.name for file in files} == {"test/test_os.py", "test/json_tests/test_dump.py"}
+
+
+def test_a_python_without_its_tests_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixtral.data.corpora.sysconfig.get_path", lambda _: str(tmp_path))
+    with pytest.raises(DataError, match="no tests in .*; this Python came without them"):
+        list_files("stdlib:tests")
+
+
 def test_hugging_face_folder(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"text": ["one", "", "two"], "id": [1, 2, 3]}).save_to_disk(str(tmp_path / "set"))
