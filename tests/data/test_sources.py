@@ -212,7 +212,7 @@ def test_the_tests_of_the_standard_library(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_python_without_its_tests_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixtral.data.corpora.sysconfig.get_path", lambda _: str(tmp_path))
-    with pytest.raises(DataError, match="no tests in .*; this Python came without them"):
+    with pytest.raises(DataError, match=r"no tests in .*; this Python came without them"):
         list_files("stdlib:tests")
 
 
