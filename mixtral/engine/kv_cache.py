@@ -32,11 +32,14 @@ class _Slots:
         self.lengths_L = [0] * config.n_layers
 
     def reserve(self, slots: int, limit: int | None) -> None:
-        """Make room for `slots` positions, at least doubling when the buffer grows, never beyond `limit`."""
+        """Make room for `slots` positions. A buffer that grows gets twice what is asked for, never beyond `limit`.
+
+        So a long prompt is not copied for the first token after it; on a CPU what is not yet written takes no memory.
+        """
         have = self.kv_2LSGC.shape[2]
         if slots <= have:
             return
-        slots = max(slots, 2 * have, _FIRST_SLOTS)
+        slots = max(2 * slots, _FIRST_SLOTS)
         slots = slots if limit is None else min(slots, limit)
         old_2LSGC = self.kv_2LSGC
         n_layers, _, n_heads, width = old_2LSGC.shape[1:]

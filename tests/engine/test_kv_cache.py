@@ -111,7 +111,7 @@ def test_buffers_grow_by_doubling_and_the_rolling_one_stops_at_its_window() -> N
             cache.extend(0, marked(range(begin, begin + 10)), marked(range(begin, begin + 10)),
                          packed(range(begin, begin + 10)))  # fmt: skip
             sizes[name].append(cache._sequences[0].kv_2LSGC.shape[2])
-    assert sorted(set(sizes["full"])) == [64, 128, 256, 512]
+    assert sorted(set(sizes["full"])) == [64, 140, 300]  # asked for 10, 70, 150
     assert sorted(set(sizes["rolling"])) == [64, 100]
 
 
@@ -122,7 +122,7 @@ def test_capacity_is_reserved_at_once() -> None:
     assert cache._sequences[0].kv_2LSGC is buffer and buffer.shape[2] == 48
 
 
-@pytest.mark.parametrize(("config", "slots"), [(CONFIG, [64, 65]), (WINDOWED, [WINDOW, WINDOW])])
+@pytest.mark.parametrize(("config", "slots"), [(CONFIG, [64, 130]), (WINDOWED, [WINDOW, WINDOW])])
 def test_growing_makes_room_that_keeps_what_is_there(config: ModelConfig, slots: list[int]) -> None:
     cache = make_cache(config, 2, torch.float32)
     first, _ = cache.grow([WINDOW, 0])
