@@ -24,7 +24,7 @@ from mixtral.engine.native import NativeModel
 from mixtral.engine.sampling import SamplingParams, make_generator, sample
 from mixtral.engine.text_output import TextOutput
 from mixtral.errors import MixtralError, UsageError
-from mixtral.kernels.native import cores_for_library
+from mixtral.kernels.native import cores_for_library, log_sum_exp
 from mixtral.model import Mixtral, Output, Packed
 from mixtral.moe import Routing
 from mixtral.tokenizer import Tokenizer
@@ -175,6 +175,7 @@ class _Run:
         params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         _check(prompts, params, model.config, tokenizer, prefill_chunk)
         weight = model.embedding.weight
+        self.native = native is not None
         self.forward: Callable[..., Output] = partial(native, routing=keep_routing) if native else model
         self.cores: Callable[[], AbstractContextManager[None]] = cores_for_library if native else nullcontext
         self.device, self.dtype = weight.device, weight.dtype
@@ -217,7 +218,7 @@ class _Run:
 
     def _draw(self, logits_BV: Tensor, ready: list[_Sequence]) -> list[Piece]:
         logits_BV = logits_BV[:, : self.vocab_size]  # ids that the tokenizer lacks are padding of the weights
-        norm_B = logits_BV.logsumexp(-1)
+        norm_B = log_sum_exp(logits_BV) if self.native else logits_BV.logsumexp(-1)
         if not all(map(math.isfinite, norm_B.tolist())):  # some norm is not as soon as one logit is NaN or +inf
             raise MixtralError(
                 f"generation: logits are not finite in {self.dtype}; "

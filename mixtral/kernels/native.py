@@ -121,6 +121,21 @@ def _linear(weight: Matrix, x_TD: Tensor, out: Tensor) -> None:
         raise MemoryError(f"native product: no memory for {rows} rounded rows of {x_TD.shape[1]} inputs")
 
 
+def log_sum_exp(x_RN: Tensor) -> Tensor:
+    """log of the sum of e^x along each row, fp32 [R, N] on the CPU -> fp32 [R], in a fraction of torch's time.
+
+    Not finite when some number of the row is NaN or +infinity. UsageError for other tensors, and rows without a number.
+    """
+    if x_RN.dim() != 2 or x_RN.device.type != "cpu" or x_RN.dtype != torch.float32 or not x_RN.shape[1]:
+        raise UsageError(f"native log_sum_exp: x must be fp32 [R, N] on the CPU, N at least 1, not {_told(x_RN)}")
+    x_RN = x_RN if x_RN.stride(1) == 1 else x_RN.contiguous()
+    out = torch.empty(len(x_RN))
+    if len(x_RN):
+        library().mx_log_sum_exp(ctypes.c_void_p(x_RN.data_ptr()), len(x_RN), x_RN.shape[1],
+                                 ctypes.c_int64(x_RN.stride(0)), ctypes.c_void_p(out.data_ptr()))  # fmt: skip
+    return out
+
+
 def read_sum(words: Tensor) -> int:
     """The sum modulo 2^64 of contiguous int64 numbers, read by all threads: memory read and nothing else."""
     assert words.dtype == torch.int64 and words.is_contiguous() and words.device.type == "cpu"

@@ -295,3 +295,27 @@ class Told(ctypes.CDLL):
 
     def __init__(self, told: list[int]) -> None:
         self.mx_set_threads = lambda threads, _: told.append(threads)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize(("rows", "n"), [(1, 1), (1, 7), (3, 16), (2, 513), (1, 32_000), (5, 2048)])
+def test_log_sum_exp(rows: int, n: int) -> None:
+    x_RN = 8 * torch.randn(rows, n + 3, generator=torch.Generator().manual_seed(n))[:, :n]
+    torch.testing.assert_close(native.log_sum_exp(x_RN), x_RN.double().logsumexp(-1).float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [0, 5, 18])
+def test_log_sum_exp_of_what_is_not_finite(bad: float, place: int) -> None:
+    x_RN = torch.zeros(2, 19)
+    x_RN[0, place] = bad
+    finite = native.log_sum_exp(x_RN).isfinite().tolist()
+    assert finite == [False, True]
+    x_RN[0, place] = float("-inf")
+    torch.testing.assert_close(native.log_sum_exp(x_RN), torch.tensor([18.0, 19.0]).log())
+
+
+@pytest.mark.parametrize("x", [torch.zeros(3), torch.zeros(1, 0), torch.zeros(1, 2).double()])
+def test_log_sum_exp_refuses(x: torch.Tensor) -> None:
+    with pytest.raises(UsageError, match="x must be fp32"):
+        native.log_sum_exp(x)

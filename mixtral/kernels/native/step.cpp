@@ -314,6 +314,16 @@ class Thread {
 };
 
 }  // namespace
+
+// out[r] = log of the sum of e^x[r, i], rows `stride` floats apart.
+void log_sum_exp_rows(const float *x, int rows, int n, int64_t stride, float *out) {
+  const auto some = [&](Share mine) {
+    for (int row = mine.first; row < mine.last; ++row) out[row] = MX_PICK(log_sum_exp)(x + row * stride, n);
+  };
+  if (rows == 1) return some({0, 1});  // over before other threads are awake
+  parallel([&](int thread, int threads) { some(share(rows, thread, threads)); });
+}
+
 }  // namespace mx
 
 extern "C" int64_t mx_step_scratch(const mx::Plan *plan) {
@@ -342,6 +352,10 @@ extern "C" int32_t mx_step(const mx::Plan *plan, int64_t scratch_bytes) {
     mx::Thread(*plan, shared, own, thread, threads).run();
   });
   return failed;
+}
+
+extern "C" void mx_log_sum_exp(const float *x, int32_t rows, int32_t n, int64_t stride, float *out) {
+  mx::log_sum_exp_rows(x, rows, n, stride, out);
 }
 
 extern "C" void mx_step_sizes(int64_t *sizes) {

@@ -32,6 +32,8 @@ MX_EACH_ISA(void, rms_norm, (const float *x, const float *weight, int n, float e
 MX_EACH_ISA(void, gate, (const float *x, const float *gate, int n, int n_experts, float *out))
 // gate[i] = silu(gate[i]) * up[i], n a multiple of 16.
 MX_EACH_ISA(void, swiglu, (float *gate, const float *up, int n))
+// log of the sum of e^x[i]; not finite when some x[i] is NaN or +infinity.
+MX_EACH_ISA(float, log_sum_exp, (const float *x, int n))
 // to[i] += weight * from[i].
 MX_EACH_ISA(void, add, (float *to, const float *from, float weight, int n))
 // Rotates the pairs (i, i + C / 2) of n heads by one position's angles.

@@ -34,6 +34,24 @@ void swiglu(float *gate, const float *up, int n) {
   }
 }
 
+// Runs of 512 are added up in fp32, their sums in fp64: the error does not grow with n.
+float log_sum_exp(const float *x, int n) {
+  const int whole = n - n % kLanes;
+  Lanes top = splat(x[0]);
+  for (int i = 0; i < whole; i += kLanes) top = larger(load(x + i), top);
+  float most = largest(top);
+  for (int i = whole; i < n; ++i) most = x[i] > most ? x[i] : most;
+  double total = 0.0;
+  for (int begin = 0; begin < whole; begin += 512) {
+    const int end = begin + 512 < whole ? begin + 512 : whole;
+    Lanes run{};
+    for (int i = begin; i < end; i += kLanes) run += exponential(load(x + i) - most);
+    total += sum(run);
+  }
+  for (int i = whole; i < n; ++i) total += exponential(splat(x[i] - most))[0];
+  return most + static_cast<float>(log(total));
+}
+
 void add(float *to, const float *from, float weight, int n) {
   for (int i = 0; i < n; ++i) to[i] += weight * from[i];
 }
