@@ -78,23 +78,26 @@ struct Sums {
   static float *place(const Product &p, int column, int row) { return p.out + row * p.out_stride + column * kWidth; }
 };
 
-// One row or two wait for memory, and ask for the next lines of each block; more rows compute for as long as the
-// processor's own look-ahead takes.
+// One row or two wait for memory, and ask for lines kAhead bytes further in each block; where a block ends, for the first
+// ones of the block that comes after it, B blocks on. More rows compute for as long as the processor's own look-ahead
+// takes. `at` is where in a block of `length` bytes one is.
 template <int R>
-void ask_ahead(const uint8_t *weights) {
-  if constexpr (R <= 2) __builtin_prefetch(weights + kAhead);
+constexpr bool waits = R <= 2;
+
+inline int64_t ahead_of(int64_t at, int64_t length, int blocks) {
+  return at + kAhead < length ? kAhead : kAhead + (blocks - 1) * length;
 }
 
 // C columns by R rows of one pair of inputs, both `at` pairs further; the fewer of weights and activations wait in
 // registers for the others.
 template <int C, int R>
-void add_pair(Sums<C, R> &sums, const uint8_t *const *w, const uint8_t *const *x, int64_t at) {
-  if constexpr (R <= 2) {
+void add_pair(Sums<C, R> &sums, const uint8_t *const *w, const uint8_t *const *x, int64_t at, int64_t ahead) {
+  if constexpr (waits<R>) {
     Pair inputs[R];
     for (int r = 0; r < R; ++r) inputs[r] = splat_pair(x[r] + kPairBytes * at);
     for (int c = 0; c < C; ++c) {
       const Pair weights = load_pairs(w[c] + 64 * at);
-      if (lane_of(c) == 0) ask_ahead<R>(w[c] + 64 * at);
+      if (lane_of(c) == 0) __builtin_prefetch(w[c] + 64 * at + ahead);
       for (int r = 0; r < R; ++r) sums.v[c][r] = dot_pairs(sums.v[c][r], weights, inputs[r]);
     }
   } else {
@@ -114,7 +117,11 @@ void tile(Bf16Format, const Product &p, int column, int row, Groups groups) {
   for (int c = 0; c < C; ++c) w[c] = weights_of<Bf16Format>(p, column + c, 0) + 4 * lane_of(column + c);
   Sums<C, R> sums(p, column, row, groups.first == 0);
   constexpr int kPairs = kGroup / 2;
-  for (int64_t pair = groups.first * kPairs; pair < groups.last * kPairs; ++pair) add_pair<C, R>(sums, w, x, pair);
+  const int64_t length = int64_t{p.w.groups()} * Bf16Format::kBytes;
+  for (int64_t group = groups.first; group < groups.last; ++group) {
+    const int64_t ahead = waits<R> ? ahead_of(group * Bf16Format::kBytes, length, C / kColumns) : 0;
+    for (int64_t pair = group * kPairs; pair < (group + 1) * kPairs; ++pair) add_pair<C, R>(sums, w, x, pair, ahead);
+  }
   sums.write(p, column, row);
 }
 
@@ -156,12 +163,15 @@ void tile(F, const Product &p, int column, int row, Groups groups) {
   }
   for (int b = 0; b < kBlocks; ++b) w[b] = weights_of<F>(p, column + b * kColumns, 0);
   Sums<C, R> sums(p, column, row, groups.first == 0);
+  const int64_t length = int64_t{p.w.groups()} * F::kBytes;
   for (int64_t group = groups.first; group < groups.last; ++group) {
+    const int64_t ahead = ahead_of(group * F::kBytes, length, kBlocks);
     int32_t sum_x[R];
     for (int r = 0; r < R; ++r) sum_x[r] = sums_x[r][group];
     for (int b = 0; b < kBlocks; ++b) {
       const uint8_t *weights = w[b] + group * F::kBytes;
-      for (int line = 0; line < F::kBytes; line += 64) ask_ahead<R>(weights + line);
+      if constexpr (waits<R>)
+        for (int line = 0; line < F::kBytes; line += 64) __builtin_prefetch(weights + line + ahead);
       const Dots<F, R> dots(weights, x, group * kGroup, sum_x);
       for (int c = 0; c < kColumns; ++c) {
         const Floats scale = load_halves(weights + F::kBytes - 2 * kBlock + 2 * lane_of(c));
