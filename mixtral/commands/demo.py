@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from mixtral.lm import LM
 
 PROMPT = 'def fibonacci(n):\n    """Return the n-th number."""\n'
-SAMPLING: dict[str, Any] = {"max_tokens": 120, "temperature": 0.4, "top_p": 0.95, "seed": 1}
+SAMPLING: dict[str, Any] = {"max_tokens": 120, "temperature": 0.4, "top_p": 0.95, "seed": 3}
 DEFAULT_OUT = Path("runs/demo")
 ARITHMETIC = """\
 State the final answer to the following arithmetic problem: 57 + 22 =
 79
 
-Solve the following multiplication: 6 * 7. Give only the result as your final answer.
-42
+Calculate 14 - -3 + 20.
+37
 """
 PROSE = """\
 A mapping object maps hashable values to arbitrary objects. Mappings are mutable objects. There is currently only one
@@ -103,7 +103,7 @@ def _show(lm: LM, figures: dict[str, Any]) -> None:
     out.print("\nA character an expert: half height is a fair share, full height twice that.", style="dim")
     out.print(
         "\nNext:\n"
-        "  mixtral generate --prompt 'class Node:' --temperature 0.7 --routing\n"
+        "  mixtral generate --prompt 'def read(self, size):' --temperature 0.6 --routing\n"
         "  mixtral chat\n"
         f"  mixtral info {SHIPPED}\n"
         f"  mixtral convert {SHIPPED} runs/mistral --to mistral\n"
