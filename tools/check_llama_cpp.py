@@ -15,6 +15,7 @@ llama-completion, llama-perplexity and llama-quantize. Takes a minute or two.
 
 from __future__ import annotations
 
+import argparse
 import struct
 import subprocess
 import sys
@@ -31,12 +32,14 @@ from mixtral.config_formats import read_config
 from mixtral.gguf_header import read_gguf_header
 from mixtral.lm import LM
 from mixtral.model import Mixtral, initialise
+from mixtral.shipped import model_folder
 from mixtral.tokenizer import train_bpe
 from mixtral.weights import convert, load_state
 
 TEXT = Path(tempfile.__file__)  # prose and code that every Python has
 PROMPT = "The file is removed when"
 CONTEXT, CHUNKS = 128, 3
+PROGRAMS = ("llama-completion", "llama-perplexity", "llama-quantize")
 WRITTEN = ("bf16", "q8_0", "q4_0")
 QUANTISED = ("Q8_0", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K")
 
@@ -49,16 +52,19 @@ class LogProbs(NamedTuple):
 
 
 def main() -> int:
-    if len(sys.argv) not in (2, 3):
-        print(__doc__)
-        return 2
-    programs = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("programs", type=Path, help="the folder of llama-completion, llama-perplexity, llama-quantize")
+    parser.add_argument("model", nargs="?", type=model_folder, help="a model folder, or mixtral-nano")
+    args = parser.parse_args()
+    programs: Path = args.programs
+    if missing := [name for name in PROGRAMS if not (programs / name).exists()]:
+        parser.error(f"{programs}: no {', '.join(missing)} in it")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = Path(sys.argv[2]) if len(sys.argv) == 3 else random_model(folder / "model")
+        model = args.model or random_model(folder / "model")
         for type in WRITTEN:
             convert(model, folder / f"{type}.gguf", "gguf", type=type)
-        good = [same_greedily(programs, folder / "bf16.gguf")] if len(sys.argv) == 3 else []
+        good = [same_greedily(programs, folder / "bf16.gguf")] if args.model else []
         for type in QUANTISED:
             target = folder / f"llama.cpp {type}.gguf"
             run(programs / "llama-quantize", folder / "bf16.gguf", target, type, "1")
