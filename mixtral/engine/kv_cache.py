@@ -51,7 +51,7 @@ class FullCache:
     """Every position of every sequence. Implements model.KVCache.
 
     Args:
-        capacity: positions to reserve for each sequence at once; more are added by doubling when they are needed.
+        capacity: positions to reserve for each sequence at once; where more are needed, room is made for twice as many.
     """
 
     limit: int | None = None  # the most slots a sequence may have

@@ -1,4 +1,4 @@
-"""`mixtral-nano`: the model that ships in the package, trained in an hour on one thread of a busy machine."""
+"""`mixtral-nano`: the model that ships in the package, trained in 77 minutes on one thread of a busy machine."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def nano() -> TrainConfig:
 
     Sixteen experts, as those that a token does not take cost no time and the file has room for them; rows of 512, for
     code refers far back. The vocabulary is learnt from the data, with Mistral's v3 control tokens in it. Tests are
-    twice as much text as the code they test, and keep it from being learnt by heart: code comes one and a half times.
+    twice as much text as the code they test, and share its turns: code comes one and a half times.
     Arithmetic and logic are of the second level of difficulty (sums of two or three numbers of one or two digits).
 
-    Muon, as it learns from half the tokens (docs/log.md), with eight rows, which share the price of its update. A step
+    Muon, ahead of AdamW on a third of the tokens (docs/log.md), with eight rows, which share the price of its update. A step
     is one part, so that micro_batch balances all domains together, as the study of balancing favours
     (docs/studies/balancing.md).
     """

@@ -79,11 +79,11 @@ struct Sums {
 };
 
 // One row or two wait for memory, and ask for lines kAhead bytes further in each block; where a block ends, for the first
-// ones of the block that comes after it, B blocks on. More rows compute for as long as the processor's own look-ahead
-// takes. `at` is where in a block of `length` bytes one is.
+// ones of the block that comes after it. More rows compute for as long as the processor's own look-ahead takes.
 template <int R>
 constexpr bool waits = R <= 2;
 
+// From the place `at` in one of `blocks` blocks of `length` bytes that go past at once.
 inline int64_t ahead_of(int64_t at, int64_t length, int blocks) {
   return at + kAhead < length ? kAhead : kAhead + (blocks - 1) * length;
 }

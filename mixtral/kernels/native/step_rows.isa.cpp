@@ -1,4 +1,4 @@
-// Norm, gate, SwiGLU, rotary embedding and rounding of one row.
+// Norm, gate, SwiGLU, rotary embedding, rounding and log-sum-exp of one row.
 #include <math.h>
 
 #include "step_kernels.h"
