@@ -17,8 +17,8 @@ def nano() -> TrainConfig:
     twice as much text as the code they test, and share its turns: code comes one and a half times.
     Arithmetic and logic are of the second level of difficulty (sums of two or three numbers of one or two digits).
 
-    Muon, ahead of AdamW on a third of the tokens (docs/log.md), with eight rows, which share the price of its update. A step
-    is one part, so that micro_batch balances all domains together, as the study of balancing favours
+    Muon, ahead of AdamW on a third of the tokens (docs/log.md), with eight rows, which share the price of its update. A
+    step is one part, so that micro_batch balances all domains together, as the study of balancing favours
     (docs/studies/balancing.md).
     """
     model = ModelConfig(
