@@ -94,9 +94,8 @@ def list_files(name: str) -> list[File]:
     base, _, part = name.partition(":")
     if base == "stdlib":
         files = _stdlib(part)
-    elif name == "packages":
-        folders = {Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")}
-        files = [file for folder in sorted(folders) for file in _python_files(folder)]
+    elif base == "packages":
+        files = _packages(part)
     elif name == "debian":
         files = [File(str(path), path, language_of(str(path))) for path in debian_files()]
     else:
@@ -122,6 +121,22 @@ def _stdlib(part: str) -> list[File]:
     code = _python_files(library) if part != "prose" else []
     prose = [File(f"pydoc_data/{key}", path, "prose", text) for key, text in topics.topics.items()]
     return code if part == "code" else [*code, *prose]
+
+
+def _packages(part: str) -> list[File]:
+    """The sources of installed packages: of all of them, or of those whose import names `part` lists."""
+    folders = sorted({Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")})
+    files = [file for folder in folders for file in _python_files(folder)]
+    if not part:
+        return files
+    of_package: dict[str, list[File]] = {}
+    for file in files:
+        of_package.setdefault(file.name.partition("/")[0].removesuffix(".py"), []).append(file)
+    for word in part.split("+"):
+        if word not in of_package:
+            hint = did_you_mean(word, of_package)
+            raise UsageError(f"data source packages:{part}: no sources of a package {word!r} installed here; {hint}")
+    return [file for word in dict.fromkeys(part.split("+")) for file in of_package[word]]
 
 
 def _python_files(folder: Path) -> list[File]:

@@ -4,7 +4,8 @@ A source is written `NAME[?option=value&...][=WEIGHT]`, NAME one of
 
     stdlib[:PART]         the standard library's own sources, and the language reference that Python carries; the first
                           alone is `stdlib:code`, the second `stdlib:prose`; `stdlib:tests`: its own tests
-    packages              the sources of the installed packages
+    packages[:NAMES]      the sources of the installed packages; NAMES: of these alone, as they are imported, with `+`
+                          between them, such as `numpy+torch`
     reasoning-gym[:PART]  generated tasks with their answers (an extra); PART: categories, such as `arithmetic` or
                           `logic`, and names of generators, such as `chain_sum`, with `+` between them
     debian                texts of installed Debian packages

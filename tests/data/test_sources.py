@@ -68,6 +68,19 @@ def test_packages() -> None:
     assert found and {document.domain for document in found} == {"code"}
 
 
+def test_packages_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one/a.py", "one/tests/b.py", "two/c.py", "two/deep/d.py", "three.py", "one_more/e.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("import os\n")
+    monkeypatch.setattr("mixtral.data.corpora.sysconfig.get_path", lambda _: str(tmp_path))
+    assert {file.name for file in list_files("packages:three+two")} == {"two/c.py", "two/deep/d.py", "three.py"}
+    assert list_files("packages:one+one") == list_files("packages:one")
+    assert [file.name for file in list_files("packages:one")] == ["one/a.py"]
+    assert len(list_files("packages")) == 5
+    with pytest.raises(UsageError, match="no sources of a package 'tow' installed here; did you mean 'two'"):
+        list_files("packages:one+tow")
+
+
 def test_folder_order_and_domains_do_not_depend_on_where_it_lies(tmp_path: Path) -> None:
     for name in ("x/one.txt", "x/two.md", "y/three.txt", "four.txt"):
         (tmp_path / "a" / name).parent.mkdir(parents=True, exist_ok=True)

@@ -32,8 +32,10 @@ def test_the_model_that_ships_fits_the_package() -> None:
     assert 7e6 <= config.steps * config.tokens_per_step <= 15e6
     assert config.save_every % config.val_every == 0
     sources = [Source.parse(spec) for spec in config.data]
-    assert [source.name.partition(":")[0] for source in sources] == [*["stdlib"] * 3, *["reasoning-gym"] * 2]
-    assert all(source.weight and source.level == (1 if source.domain else None) for source in sources)
+    kinds = [source.name.partition(":")[0] for source in sources]
+    assert kinds == [*["stdlib"] * 3, *["packages"] * 2, *["reasoning-gym"] * 2]
+    assert [source.level for source in sources] == [*[None] * 5, 1, 1]
+    assert not any(source.weight for source in sources)  # every text once
 
 
 def test_an_unknown_name() -> None:
