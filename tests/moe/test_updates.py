@@ -89,11 +89,13 @@ def test_bins_are_finest_at_the_centre() -> None:
     assert float(widths[BINS // 2 + 200] / far) < 0.03
 
 
-def test_quantiles_are_linear_inside_a_bin() -> None:
-    """Four values in one bin: a quarter of them lies below a quarter of its width."""
+@pytest.mark.parametrize("value", [-0.2, 0.05, 0.5, 1.5])
+def test_quantiles_are_linear_inside_the_bin_of_the_values(value: float) -> None:
+    """Four equal values: a quarter of them lies below a quarter of the width of the bin around them."""
     histogram = Histogram(torch.zeros(1))
-    histogram.add(torch.full((4, 1), 0.5))
+    histogram.add(torch.full((4, 1), value))
     edges, bin = histogram.edges()[0], int(histogram.counts_EB.argmax())
+    assert edges[bin] <= value <= edges[bin + 1]
     for q in (0.25, 0.5, 1.0):
         torch.testing.assert_close(histogram.quantile(q)[0], edges[bin].lerp(edges[bin + 1], q))
 
