@@ -58,6 +58,8 @@ def test_a_router_by_the_token_alone_is_explained_by_it() -> None:
     counts = counted({(0, 0, 0): 3, (0, 1, 1): 1, (1, 0, 0): 1, (1, 1, 1): 3}, (2, 2, 2))
     assert token_information(counts) == pytest.approx(mutual_information(counts.sum(1)))
     assert token_information(counts) > 0.1
+    counts[0, 0, 0] = 9  # token 0 is now the more frequent one
+    assert token_information(counts) == pytest.approx(mutual_information(counts.sum(1)))
 
 
 def test_a_router_by_the_domain_alone_is_not() -> None:

@@ -174,6 +174,7 @@ def test_sigmoid_scores_count_as_shares() -> None:
     assert load_balance(uneven).item() == pytest.approx(2 * 0.5)
     (grad,) = torch.autograd.grad(load_balance(uneven), scores)
     torch.testing.assert_close((grad * scores).sum(-1), torch.zeros(2))
+    torch.testing.assert_close(score_shares(torch.tensor([[0.6, 0.42]])), torch.tensor([[0.6, 0.42]]) / 1.02)
 
 
 def test_softmax_scores_are_their_own_shares_to_the_bit() -> None:
@@ -198,6 +199,8 @@ def test_guidance_by_hand() -> None:
     assert guidance(made, torch.tensor([-1, -1, -1]), GROUPS).item() == 0.0
     uniform = routing([[0]], torch.full((1, 4), 0.25))
     assert guidance(uniform, torch.tensor([1]), GROUPS).item() == pytest.approx(math.log(2))
+    sigmoid = routing([[0]], torch.tensor([[0.8, 0.4, 0.3, 0.1]]))
+    assert guidance(sigmoid, torch.tensor([0]), GROUPS).item() == pytest.approx(-math.log(1.2 / 1.6))
 
 
 def test_guidance_gradient_is_that_of_a_cross_entropy() -> None:

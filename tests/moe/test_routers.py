@@ -141,6 +141,14 @@ def test_capacity_drops_second_choices_first_and_renormalises() -> None:
     assert (router.eval()(x).experts_TK >= 0).all(), "nothing is dropped in evaluation"
 
 
+def test_capacity_follows_a_call_s_number_but_not_each_token_s_own() -> None:
+    """Eight tokens that want the same experts: each of these may have ceil(8 * k / 8) = k, or K = 2 of them."""
+    router = naive_routers.router("topk?capacity_factor=1")
+    for k, rows in ((None, 2), (1, 1), (4, 4), (torch.full((8,), 4), 2)):
+        experts = router(torch.ones(8, 6), k=k).experts_TK
+        assert taken(experts, E).sum(0).max() == rows
+
+
 def test_a_bias_moves_the_choice_and_never_the_weight() -> None:
     plain, biased = (naive_routers.router(spec) for spec in ("topk", "topk?bias=true"))
     x = torch.randn(20, 6)
@@ -182,6 +190,24 @@ def test_routers_that_find_k_refuse_one(spec: str) -> None:
         naive_routers.router(spec)(torch.randn(2, 6), k=2)
 
 
+@pytest.mark.parametrize("spec, wanted", [("top_p?p=0.5", 4), ("min_p?p=1", 8), ("threshold", 0)])
+def test_needs_on_the_edge(spec: str, wanted: int) -> None:
+    """Eight scores of 1/8: four sum to 0.5, all reach the highest, none exceeds a threshold of 1/8."""
+    router = naive_routers.router(spec)
+    router.reset_buffers()
+    assert (router(torch.zeros(3, 6)).experts_TK >= 0).sum(-1).tolist() == [wanted] * 3
+
+
+def test_sigmoid_scores_that_round_to_one_number_are_tied() -> None:
+    """Logits 40 and 30: both scores are 1, so the lower index comes first."""
+    router = naive_routers.router("sigmoid")
+    with torch.no_grad():
+        router.weight.zero_()
+        router.weight[5, 0], router.weight[2, 0] = 40.0, 30.0
+    routing = router(torch.eye(6)[:1])
+    assert routing.experts_TK.tolist() == [[2, 5]] and routing.weights_TK.tolist() == [[0.5, 0.5]]
+
+
 def test_k_beyond_the_groups_is_refused() -> None:
     with pytest.raises(UsageError, match=r"k must lie in 1\.\.4"):
         naive_routers.router("grouped?groups=4&taken=2")(torch.randn(2, 6), k=5)
@@ -190,6 +216,7 @@ def test_k_beyond_the_groups_is_refused() -> None:
 def test_expert_choice_is_for_training() -> None:
     router, x = naive_routers.router("expert_choice"), torch.randn(4, 6)
     made = router(x, k=4)
+    assert taken(made.experts_TK, E).sum(0).tolist() == [4 * 4 // E] * E
     with pytest.raises(UsageError, match="later ones included"):
         router.eval()(x)
     assert torch.equal(router(x, replay=made.experts_TK).weights_TK, made.weights_TK)

@@ -41,6 +41,12 @@ def test_an_uneven_layer() -> None:
     assert found.repeats == pytest.approx(2 / 3) and found.repeats_any == 1.0
 
 
+def test_faded_outputs_are_dead_too() -> None:
+    """Balanced by count; the outputs of expert 3 are under a hundredth of the median norm."""
+    found = layer_stats(routing([[0, 1], [2, 3]]), cuts(0, 2), torch.tensor([1.0, 2.0, 1.0, 0.005]))
+    assert found.dead == 1 and found.output_norms == [1.0, 2.0, 1.0, 0.005]
+
+
 def test_unused_places_do_not_count() -> None:
     assert layer_stats(routing([[0, -1], [1, -1]]), cuts(0, 2)).load == [0.5, 0.5, 0.0, 0.0]
 

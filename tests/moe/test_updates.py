@@ -41,8 +41,9 @@ def test_smebu_steps_are_clamped_and_shrink_near_balance() -> None:
 @pytest.mark.parametrize("counts", [[0, 0, 0, 9], [4, 4, 4, 4], [1, 2, 3, 4], [0, 0, 0, 0]])
 def test_biases_have_zero_mean(counts: list[int]) -> None:
     start, counts_E = torch.tensor([3.0, 1.0, 0.0, 0.0]), torch.tensor(counts)
-    for bias in (loss_free(start, counts_E, 0.1), smebu(start, torch.zeros(4), counts_E, 0.1, 2.0, 0.5)[0]):
-        assert abs(float(bias.mean())) < 1e-6 and bias.isfinite().all()
+    moved, momentum = smebu(start, torch.zeros(4), counts_E, 0.1, 2.0, 0.5)
+    for values in (loss_free(start, counts_E, 0.1), moved, momentum):
+        assert abs(float(values.mean())) < 1e-6 and values.isfinite().all()
 
 
 def scores_of(tokens: int, n_experts: int, seed: int = 0) -> Tensor:
@@ -86,6 +87,17 @@ def test_bins_are_finest_at_the_centre() -> None:
     assert float(widths.min()) < 3e-6 and widths.argmin() in (BINS // 2, BINS // 2 - 1)
     far = edges[BINS // 2 + 200]
     assert float(widths[BINS // 2 + 200] / far) < 0.03
+
+
+@pytest.mark.parametrize("value", [-0.2, 0.05, 0.5, 1.5])
+def test_quantiles_are_linear_inside_the_bin_of_the_values(value: float) -> None:
+    """Four equal values: a quarter of them lies below a quarter of the width of the bin around them."""
+    histogram = Histogram(torch.zeros(1))
+    histogram.add(torch.full((4, 1), value))
+    edges, bin = histogram.edges()[0], int(histogram.counts_EB.argmax())
+    assert edges[bin] <= value <= edges[bin + 1]
+    for q in (0.25, 0.5, 1.0):
+        torch.testing.assert_close(histogram.quantile(q)[0], edges[bin].lerp(edges[bin + 1], q))
 
 
 def test_values_out_of_reach_count_at_the_ends() -> None:

@@ -13,13 +13,16 @@ from torch import Tensor
 from mixtral.data.loader import Loader, TrainBatch
 from mixtral.errors import ConfigError
 from mixtral.model import Packed, named_state
-from mixtral.moe import MoE
+from mixtral.moe import MoE, Routing, make_router
 from mixtral.moe.balance import assignment_counts, load_balance
+from mixtral.moe.updates import centred, margins
+from mixtral.train.balancing import Balancer
 from mixtral.train.checkpoint import checkpoints
 from mixtral.train.config import TrainConfig
 from mixtral.train.optim import Optimizer
 from mixtral.train.recompute import recompute_layers
 from mixtral.train.step import StepResult, train_step, validate
+from tests.moe.naive import routing
 from tests.train.tiny_run import MakeRun, Watching, fresh_model, fresh_optimizer, model_config, same, train_config
 
 BIASED = {"router": "sigmoid?bias=true", "init_std": 0.3}
@@ -59,6 +62,25 @@ def uneven(loader: Loader) -> list[TrainBatch]:
     rest = cuts[cuts >= n] - n
     packed = Packed(whole.batch.tokens_T[n:], whole.batch.positions_T[n:], rest, int(rest.diff().max()))
     return [first, TrainBatch(packed, whole.targets_T[n:])]
+
+
+def balancer_of(config: TrainConfig, *parts: Routing, step: int = 0) -> Balancer:
+    """Of one layer, whose router's buffers are as at the start, in a step that has seen these parts."""
+    router = make_router(config.model)
+    router.reset_buffers()
+    balancer = Balancer([router], config)
+    balancer.begin(step)
+    for part in parts:
+        balancer.observe([part])
+    return balancer
+
+
+def random_part(seed: int, tokens: int = 60, k: int = 2) -> Routing:
+    scores_TE = (torch.randn(tokens, 4, generator=torch.Generator().manual_seed(seed)) + torch.arange(4)).softmax(-1)
+    return routing(scores_TE.topk(k).indices.tolist(), scores_TE)
+
+
+COLLAPSED = routing([[0, 1]] * 4)  # loads 4, 4, 0, 0
 
 
 def assert_close(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
@@ -101,9 +123,9 @@ def test_the_running_form_takes_the_counts_so_far(loader: Loader) -> None:
     model, wanted = fresh_model(model_config(init_std=0.3)), 0.0
     counts = [torch.zeros(4), torch.zeros(4)]
     for part in parts:
-        for layer, routing in enumerate(model(part.batch).routing):
-            counts[layer] = counts[layer] + assignment_counts(routing)
-            wanted += float(load_balance(routing, counts_E=counts[layer]).detach()) / 8
+        for layer, made in enumerate(model(part.batch).routing):
+            counts[layer] = counts[layer] + assignment_counts(made)
+            wanted += float(load_balance(made, counts_E=counts[layer]).detach()) / 8
     assert result.aux["global_batch"] == pytest.approx(wanted, rel=1e-5)
 
 
@@ -115,6 +137,41 @@ def test_counts_are_summed_over_ranks_through_one_hook(loader: Loader) -> None:
     train_step(model, optimizer, parts_of(loader, 2), config, 0, False)
     bias = named_state(model)["layers.0.ffn.router.bias"]
     torch.testing.assert_close(bias, 0.01 * torch.tensor([0.5, 0.5, 0.5, -1.5]))
+
+
+@pytest.mark.parametrize("form", ["exact=true", "exact=false"])
+def test_global_batch_takes_the_counts_of_all_ranks(form: str) -> None:
+    """Two tokens here for expert 0, six of another rank for expert 3: f = (1, 0, 0, 3) / 4."""
+    part = routing([[0], [0]], torch.tensor([[0.4, 0.3, 0.2, 0.1]] * 2))
+    balancer = balancer_of(config_of(f"global_batch?{form}"))
+    balancer.sum_over_ranks = lambda counts: counts + torch.tensor([0, 0, 0, 6])
+    balancer.begin(0, [assignment_counts(part)] if form == "exact=true" else None)
+    balancer.observe([part])
+    (term,) = balancer.terms([part])
+    assert float(term.values[0]) == pytest.approx(4 * (0.4 + 3 * 0.1) / 4)
+
+
+def test_exact_and_running_forms_stand_side_by_side() -> None:
+    """Of a step whose counts are all expert 3's, the first part has expert 0 alone: 4 p_3, then 4 p_0."""
+    part = routing([[0], [0]], torch.tensor([[0.4, 0.3, 0.2, 0.1]] * 2))
+    config = config_of("global_batch?layers=0", "global_batch?exact=false&layers=1")
+    balancer = Balancer([make_router(config.model) for _ in range(2)], config)
+    balancer.begin(0, [torch.tensor([0, 0, 0, 6])] * 2)
+    balancer.observe([part, part])
+    assert [float(term.values[0]) for term in balancer.terms([part, part])] == pytest.approx([4 * 0.1, 4 * 0.4])
+
+
+def test_router_losses_weigh_parts_by_tokens_and_cross_entropy_by_targets(loader: Loader) -> None:
+    config = config_of("global_batch?weight=0.5", "z_loss?weight=0.5")
+    whole, halves = loader.batch(0), parts_of(loader, 2)
+    few_T = halves[0].targets_T.where(torch.arange(len(halves[0].targets_T)) < 5, -100)
+    halves[0] = halves[0]._replace(targets_T=few_T)
+    whole = whole._replace(targets_T=torch.cat([half.targets_T for half in halves]))
+    wanted, exact, _ = step_of([whole], config)
+    found, grads, _ = step_of(halves, config)
+    assert found.cross_entropy == pytest.approx(wanted.cross_entropy, rel=1e-6)
+    assert found.aux == pytest.approx(wanted.aux, rel=1e-6)
+    assert_close(grads, exact)
 
 
 def test_replayed_and_recomputed(loader: Loader) -> None:
@@ -139,6 +196,48 @@ def test_rules_see_the_whole_step_however_it_is_cut(loader: Loader, rule: str) -
         assert all(torch.allclose(buffer, other[name], atol=1e-6) for other in moved[1:]), name
         if "bias" in name:
             assert abs(float(buffer.mean())) < 1e-6 and float(buffer.abs().max()) > 0
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_two_ranks_of_a_part_each_are_one_of_both(rule: str) -> None:
+    """What is summed over ranks: a row of counts an expert, and a histogram where the rule has one."""
+    config = config_of(rule, model=router_for(rule))
+    both = balancer_of(config, random_part(0), random_part(1))
+    mine, other = (balancer_of(config, random_part(seed)) for seed in (0, 1))
+    theirs = [*other.counts, *(r.histogram.counts_EB for r in other.rules if hasattr(r, "histogram"))]
+    mine.sum_over_ranks = lambda counts: counts + next(t for t in theirs if t.shape == counts.shape)
+    assert mine.update() == both.update()
+    assert torch.equal(mine.rules[0].moved_E, both.rules[0].moved_E)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_quantile_rules_aim_at_k_of_e(k: int) -> None:
+    part = random_part(0, tokens=2000, k=k)
+    for rule, model in (("quantile", BIASED), ("threshold", router_for("threshold"))):
+        balancer = balancer_of(config_of(rule, model={**model, "experts_per_token": k}), part)
+        wanted = part.scores_TE.quantile(1 - k / 4, dim=0)
+        if rule == "quantile":
+            wanted = centred(margins(part, torch.zeros(4), k).quantile(k / 4, dim=0))
+        balancer.update()
+        torch.testing.assert_close(balancer.rules[0].moved_E, wanted, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("step, weight", [(0, 0.5), (9, 0.25)])
+def test_weight_is_the_share_of_the_move_that_is_made(step: int, weight: float) -> None:
+    """Violation 4 / 2 - 1; the signs of mean load - load are -1, -1, 1, 1."""
+    config = config_of("loss_free?rate=0.1&weight=0.5&final=0.25", model=BIASED)
+    balancer = balancer_of(config, COLLAPSED, step=step)
+    assert balancer.update() == {"loss_free": 1.0}
+    torch.testing.assert_close(balancer.rules[0].moved_E, 0.1 * weight * torch.tensor([-1.0, -1.0, 1.0, 1.0]))
+
+
+def test_smebu_goes_by_its_options() -> None:
+    """From no momentum: b = m = (1 - 0.8) * 0.1 * tanh(0.5 v), v = -1, -1, 1, 1."""
+    balancer = balancer_of(config_of("smebu?rate=0.1&scale=0.5&decay=0.8", model=BIASED), COLLAPSED)
+    balancer.update()
+    wanted = 0.02 * torch.tensor([-0.5, -0.5, 0.5, 0.5]).tanh()
+    torch.testing.assert_close(balancer.rules[0].moved_E, wanted)
+    torch.testing.assert_close(balancer.state()["smebu.0.momentum"], wanted)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -258,6 +357,13 @@ def test_a_price_for_k(loader: Loader) -> None:
     _, free, _ = step_of([loader.batch(0)], config.replace(balance=()))
     assert 1 <= result.aux["k_price"] <= 4
     assert not torch.equal(grads["layers.0.ffn.router.k_weight"], free["layers.0.ffn.router.k_weight"])
+
+
+@pytest.mark.parametrize("spec, price", [("k_price", 2.5), ("k_price?target=2", 0.25)])
+def test_a_price_by_hand(spec: str, price: float) -> None:
+    part = COLLAPSED.tokens(0, 2)._replace(k_T=torch.tensor([1.0, 4.0]))
+    (term,) = balancer_of(config_of(spec, model={"router": "learned_k"}), part).terms([part])
+    assert float(term.values[0]) == price
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

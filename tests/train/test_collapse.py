@@ -80,7 +80,7 @@ def recovery(router: str, *balance: str) -> int | None:
     return None
 
 
-@pytest.mark.parametrize("router", ["topk", "threshold"])
+@pytest.mark.parametrize("router", ["topk", "sigmoid?bias=true", "threshold"])
 def test_nothing_does_not_recover(router: str) -> None:
     assert recovery(router) is None
 

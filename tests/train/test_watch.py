@@ -18,7 +18,10 @@ def test_mean_row_norms_by_hand() -> None:
 def test_dead_by_count_and_by_norm() -> None:
     load = torch.tensor([0.5, 0.499, 0.001, 0.0])
     assert dead_experts(load, None) == 2
-    assert dead_experts(torch.full((4,), 0.25), torch.tensor([1.0, 1.0, 1.0, 0.005])) == 1
+    assert dead_experts(torch.tensor([0.5, 0.494, 0.004, 0.002]), None) == 1  # of the fair load, 1/4: below 0.0025
+    even = torch.full((4,), 0.25)
+    assert dead_experts(even, torch.tensor([1.0, 1.0, 1.0, 0.005])) == 1
+    assert dead_experts(even, torch.tensor([1.0, 1.0, 1.0, 1000.0])) == 0  # one loud expert does not kill the others
 
 
 def test_a_faded_expert_is_seen_and_the_hooks_go() -> None:
