@@ -14,12 +14,19 @@ from mixtral.moe.router import Routing
 
 
 def assignment_counts(routing: Routing) -> Tensor:
-    """How many assignments each expert received -> int64 [E]; unused places do not count.
+    """How many assignments the router gave each expert -> int64 [E]; unused places do not count.
+
+    Those that capacity then dropped do: an expert with too many must look so (arXiv 2101.03961, equation 5).
+    """
+    return counts_of(routing.choice_TK, routing.logits_TE.shape[1])
+
+
+def counts_of(experts_TK: Tensor, n_experts: int) -> Tensor:
+    """How often each expert stands in a choice -> int64 [E].
 
     Not by bincount, whose size hangs on the values: on a GPU the host would wait for them.
     """
-    n_experts = routing.logits_TE.shape[1]
-    place_N = routing.experts_TK.flatten() + 1  # place 0 counts the unused
+    place_N = experts_TK.flatten() + 1  # place 0 counts the unused
     return place_N.new_zeros(n_experts + 1).scatter_add_(0, place_N, torch.ones_like(place_N))[1:]
 
 
@@ -29,10 +36,9 @@ def share_of(counts_E: Tensor) -> Tensor:
 
 
 def assignment_share(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
-    """The share of assignments that each expert received -> fp32 [E], summing to 1, over the tokens of the mask."""
-    if mask_T is not None:
-        routing = routing._replace(experts_TK=routing.experts_TK[mask_T])
-    return share_of(assignment_counts(routing))
+    """The share of assignments given to each expert -> fp32 [E], summing to 1, over the tokens of the mask."""
+    choice_TK = routing.choice_TK if mask_T is None else routing.choice_TK[mask_T]
+    return share_of(counts_of(choice_TK, routing.logits_TE.shape[1]))
 
 
 def _mean(values_T: Tensor) -> Tensor:
@@ -52,7 +58,7 @@ def score_shares(scores_TE: Tensor) -> Tensor:
 def load_balance(routing: Routing, mask_T: Tensor | None = None, counts_E: Tensor | None = None) -> Tensor:
     """E * sum over experts of f * p for one layer (arXiv 2101.03961, equation 4).
 
-    f is the share of assignments an expert received, p its mean share of the score. 1 at balance for any E and K; E / K
+    f is the share of assignments given to an expert, p its mean share of the score. 1 at balance for any E and K; E / K
     when all tokens put all their score on the same K experts. Gradients flow through p alone.
 
     Args:

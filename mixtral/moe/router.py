@@ -24,29 +24,38 @@ class Routing(NamedTuple):
     logits_TE: Tensor  # fp32, before the score function
     scores_TE: Tensor  # fp32, after it: what balancing objectives read
     weights_TK: Tensor  # fp32; 0 where experts_TK is -1
-    experts_TK: Tensor  # int64, sorted by weight, ties to the lower index; -1: place unused or token dropped
+    experts_TK: Tensor  # int64, sorted by weight, ties to the lower index; -1: place unused or assignment dropped
     k_T: Tensor | None = None  # fp32, differentiable: how many experts a token is expected to take, if it has a price
+    wanted_TK: Tensor | None = None  # int64, the choice before capacity dropped a part of it; None: no capacity
+
+    @property
+    def choice_TK(self) -> Tensor:
+        """The router's choice, assignments that were then dropped included: what balancing looks at."""
+        return self.experts_TK if self.wanted_TK is None else self.wanted_TK
 
     def tokens(self, first: int, last: int) -> Routing:
         """The routing of tokens first..last - 1."""
-        logits_TE, scores_TE, weights_TK, experts_TK = (t[first:last] for t in self[:4])
-        return Routing(logits_TE, scores_TE, weights_TK, experts_TK, None if self.k_T is None else self.k_T[first:last])
+        return Routing._make(None if t is None else t[first:last] for t in self)
 
     @staticmethod
     def cat(parts: Sequence[Routing]) -> Routing:
         """One routing of the tokens of several calls; where these differ in places, -1 fills up."""
         most = max(part.experts_TK.shape[1] for part in parts)
-        four = zip(*(_widen(part, most)[:4] for part in parts), strict=True)
-        logits_TE, scores_TE, weights_TK, experts_TK = (torch.cat(tensors) for tensors in four)
-        counted = [part.k_T for part in parts if part.k_T is not None]
-        return Routing(logits_TE, scores_TE, weights_TK, experts_TK, torch.cat(counted) if counted else None)
+        if any(part.wanted_TK is not None for part in parts):
+            parts = [part._replace(wanted_TK=part.choice_TK) for part in parts]
+        fields = zip(*(_widen(part, most) for part in parts), strict=True)
+        return Routing._make(torch.cat(tensors) if tensors[0] is not None else None for tensors in fields)
 
 
 def _widen(routing: Routing, places: int) -> Routing:
+    def wide(experts_TK: Tensor) -> Tensor:
+        return nn.functional.pad(experts_TK, more, value=-1)
+
     more = (0, places - routing.experts_TK.shape[1])
     return routing._replace(
         weights_TK=nn.functional.pad(routing.weights_TK, more),
-        experts_TK=nn.functional.pad(routing.experts_TK, more, value=-1),
+        experts_TK=wide(routing.experts_TK),
+        wanted_TK=None if routing.wanted_TK is None else wide(routing.wanted_TK),
     )
 
 
@@ -81,15 +90,20 @@ class Router(nn.Module):
         """Route each token.
 
         Args:
-            replay: int64 [T, K]; take these experts and compute logits and weights anew, so that gradients flow.
+            replay: int64 [T, K]; take these experts and compute logits and weights anew, so that gradients flow. An
+                earlier `choice_TK`; where there is a capacity, it drops from it what it dropped then.
             k: experts a token takes in this call: a number, or int64 [T] for each token its own (0: none).
 
         Raises UsageError when a number `k` is not one of 1..E, or this router does not let a call set it.
         """
         logits_TE = self._logits(x_TD)
         scores_TE = self._scores(logits_TE)
-        experts_TK = self._choose(logits_TE, scores_TE, k) if replay is None else replay
-        return Routing(logits_TE, scores_TE, self._weights(logits_TE, scores_TE, experts_TK), experts_TK)
+        wanted_TK = self._choose(logits_TE, scores_TE, k) if replay is None else replay
+        experts_TK = self._kept(wanted_TK, k)
+        weights_TK = self._weights(logits_TE, scores_TE, experts_TK)
+        return Routing(
+            logits_TE, scores_TE, weights_TK, experts_TK, wanted_TK=None if experts_TK is wanted_TK else wanted_TK
+        )
 
     # -- the steps, each of which some router overrides ----------------------------------------------------------------
 
@@ -108,10 +122,14 @@ class Router(nn.Module):
             experts_TK = experts_TK.masked_fill(torch.arange(places, device=k_T.device) >= k_T[:, None], -1)
         if self.bias is not None:
             experts_TK = reorder(rank_TE, experts_TK)  # so far by what they were chosen for, and that is not the weight
-        if self.options.capacity_factor and self.training:
-            mean = places if isinstance(k, int) else self.experts_per_token
-            experts_TK = within_capacity(experts_TK, self.n_experts, mean, self.options.capacity_factor)
         return experts_TK
+
+    def _kept(self, experts_TK: Tensor, k: int | Tensor | None) -> Tensor:
+        """What capacity leaves of a choice; the choice itself where there is none."""
+        if not (isinstance(self.options, TopK) and self.options.capacity_factor and self.training):
+            return experts_TK
+        mean = k if isinstance(k, int) else self.experts_per_token
+        return within_capacity(experts_TK, self.n_experts, mean, self.options.capacity_factor)
 
     def _places(self, k: int | Tensor | None) -> tuple[int, Tensor | None]:
         """-> (how many places a token has, each token's own number of experts or None)."""

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixtral.moe.balance import assignment_share
+from mixtral.moe.balance import assignment_share, score_shares
+from mixtral.moe.choice import taken
 from mixtral.moe.router import Routing
 
 DEAD_SHARE = 0.01
@@ -19,7 +20,7 @@ DEAD_SHARE = 0.01
 class LayerStats(NamedTuple):
     """One layer, one batch."""
 
-    load: list[float]  # share of assignments of each expert, summing to 1
+    load: list[float]  # share of assignments of each expert, those that capacity dropped included, summing to 1
     max_over_mean: float  # 1 at balance, E when one expert takes everything
     gini: float  # 0 at balance, (E - 1) / E when one expert takes everything
     entropy: float  # of the router's scores, mean over tokens, as a share of ln E: 1 undecided, 0 certain
@@ -27,6 +28,7 @@ class LayerStats(NamedTuple):
     repeats_any: float  # share of consecutive tokens with a choice in common; 1 - C(E-K, K) / C(E, K) by chance
     dead: int  # experts with next to no tokens, or whose outputs have faded to next to nothing
     output_norms: list[float] | None = None  # mean norm of each expert's output rows, when they were watched
+    dropped: float = 0.0  # share of the assignments that no capacity was left for
 
 
 def gini(load_E: Tensor) -> float:
@@ -38,13 +40,13 @@ def gini(load_E: Tensor) -> float:
 
 def score_entropy(routing: Routing) -> float:
     """Entropy of normalised scores, mean over tokens, divided by its maximum ln E."""
-    p_TE = routing.scores_TE / routing.scores_TE.sum(-1, keepdim=True)
+    p_TE = score_shares(routing.scores_TE)
     return float(torch.special.entr(p_TE).sum(-1).mean() / torch.tensor(float(p_TE.shape[1])).log())
 
 
 def first_choice_repeats(routing: Routing, cu_seqlens: Tensor) -> float:
     """Share of neighbouring tokens of one sequence that have the same first choice; 0 when there are no neighbours."""
-    first_T = routing.experts_TK[:, 0]
+    first_T = routing.choice_TK[:, 0]
     return _share_of_neighbours((first_T[1:] == first_T[:-1]) & (first_T[1:] >= 0), cu_seqlens)
 
 
@@ -53,9 +55,7 @@ def any_choice_repeats(routing: Routing, cu_seqlens: Tensor) -> float:
 
     With two experts a token this is table 5's "first or second choice": 13/28 by chance at 8 experts.
     """
-    tokens, n_experts = routing.logits_TE.shape
-    taken_TE = torch.zeros(tokens, n_experts + 1, dtype=torch.bool, device=routing.experts_TK.device)
-    taken_TE = taken_TE.scatter_(1, routing.experts_TK + 1, True)[:, 1:]  # place 0 took the unused ones
+    taken_TE = taken(routing.choice_TK, routing.logits_TE.shape[1])
     return _share_of_neighbours((taken_TE[1:] & taken_TE[:-1]).any(1), cu_seqlens)
 
 
@@ -64,6 +64,12 @@ def _share_of_neighbours(which: Tensor, cu_seqlens: Tensor) -> float:
     inside = torch.ones_like(which)
     inside[(cu_seqlens[1:-1] - 1).to(which.device, torch.int64)] = False
     return float((which & inside).sum() / inside.sum().clamp(min=1))
+
+
+def dropped_share(routing: Routing) -> float:
+    """The share of assignments that capacity dropped."""
+    wanted, kept = (int((choice_TK >= 0).sum()) for choice_TK in (routing.choice_TK, routing.experts_TK))
+    return (wanted - kept) / max(1, wanted)
 
 
 def dead_experts(load_E: Tensor, norms_E: Tensor | None) -> int:
@@ -87,4 +93,5 @@ def layer_stats(routing: Routing, cu_seqlens: Tensor, norms_E: Tensor | None = N
         repeats_any=any_choice_repeats(routing, cu_seqlens),
         dead=dead_experts(load_E, norms_E),
         output_norms=None if norms_E is None else [round(x, 6) for x in norms_E.tolist()],
+        dropped=dropped_share(routing),
     )

@@ -108,7 +108,7 @@ def _choose_first(
         seed_part(config.seed, step, i)
         batch = part.batch.to(model.output_weight.device)
         routing = model(batch, rows=batch.tokens_T.new_zeros(1)).routing  # one row of logits, which nobody reads
-        choices.append([layer.experts_TK for layer in routing])
+        choices.append([layer.choice_TK for layer in routing])
         counts.append([assignment_counts(layer) for layer in routing])
     optimizer.balancer.begin(step, [torch.stack(layer).sum(0) for layer in zip(*counts, strict=True)])
     return choices

@@ -112,8 +112,12 @@ def figures_line(result: StepResult, bits_per_byte: float, speed: Speed) -> str:
 
 
 def layer_line(layer: LayerStats, blocks: bool = True) -> str:
-    """A layer in figures: its experts' loads as a strip, how uneven they are, how undecided the router is, the dead."""
+    """A layer in figures: its experts' loads as a strip, how uneven they are, how undecided the router is, the dead.
+
+    And the share of assignments that capacity dropped, where it did.
+    """
+    dropped = f"  {100 * layer.dropped:.1f} % dropped" if layer.dropped else ""
     return (
         f"{load_strip(layer.load, not blocks)}  max/mean {layer.max_over_mean:.2f}  gini {layer.gini:.2f}  "
-        f"entropy {layer.entropy:.2f}  {layer.dead} dead"
+        f"entropy {layer.entropy:.2f}  {layer.dead} dead{dropped}"
     )

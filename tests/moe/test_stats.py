@@ -24,13 +24,14 @@ def cuts(*positions: int) -> torch.Tensor:
 
 def test_balance() -> None:
     found = layer_stats(routing([[0, 1], [2, 3], [0, 1], [3, 2]]), cuts(0, 4))
-    assert found == ([0.25] * 4, 1.0, 0.0, pytest.approx(1.0), 0.0, 0.0, 0, None)
+    assert found == ([0.25] * 4, 1.0, 0.0, pytest.approx(1.0), 0.0, 0.0, 0, None, 0.0)
 
 
 def test_collapse_on_one_expert() -> None:
     certain = [[1.0, 0.0, 0.0, 0.0]] * 3
     found = layer_stats(routing([[0]] * 3, certain), cuts(0, 3))
-    assert found == ([1.0, 0.0, 0.0, 0.0], 4.0, pytest.approx(0.75), pytest.approx(0.0, abs=1e-6), 1.0, 1.0, 3, None)
+    none = pytest.approx(0.0, abs=1e-6)
+    assert found == ([1.0, 0.0, 0.0, 0.0], 4.0, pytest.approx(0.75), none, 1.0, 1.0, 3, None, 0.0)
 
 
 def test_an_uneven_layer() -> None:
@@ -49,6 +50,13 @@ def test_faded_outputs_are_dead_too() -> None:
 
 def test_unused_places_do_not_count() -> None:
     assert layer_stats(routing([[0, -1], [1, -1]]), cuts(0, 2)).load == [0.5, 0.5, 0.0, 0.0]
+
+
+def test_dropped_assignments_count_as_the_router_s_choice_and_as_dropped() -> None:
+    made = routing([[0, -1], [0, -1], [-1, -1]])._replace(wanted_TK=torch.tensor([[0, 1], [0, 1], [0, -1]]))
+    found = layer_stats(made, cuts(0, 3))
+    assert found.load == [0.6, 0.4, 0.0, 0.0] and found.dropped == pytest.approx(3 / 5)
+    assert found.repeats == found.repeats_any == 1.0
 
 
 @pytest.mark.parametrize("n_experts", [2, 5, 64])

@@ -39,6 +39,7 @@ def test_a_step_in_figures() -> None:
 
 def test_a_layer_in_figures() -> None:
     assert layer_line(LAYER) == "█▄▄▄▄▄▄▁  max/mean 2.00  gini 0.16  entropy 0.98  1 dead"
+    assert layer_line(LAYER._replace(dropped=0.032)).endswith("1 dead  3.2 % dropped")
     assert layer_line(LAYER, blocks=False).startswith("@======.  max/mean")
 
 
