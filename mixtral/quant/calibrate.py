@@ -1,7 +1,8 @@
-"""What calibration text sends through each matrix: the mean square of every input, by which rounding is weighted.
+"""What calibration text sends through each matrix: the second moments of its inputs, by which rounding is weighted.
 
-For an error e in a row of W the output is wrong by e . x, in the mean of squares e^T E[x x^T] e. Of E[x x^T] its
-diagonal is kept. The model runs layer by layer, one layer's weights in memory at a time, in fp32.
+For an error e in a row of W the output is wrong by e . x, in the mean of squares e^T E[x x^T] e. All of E[x x^T] is
+kept for attention and output; of the experts' its diagonal, since there would be a matrix for each of them, and F is
+large. The model runs layer by layer, one layer's weights in memory at a time, in fp32.
 
 Every expert is calibrated, whatever its share of tokens: on the rows that are routed to it, and on `SAMPLE` tokens
 spread evenly over the text, which every expert sees. An expert with many rows is hardly moved by these; one with few
@@ -35,17 +36,18 @@ _BATCH = 2048  # tokens that run at once
 
 
 class _Moments:
-    """Sums of squares of inputs by name, and how many rows they are of."""
+    """Sums of squares, or of all products, of inputs by name, and how many rows they are of."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._rows: dict[str, int] = {}
 
-    def add(self, name: str, x: Tensor) -> None:
-        """Rows [n, D] of the inputs of `name`."""
-        squares_D = x.float().square().sum(0)
-        self._sums[name] = self._sums[name] + squares_D if name in self._sums else squares_D
-        self._rows[name] = self._rows.get(name, 0) + len(x)
+    def add(self, name: str, x_nD: Tensor, pairs: bool = False) -> None:
+        """Rows of the inputs of `name`; `pairs`: [D, D] of all products, not [D] of squares alone."""
+        x_nD = x_nD.float()
+        sums = x_nD.T @ x_nD if pairs else x_nD.square().sum(0)
+        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+        self._rows[name] = self._rows.get(name, 0) + len(x_nD)
 
     def mean(self, name: str) -> Tensor:
         return self._sums[name] / self._rows[name]
@@ -55,7 +57,9 @@ class _Moments:
 def second_moments(
     reader: StateReader, config: ModelConfig, sequences: Sequence[Sequence[int]], progress: Progress | None = None
 ) -> dict[str, Tensor]:
-    """The importance of inputs for `quantise_folder`: by our parameter's name, fp32 [D], or [E, D] for experts.
+    """The importance of inputs for `quantise_folder`: by our parameter's name, in fp32.
+
+    [D, D] for attention and output, [E, D] for experts, [D] for a dense or shared network.
 
     `progress` is called after each layer, with layers in the place of bytes.
     """
@@ -79,7 +83,10 @@ def second_moments(
     if not config.tie_embeddings:
         norm = RMSNorm(config.dim, config.norm_eps)
         norm.weight.copy_(reader.read("norm.weight"))
-        found["output.weight"] = norm(torch.cat(hidden)).square().mean(0)
+        seen = _Moments()
+        for x_TD in hidden:
+            seen.add("output.weight", norm(x_TD), pairs=True)
+        found["output.weight"] = seen.mean("output.weight")
     return found
 
 
@@ -118,8 +125,8 @@ class _Watched:
         self.ffn_inputs: list[Tensor] = []
         # What the hooks hold must not hold the block: such a circle would keep it until the next garbage collection.
         seen, ffn_inputs = self.seen, self.ffn_inputs
-        _before(self.block.attention.wqkv, lambda x: seen.add("attention.wqkv.weight", x))
-        _before(self.block.attention.wo, lambda x: seen.add("attention.wo.weight", x))
+        _before(self.block.attention.wqkv, lambda x: seen.add("attention.wqkv.weight", x, pairs=True))
+        _before(self.block.attention.wo, lambda x: seen.add("attention.wo.weight", x, pairs=True))
         _before(self.block.ffn, ffn_inputs.append)
 
     def run(self, x_TD: Tensor, angles: tuple[Tensor, Tensor], batch: Packed, k: Tensor | None) -> Tensor:

@@ -2,8 +2,9 @@
 
 A matrix is cut into groups of 32 consecutive inputs of one output. Each has one fp16 scale s and whole numbers q, and
 stands for s * q: q in -127..127 (int8) or -8..7 (int4). Scale and numbers are chosen to make the squared error small,
-each input weighted by its importance (the mean square of what the calibration text sends through it). Where the bytes
-lie is said in kernels/packed.py.
+each input weighted by its importance (the mean square of what the calibration text sends through it). Where the moments
+of all pairs of inputs are known, later inputs make good for earlier ones (quant/feedback.py). Where the bytes lie is
+said in kernels/packed.py.
 
 Legend: N outputs, D inputs, I the 32 inputs of a group, G groups.
 """
@@ -18,6 +19,7 @@ from torch import Tensor
 from mixtral.errors import UsageError, WeightsError, did_you_mean
 from mixtral.kernels import packed
 from mixtral.kernels.packed import GROUP
+from mixtral.quant.feedback import round_with_feedback
 
 _CHUNK = 4096  # groups that are searched at once: half a megabyte in fp32, which stays in the cache
 
@@ -57,16 +59,34 @@ def find_format(name: str) -> Format:
     return FORMATS[name]
 
 
-def quantise(w_ND: Tensor, format: Format, importance_D: Tensor | None = None) -> Tensor:
+def quantise(w_ND: Tensor, format: Format, importance: Tensor | None = None) -> Tensor:
     """Round and pack one matrix -> uint8 [blocks, bytes of a block].
 
     Args:
-        importance_D: how much an error in each input's weights counts; all alike by default.
+        importance: [D], how much an error in each input's weights counts; all alike by default. Or [D, D], the mean of
+            x x^T over inputs x: rounding is then done with feedback.
 
     Raises WeightsError when a weight is not finite, or too large for the scale of its group.
     """
-    q_ND, scale_NG = round_weights(w_ND, format, importance_D)
+    if importance is not None and importance.dim() == 2:
+        q_ND, scale_NG = _round_with_feedback(w_ND, format, importance)
+    else:
+        q_ND, scale_NG = round_weights(w_ND, format, importance)
+    if not scale_NG.isfinite().all():
+        raise WeightsError("weights that are not finite, or too large for an fp16 scale, cannot be quantised")
     return packed.pack(q_ND, format.name, scale_NG)
+
+
+def _round_with_feedback(w_ND: Tensor, format: Format, moments_DD: Tensor) -> tuple[Tensor, Tensor]:
+    """As `round_weights`; inputs that fill up the last group are 0 and touch no other."""
+    more = -w_ND.shape[1] % GROUP
+    padded_ND = torch.nn.functional.pad(w_ND.float(), (0, more))
+    moments_DD = torch.nn.functional.pad(moments_DD, (0, more, 0, more))
+    return round_with_feedback(
+        padded_ND, moments_DD,
+        scales=lambda w_NI, m_I: _round_groups(w_NI.T, m_I[:, None].expand(-1, len(w_NI)), format)[1],
+        whole=lambda w_N, scale_N: _whole(w_N, scale_N, format),
+    )  # fmt: skip
 
 
 def round_weights(w_ND: Tensor, format: Format, importance_D: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -87,8 +107,6 @@ def round_weights(w_ND: Tensor, format: Format, importance_D: Tensor | None = No
         q_IG, scale_G = _round_groups(w_IG, m_IG.repeat(1, w_IG.shape[1] // groups), format)
         q_ND[begin : begin + rows] = q_IG.T.reshape(-1, groups * GROUP)
         scale_NG[begin : begin + rows] = scale_G.view(-1, groups)
-    if not scale_NG.isfinite().all():
-        raise WeightsError("weights that are not finite, or too large for an fp16 scale, cannot be quantised")
     return q_ND, scale_NG
 
 

@@ -41,7 +41,8 @@ def quantise_folder(
 
     Args:
         importance: by our parameter's name, how much an error in each input's weights counts: [D] for all matrices of
-            a stack, or [E, D] for each expert's. What is not named is rounded with all inputs alike.
+            a stack, or [E, D] for each expert's; [D, D], the mean of x x^T, for a matrix that is in no stack. What is
+            not named is rounded with all inputs alike.
         progress: called after each matrix with the bytes that were packed.
 
     The folder appears whole or not at all. Raises UsageError when `dst` is there and not empty, ConfigError and
@@ -104,8 +105,10 @@ def _pack(
 
 
 def for_each_matrix(importance: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """[D] or [E, D], for a stack of matrices [E, ..., N, D] -> [matrices, D]."""
+    """[D] or [E, D], for a stack of matrices [E, ..., N, D] -> [matrices, D]; [D, D], for one matrix -> [1, D, D]."""
     *lead, _, d = shape
     *own, _ = importance.shape
+    if not lead and own:
+        return importance[None]
     ones = [1] * (len(lead) - len(own))
     return importance.view(*own, *ones, d).expand(*lead, d).reshape(-1, d)

@@ -16,11 +16,12 @@ from mixtral.config_formats import read_config
 from mixtral.errors import ConfigError, MixtralError, UsageError, WeightsError
 from mixtral.kernels.expanded import expand
 from mixtral.lm import load
-from mixtral.quant.formats import INT4
+from mixtral.quant.formats import INT4, quantise
 from mixtral.quant.layers import QuantExperts, QuantFeedForward, QuantLinear
 from mixtral.quant.quantize import for_each_matrix, quantise_folder
 from mixtral.quant.recipe import Recipe
 from mixtral.weights import convert, load_state
+from mixtral.weights.load import StateReader
 from mixtral.weights.safetensors_file import SafetensorsFile
 from tests.quant.models import SHAPES, make_folder, tokens
 
@@ -113,6 +114,17 @@ def test_one_importance_for_each_matrix() -> None:
         got = for_each_matrix(importance, shape)
         assert got.shape == (torch.Size(shape[:-2]).numel(), 3)
         assert torch.equal(got[-1], importance.view(-1, 3)[-1]) and torch.equal(got[0], importance.view(-1, 3)[0])
+
+
+def test_second_moments_of_a_matrix_that_is_in_no_stack(folder: Path, tmp_path: Path) -> None:
+    x_nD = torch.randn(200, 64, generator=torch.Generator().manual_seed(0)) @ torch.ones(64, 64).tril()
+    moments_DD = x_nD.T @ x_nD / 200
+    assert torch.equal(for_each_matrix(moments_DD, (9, 64)), moments_DD[None])
+    name = "layers.0.attention.wqkv.weight"
+    quantise_folder(folder, tmp_path / "aware", Recipe.of("4"), {name: moments_DD})
+    stored = SafetensorsFile(tmp_path / "aware/packed.safetensors").read(name + "_packed")
+    w_ND = StateReader(folder, read_config(folder)).read(name)
+    assert torch.equal(stored, quantise(w_ND, INT4, moments_DD)) and not torch.equal(stored, quantise(w_ND, INT4))
 
 
 def test_progress(folder: Path, tmp_path: Path) -> None:
