@@ -1,4 +1,5 @@
-"""Put a trained run's model into the package as `mixtral-nano`: weights in bf16, tokenizer, how it was trained, curve.
+"""Put a trained run's model into the package as `mixtral-nano`: weights in bf16, tokenizer, how it was trained and
+is best sampled, curve.
 
     python studies/ship_nano.py runs/nano
 
@@ -8,6 +9,7 @@ The card, mixtral/nano/README.md, is written by hand from what studies/nano_scor
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -21,6 +23,7 @@ from mixtral.train.metrics import read_lines
 from mixtral.train.pretrain import recorded_config
 
 MOST_BYTES = 16_000_000
+SAMPLING = {"temperature": 0.7, "top_p": 0.95}
 CARD = "README.md"
 
 
@@ -30,6 +33,7 @@ def ship(run: Path, folder: Path) -> int:
         new = Path(scratch) / "model"
         mixtral.load(run / "final", dtype=torch.bfloat16).save(new)
         shutil.copyfile(run / "final" / "training.json", new / "training.json")
+        write_sampling(new)
         plot_curve(run, new / "curve.png")
         size = sum(file.stat().st_size for file in new.iterdir())
         if size > MOST_BYTES:
@@ -39,6 +43,13 @@ def ship(run: Path, folder: Path) -> int:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(new, folder)
     return size
+
+
+def write_sampling(folder: Path) -> None:
+    """How its tokens are best drawn, where transformers looks for it too: the likeliest ones soon repeat themselves."""
+    config = mixtral.load(folder).config
+    values = {"bos_token_id": config.bos_id, "eos_token_id": config.eos_id, "do_sample": True, **SAMPLING}
+    (folder / "generation_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def plot_curve(run: Path, path: Path) -> None:

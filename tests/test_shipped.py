@@ -10,6 +10,7 @@ import pytest
 
 import mixtral
 from mixtral.config_formats import read_config
+from mixtral.engine import recommended
 from mixtral.lm import LM
 from mixtral.recipes import recipe
 from mixtral.shipped import FOLDER, SHIPPED, model_folder
@@ -32,6 +33,11 @@ def test_the_folder_is_small_and_has_its_card() -> None:
     card = (FOLDER / "README.md").read_text()
     for part in ("Data", "Recipe", "curve.png", "Scores", "Limits"):
         assert part in card, part
+
+
+def test_it_says_how_it_is_best_drawn_from() -> None:
+    found = recommended(FOLDER)
+    assert found.keys() == {"temperature", "top_p"} and 0 < found["temperature"] < 1
 
 
 def test_it_was_trained_by_the_recipe() -> None:

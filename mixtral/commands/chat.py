@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mixtral.commands.common import DeviceOption, DtypeOption, ModelOption, load_model, say, show_routing, shown
+from mixtral.commands.common import (
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    asked_or_recommended,
+    load_model,
+    say,
+    show_routing,
+    shown,
+)
 from mixtral.shipped import SHIPPED
 
 if TYPE_CHECKING:
@@ -17,13 +26,14 @@ if TYPE_CHECKING:
     from mixtral.tokenizer import Tokenizer
 
 COMMANDS = ("/reset", "/routing", "/quit")
+DRAWING = {"temperature": 0.8, "top_p": 0.95}  # where neither you nor the model's folder says
 
 
 def chat(
     model: ModelOption = SHIPPED,
     max_tokens: Annotated[int, typer.Option(metavar="N", help="The most tokens of one answer.")] = 128,
-    temperature: Annotated[float, typer.Option(metavar="T", help="0: always the most probable token.")] = 0.8,
-    top_p: Annotated[float, typer.Option(metavar="P", help="Draw from the fewest tokens that sum to P.")] = 0.95,
+    temperature: Annotated[float | None, typer.Option(metavar="T", help="0: always the most probable token.")] = None,
+    top_p: Annotated[float | None, typer.Option(metavar="P", help="Draw from the fewest tokens that sum to P.")] = None,
     seed: Annotated[int | None, typer.Option(metavar="S", help="The same seed and lines give the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End an answer before this text.")] = None,
     dtype: DtypeOption = "auto",
@@ -33,7 +43,8 @@ def chat(
 
     For base models, which continue a text: each line you type goes on the end of the running text, and the model
     continues it from there. Nothing is put around your words; the templates of Instruct models are not there yet.
-    When the text outgrows the context, its beginning is forgotten.
+    When the text outgrows the context, its beginning is forgotten. How tokens are drawn is what the model's
+    generation_config.json says, but for what you say yourself; without that file, temperature 0.8 and top-p 0.95.
 
     /reset starts anew, /routing shows which experts took the text, /quit or Ctrl-D leaves, Ctrl-C stops an answer.
 
@@ -45,7 +56,8 @@ def chat(
     from mixtral.engine import SamplingParams
     from mixtral.errors import UsageError
 
-    params = SamplingParams(max_tokens, temperature, top_p=top_p, seed=seed, stop=tuple(stop or ()))
+    drawing = asked_or_recommended(model, temperature, None, top_p, None, otherwise=DRAWING)
+    params = SamplingParams(max_tokens, **drawing, seed=seed, stop=tuple(stop or ()))
     lm, tokenizer = load_model(model, dtype, device)
     if max_tokens > lm.config.context - 2:
         raise UsageError(f"--max-tokens {max_tokens}: leaves no room for a text in the context of {lm.config.context}")

@@ -6,7 +6,7 @@ import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -98,6 +98,18 @@ def load_model(folder: str, dtype: str, device: str) -> tuple[LM, Tokenizer]:
     if model.tokenizer is None:
         raise UsageError(f"{folder}: no tokenizer; tekken.json, a *.model file or tokenizer.json is wanted in it")
     return model, model.tokenizer
+
+
+def asked_or_recommended(model: str, *asked: float | None, otherwise: dict[str, Any] | None = None) -> dict[str, Any]:
+    """How to draw tokens: what was `asked` for, in the order of RECOMMENDED; the rest as the model's folder says.
+
+    Where that says nothing, `otherwise`.
+    """
+    from mixtral.engine import RECOMMENDED, recommended
+    from mixtral.shipped import model_folder
+
+    given = {name: value for name, value in zip(RECOMMENDED, asked, strict=True) if value is not None}
+    return (recommended(model_folder(model)) or otherwise or {}) | given
 
 
 def loads(layers: Sequence[Routing]) -> list[list[float]]:

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from mixtral.lm import LM
 
 PROMPT = 'def fibonacci(n):\n    """Return the n-th number."""\n'
-SAMPLING: dict[str, Any] = {"max_tokens": 120, "temperature": 0.4, "top_p": 0.95, "seed": 3}
+SAMPLING: dict[str, Any] = {"max_tokens": 120, "temperature": 0.7, "top_p": 0.95, "seed": 6}
 DEFAULT_OUT = Path("runs/demo")
 ARITHMETIC = """\
 State the final answer to the following arithmetic problem: 57 + 22 =
 79
 
-Calculate 14 - -3 + 20.
-37
+State the final answer to the following arithmetic problem: 14 - 3 + 20 =
+31
 """
 PROSE = """\
 A mapping object maps hashable values to arbitrary objects. Mappings are mutable objects. There is currently only one

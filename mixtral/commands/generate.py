@@ -15,6 +15,7 @@ from mixtral.commands.common import (
     DeviceOption,
     DtypeOption,
     ModelOption,
+    asked_or_recommended,
     console,
     load_model,
     loads,
@@ -33,12 +34,12 @@ def generate(
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text to continue; - reads it from standard input.")],
     model: ModelOption = SHIPPED,
     max_tokens: Annotated[int, typer.Option(metavar="N", help="The most tokens to generate.")] = 256,
-    temperature: Annotated[float, typer.Option(metavar="T", help="0: always the most probable token.")] = 0.0,
+    temperature: Annotated[float | None, typer.Option(metavar="T", help="0: always the most probable token.")] = None,
     top_k: Annotated[int | None, typer.Option(metavar="N", help="Draw from the N most probable tokens.")] = None,
-    top_p: Annotated[float, typer.Option(metavar="P", help="Draw from the fewest tokens that sum to P.")] = 1.0,
+    top_p: Annotated[float | None, typer.Option(metavar="P", help="Draw from the fewest tokens that sum to P.")] = None,
     min_p: Annotated[
-        float, typer.Option(metavar="P", help="Drop tokens of less than P times the highest probability.")
-    ] = 0.0,
+        float | None, typer.Option(metavar="P", help="Drop tokens of less than P times the highest probability.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(metavar="S", help="The same seed draws the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this; may be repeated.")] = None,
     n: Annotated[int, typer.Option("--n", min=1, metavar="N", help="How many continuations, as one batch.")] = 1,
@@ -53,7 +54,8 @@ def generate(
     """Continue a prompt.
 
     The text goes to standard output, speed and remarks to standard error. The models are base models: they continue a
-    text, and were not taught to follow instructions.
+    text, and were not taught to follow instructions. How tokens are drawn is what the model's generation_config.json
+    says, but for what you say yourself; without that file the most probable token is taken.
 
     Examples:
     mixtral generate --prompt "def fibonacci(n):" --max-tokens 100
@@ -64,7 +66,8 @@ def generate(
     from mixtral.engine import SamplingParams
     from mixtral.errors import UsageError
 
-    params = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, seed, tuple(stop or ()))
+    drawing = asked_or_recommended(model, temperature, top_k, top_p, min_p)
+    params = SamplingParams(max_tokens, **drawing, seed=seed, stop=tuple(stop or ()))
     prompt = read_stdin() if prompt == "-" else prompt
     lm, tokenizer = load_model(model, dtype, device)
     if routing and not lm.config.is_sparse:

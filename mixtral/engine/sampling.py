@@ -9,16 +9,20 @@ Legend: B sequences, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mixtral.errors import UsageError, did_you_mean
+from mixtral.errors import ConfigError, UsageError, did_you_mean
+
+RECOMMENDED = ("temperature", "top_k", "top_p", "min_p")  # what a model's folder may say
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,25 @@ class SamplingParams:
             if name not in known:
                 raise UsageError(f"sampling: unknown option {name!r}; {did_you_mean(name, known)}")
         return cls(**values)
+
+
+def recommended(folder: str | Path) -> dict[str, Any]:
+    """What a model's generation_config.json says of sampling, as transformers takes it -> fields of SamplingParams.
+
+    Nothing, which is greedy, without that file or without `do_sample` in it. Raises ConfigError when it is damaged.
+    """
+    file = Path(folder) / "generation_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if not (isinstance(values, dict) and values.get("do_sample")):
+            return {}
+        found = {"temperature": 1.0} | {n: values[n] for n in RECOMMENDED if values.get(n)}  # top_k 0: no such filter
+        SamplingParams(**found)
+    except (OSError, ValueError, UsageError) as error:
+        raise ConfigError(f"{file}: {error}") from None
+    return found
 
 
 def _require(holds: bool, name: str, wanted: str, value: object) -> None:

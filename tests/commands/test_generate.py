@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,22 @@ def test_on_a_terminal_control_characters_are_escaped(run: Run, folder: Path, mo
         patch.setattr("sys.stdout.isatty", lambda: True)
         for number in ("1", "2"):
             assert r"a\x1b[2Jb" + "\n" in run(*ask, number).out
+
+
+def test_the_folder_says_how_to_draw_unless_one_says_oneself(run: Run, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    file, ask = tmp_path / "model/generation_config.json", ("generate", "--model", tmp_path / "model", "--prompt", "To")
+    greedy = run(*ask, "--max-tokens", "12").out
+    drawn = run(*ask, *DRAW, "--top-k", "7", "--seed", "1").out
+    file.write_text('{"do_sample": true, "temperature": 1.0, "top_k": 7, "max_new_tokens": 5}')
+    assert run(*ask, "--max-tokens", "12", "--seed", "1").out == drawn != greedy
+    assert run(*ask, "--max-tokens", "12", "--seed", "1", "--temperature", "0").out == greedy
+    assert run(*ask, "--max-tokens", "12", "--seed", "1", "--top-k", "1").out == greedy
+    file.write_text('{"do_sample": false, "temperature": 1.0}')
+    assert run(*ask, "--max-tokens", "12").out == greedy
+    file.write_text('{"do_sample": true, "top_p": 3}')
+    code, out, err = run(*ask)
+    assert code != 0 and out == "" and "generation_config.json: sampling: top_p must be above 0 and at most 1" in err
 
 
 def test_a_seed_repeats(run: Run, folder: Path) -> None:

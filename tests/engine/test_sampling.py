@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mixtral.engine.sampling import SamplingParams, kept, make_generator, sample
-from mixtral.errors import UsageError
+from mixtral.engine.sampling import SamplingParams, kept, make_generator, recommended, sample
+from mixtral.errors import ConfigError, UsageError
 
 
 def naive(logits: list[float], params: SamplingParams) -> dict[int, float]:
@@ -129,3 +130,32 @@ def test_bad_values_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as error:
         SamplingParams.from_dict(wrong)
     assert message in str(error.value)
+
+
+# -- what a model's folder says ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (None, {}),
+        ("{}", {}),
+        ('{"temperature": 0.6}', {}),
+        ('{"do_sample": true, "top_k": 0}', {"temperature": 1.0}),
+        (
+            '{"do_sample": true, "temperature": 0.6, "top_p": 0.9, "top_k": 5, "min_p": null, "eos_token_id": 2}',
+            {"temperature": 0.6, "top_p": 0.9, "top_k": 5},
+        ),
+    ],
+)
+def test_recommended(tmp_path: Path, text: str | None, wanted: dict[str, float]) -> None:
+    if text is not None:
+        (tmp_path / "generation_config.json").write_text(text)
+    assert recommended(tmp_path) == wanted
+
+
+@pytest.mark.parametrize("text", ["{", '{"do_sample": true, "temperature": "hot"}', '{"do_sample": 1, "top_k": 0.5}'])
+def test_a_damaged_recommendation(tmp_path: Path, text: str) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"generation_config\.json: "):
+        recommended(tmp_path)
