@@ -103,7 +103,7 @@ def _show(lm: LM, figures: dict[str, Any]) -> None:
     out.print("\nA character an expert: half height is a fair share, full height twice that.", style="dim")
     out.print(
         "\nNext:\n"
-        "  mixtral generate --prompt 'def read(self, size):' --temperature 0.6 --routing\n"
+        "  mixtral generate --prompt 'def read(self, size):' --routing\n"
         "  mixtral chat\n"
         f"  mixtral info {SHIPPED}\n"
         f"  mixtral convert {SHIPPED} runs/mistral --to mistral\n"

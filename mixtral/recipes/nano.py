@@ -1,4 +1,4 @@
-"""`mixtral-nano`: the model that ships in the package, trained in 77 minutes on one thread of a busy machine."""
+"""`mixtral-nano`: the model that ships in the package, trained in an hour on one thread."""
 
 from __future__ import annotations
 
