@@ -74,7 +74,9 @@ def recommended(folder: str | Path) -> dict[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8"))
         if not (isinstance(values, dict) and values.get("do_sample")):
             return {}
-        found = {"temperature": 1.0} | {n: values[n] for n in RECOMMENDED if values.get(n)}  # top_k 0: no such filter
+        found = {"temperature": 1.0} | {n: values[n] for n in RECOMMENDED if values.get(n) is not None}
+        if found.get("top_k") == 0:  # as transformers writes "no such filter"
+            del found["top_k"]
         SamplingParams(**found)
     except (OSError, ValueError, UsageError) as error:
         raise ConfigError(f"{file}: {error}") from None
