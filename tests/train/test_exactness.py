@@ -88,7 +88,12 @@ def cut(whole: TrainBatch, n: int) -> list[TrainBatch]:
 @settings(max_examples=8)
 @given(kept=st.lists(st.integers(0, 12), min_size=4, max_size=4).filter(any), parts=st.sampled_from([2, 4]))
 def test_accumulation_with_any_number_of_targets_in_each_part(kept: list[int], parts: int) -> None:
-    """Cross-entropy and its gradients to 1e-6 of the whole batch's, parts without targets among them."""
+    """Cross-entropy and its gradients to 1e-6 of the whole batch's, parts without targets among them.
+
+    The router's to 4e-6: it is made of differences of the chosen experts' worths, and with three to six targets these
+    can cancel to a fraction of what fp32 rounds. 400 draws left it 1.9e-6 at most, and 9e-7 from twelve targets on; all
+    other gradients 6e-7.
+    """
     config = train_config({"n_layers": 1}, balance=(), clip=0.0)
     whole = random_batch(320, 12, 12, 12, 12)
     place = torch.arange(12)
@@ -97,7 +102,8 @@ def test_accumulation_with_any_number_of_targets_in_each_part(kept: list[int], p
     result, found = step_gradients(cut(whole, parts), config)
     assert result.cross_entropy == pytest.approx(wanted.cross_entropy, rel=1e-6)
     for name, gradient in exact.items():
-        assert float((found[name] - gradient).norm()) <= 1e-6 * float(gradient.norm()), name
+        bound = 4e-6 if name.endswith("router.weight") else 1e-6
+        assert float((found[name] - gradient).norm()) <= bound * float(gradient.norm()), name
 
 
 # -- recomputed activations --------------------------------------------------------------------------------------------
