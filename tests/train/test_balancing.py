@@ -174,6 +174,24 @@ def test_router_losses_weigh_parts_by_tokens_and_cross_entropy_by_targets(loader
     assert_close(grads, exact)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_with_a_capacity_both_passes_count_and_drop_alike(loader: Loader, recompute: bool) -> None:
+    """Each part's own capacity: the second pass replays the choice of before the drops, and drops from it again."""
+    config = config_of("global_batch", model={"router": "topk?capacity_factor=0.6", "init_std": 0.3})
+    result, grads, optimizer = step_of(parts_of(loader, 2), config, recompute)
+    balancer, chosen = optimizer.balancer, 2 * len(loader.batch(0).targets_T)
+    assert balancer.known is not None and [int(counts.sum()) for counts in balancer.known] == [chosen] * 2
+    assert all(torch.equal(a, b) for a, b in zip(balancer.known, balancer.counts, strict=True))
+    assert result.cross_entropy > 0 and all(grad.isfinite().all() for grad in grads.values())
+
+
+def test_dropped_assignments_are_told(loader: Loader) -> None:
+    config = config_of(model={"router": "topk?capacity_factor=0.6", "init_std": 0.3})
+    model, optimizer = fresh_optimizer(config)
+    layers = train_step(model, optimizer, [loader.batch(0)], config, 0, True).layers
+    assert layers is not None and all(0.3 < layer.dropped < 0.9 for layer in layers)
+
+
 def test_replayed_and_recomputed(loader: Loader) -> None:
     config = config_of("global_batch?weight=0.5")
     kept, grads, _ = step_of(parts_of(loader, 2), config)
