@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import mixtral
+from mixtral.config_formats import read_config
 from mixtral.errors import MixtralError, UsageError
 from mixtral.shipped import FOLDER
 from mixtral.train.metrics import read_lines
@@ -47,7 +48,7 @@ def ship(run: Path, folder: Path) -> int:
 
 def write_sampling(folder: Path) -> None:
     """How its tokens are best drawn, where transformers looks for it too: the likeliest ones soon repeat themselves."""
-    config = mixtral.load(folder).config
+    config = read_config(folder)
     values = {"bos_token_id": config.bos_id, "eos_token_id": config.eos_id, "do_sample": True, **SAMPLING}
     (folder / "generation_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 

@@ -12,7 +12,7 @@ from mixtral.commands.common import (
     DeviceOption,
     DtypeOption,
     ModelOption,
-    asked_or_recommended,
+    drawing,
     load_model,
     say,
     show_routing,
@@ -56,8 +56,8 @@ def chat(
     from mixtral.engine import SamplingParams
     from mixtral.errors import UsageError
 
-    drawing = asked_or_recommended(model, temperature, None, top_p, None, otherwise=DRAWING)
-    params = SamplingParams(max_tokens, **drawing, seed=seed, stop=tuple(stop or ()))
+    how = drawing(model, DRAWING, temperature=temperature, top_p=top_p)
+    params = SamplingParams(max_tokens, **how, seed=seed, stop=tuple(stop or ()))
     lm, tokenizer = load_model(model, dtype, device)
     if max_tokens > lm.config.context - 2:
         raise UsageError(f"--max-tokens {max_tokens}: leaves no room for a text in the context of {lm.config.context}")

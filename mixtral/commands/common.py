@@ -100,15 +100,17 @@ def load_model(folder: str, dtype: str, device: str) -> tuple[LM, Tokenizer]:
     return model, model.tokenizer
 
 
-def asked_or_recommended(model: str, *asked: float | None, otherwise: dict[str, Any] | None = None) -> dict[str, Any]:
-    """How to draw tokens: what was `asked` for, in the order of RECOMMENDED; the rest as the model's folder says.
+def drawing(model: str, otherwise: dict[str, Any] | None = None, **asked: float | None) -> dict[str, Any]:
+    """How to draw tokens, as fields of SamplingParams: what was asked for, the rest as the model's folder says.
 
-    Where that says nothing, `otherwise`.
+    Args:
+        otherwise: what to go by where the folder says nothing.
+        asked: None for what was not asked for.
     """
-    from mixtral.engine import RECOMMENDED, recommended
+    from mixtral.engine import recommended
     from mixtral.shipped import model_folder
 
-    given = {name: value for name, value in zip(RECOMMENDED, asked, strict=True) if value is not None}
+    given = {name: value for name, value in asked.items() if value is not None}
     return (recommended(model_folder(model)) or otherwise or {}) | given
 
 

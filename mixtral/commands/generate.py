@@ -15,8 +15,8 @@ from mixtral.commands.common import (
     DeviceOption,
     DtypeOption,
     ModelOption,
-    asked_or_recommended,
     console,
+    drawing,
     load_model,
     loads,
     say,
@@ -66,8 +66,8 @@ def generate(
     from mixtral.engine import SamplingParams
     from mixtral.errors import UsageError
 
-    drawing = asked_or_recommended(model, temperature, top_k, top_p, min_p)
-    params = SamplingParams(max_tokens, **drawing, seed=seed, stop=tuple(stop or ()))
+    how = drawing(model, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    params = SamplingParams(max_tokens, **how, seed=seed, stop=tuple(stop or ()))
     prompt = read_stdin() if prompt == "-" else prompt
     lm, tokenizer = load_model(model, dtype, device)
     if routing and not lm.config.is_sparse:

@@ -2,9 +2,9 @@
 
 from mixtral.engine.generate import Generation, Piece, generate, stream
 from mixtral.engine.kv_cache import FullCache, RollingCache, make_cache
-from mixtral.engine.sampling import RECOMMENDED, SamplingParams, recommended, sample
+from mixtral.engine.sampling import SamplingParams, recommended, sample
 
 __all__ = [
-    "RECOMMENDED", "FullCache", "Generation", "Piece", "RollingCache", "SamplingParams", "generate", "make_cache",
-    "recommended", "sample", "stream",
+    "FullCache", "Generation", "Piece", "RollingCache", "SamplingParams", "generate", "make_cache", "recommended",
+    "sample", "stream",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""From logits to the next token: what may be asked for, and the draw itself.
+"""From logits to the next token: what may be asked for, what a model's folder recommends, and the draw itself.
 
 The order of the filters: temperature, then top_k, then top_p over what top_k left, then min_p. The most probable token
 passes them all. Ties count as ordered by index, the lower one first.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mixtral.errors import ConfigError, UsageError, did_you_mean
 
-RECOMMENDED = ("temperature", "top_k", "top_p", "min_p")  # what a model's folder may say
+_RECOMMENDED = ("temperature", "top_k", "top_p", "min_p")  # what a model's folder may say
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def recommended(folder: str | Path) -> dict[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8"))
         if not (isinstance(values, dict) and values.get("do_sample")):
             return {}
-        found = {"temperature": 1.0} | {n: values[n] for n in RECOMMENDED if values.get(n) is not None}
+        found = {"temperature": 1.0} | {n: values[n] for n in _RECOMMENDED if values.get(n) is not None}
         if found.get("top_k") == 0:  # as transformers writes "no such filter"
             del found["top_k"]
         SamplingParams(**found)

@@ -66,8 +66,10 @@ def quantise(w_ND: Tensor, format: Format, importance: Tensor | None = None) -> 
         importance: [D], how much an error in each input's weights counts; all alike by default. Or [D, D], the mean of
             x x^T over inputs x: rounding is then done with feedback.
 
-    Raises WeightsError when a weight is not finite, or too large for the scale of its group.
+    Raises WeightsError when a weight or the importance is not finite, or a weight too large for the scale of its group.
     """
+    if importance is not None and not importance.isfinite().all():
+        raise WeightsError("the calibration text gives it inputs that are not finite; is a weight before it so?")
     if importance is not None and importance.dim() == 2:
         q_ND, scale_NG = _round_with_feedback(w_ND, format, importance)
     else:

@@ -105,3 +105,10 @@ def test_weights_that_are_not_finite() -> None:
     w_ND[1, 40] = float("nan")
     with pytest.raises(WeightsError, match="not finite"):
         quantise(w_ND, INT4, related_inputs(64))
+
+
+@pytest.mark.parametrize("shape", [(64,), (64, 64)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_moments_that_are_not_finite(shape: tuple[int, ...], value: float) -> None:
+    with pytest.raises(WeightsError, match=r"^the calibration text gives it inputs that are not finite"):
+        quantise(random_matrix(4, 64), INT4, torch.full(shape, value))
