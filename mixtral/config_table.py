@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mixtral.config import ModelConfig
-from mixtral.errors import ConfigError
+from mixtral.errors import ConfigError, one_line, shown
 
 log = logging.getLogger(__name__)
 
@@ -76,11 +76,11 @@ def _refuse(flat: dict[str, Any], kind: FileFormat) -> None:
     for key, value in flat.items():
         if key in kind.neutral and value not in kind.neutral[key]:
             allowed = " or ".join(repr(v) for v in kind.neutral[key])
-            raise ConfigError(f"{key} {value!r} is not implemented; only {allowed} is")
+            raise ConfigError(f"{key} {shown(value)} is not implemented; only {allowed} is")
         if key.startswith(kind.closed) and key not in kind.neutral and key not in kind.theta:
             raise ConfigError(f"{key} is not implemented")
         if key in kind.training_only and value:
-            warn_once(f"config: {key} {value!r} is not applied")
+            warn_once(f"config: {key} {shown(value)} is not applied")
     unknown = flat.keys() - set(kind.fields.values()) - set(kind.theta) - kind.neutral.keys()
     if unknown := unknown - kind.training_only - kind.harmless:
         warn_once(f"config: ignored unknown {', '.join(sorted(unknown))}")
@@ -120,7 +120,7 @@ def _check_type(key: str, ours: str, value: object) -> None:
     elif ours == "router":
         want, name = str, "a text"
     if value is not None and (not isinstance(value, want) or (isinstance(value, bool) and ours not in _BOOLS)):
-        raise ConfigError(f"{key} must be {name}, not {value!r}")
+        raise ConfigError(f"{key} must be {name}, not {shown(value)}")
 
 
 def _head_dim(dim: int, n_heads: int) -> int:
@@ -140,7 +140,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 @functools.cache
 def warn_once(message: str) -> None:
     """Log a remark, the first time that it is made."""
-    log.warning(message)
+    log.warning("%s", one_line(message))
 
 
 def written(config: ModelConfig, kind: FileFormat) -> Iterable[tuple[str, str]]:

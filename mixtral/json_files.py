@@ -62,10 +62,13 @@ def read_regular(path: str | Path, error: type[MixtralError], most_bytes: int) -
     """The content of a regular file (no folder, pipe or device) of at most `most_bytes`; else raises `error`."""
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # else a pipe would wait for a writer
-        with open(descriptor, "rb") as file:
+        try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise error(f"{path}: not a regular file")
-            data = file.read(most_bytes + 1)  # its size may change meanwhile, or say nothing, as in /proc
+            with open(descriptor, "rb", closefd=False) as file:
+                data = file.read(most_bytes + 1)  # its size may change meanwhile, or say nothing, as in /proc
+        finally:
+            os.close(descriptor)
     except (OSError, ValueError) as reason:  # ValueError: a name with a zero in it
         raise error(f"{path}: cannot be read: {getattr(reason, 'strerror', None) or reason}") from None
     if len(data) > most_bytes:

@@ -72,13 +72,14 @@ def test_only_regular_files_of_bounded_size(tmp_path: Path) -> None:
     start = time.perf_counter()
     for path, reason in {
         tmp_path / "pipe": "not a regular file",
-        tmp_path / "folder": "directory",
+        tmp_path / "folder": "not a regular file",
         Path("/dev/zero"): "not a regular file",
         tmp_path / "large": "larger than the 4,194,304 bytes",
         tmp_path / "huge": "larger than the 4,194,304 bytes",
         tmp_path / "none": "No such file",
         tmp_path / ("x" * 5000): "too long",
         Path("a\0b"): "null byte",
+        Path("/proc/self/mem"): "cannot be read: Input/output error",
     }.items():
         with pytest.raises(ConfigError, match=reason) as caught:
             read_object(path)
