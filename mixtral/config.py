@@ -17,7 +17,7 @@ from mixtral.specs import check_names
 # The most that a field may be: above every model there is, and little enough to loop over and for 32 bits. Whoever
 # builds something from a file's configuration first holds it against what the file has (weights/load.py).
 LIMITS = {
-    "vocab_size": 1 << 24, "dim": 1 << 20, "n_layers": 1 << 14, "n_heads": 1 << 16, "n_kv_heads": 1 << 16,
+    "vocab_size": 1 << 24, "dim": 1 << 20, "n_layers": 1 << 12, "n_heads": 1 << 16, "n_kv_heads": 1 << 16,
     "head_dim": 1 << 16, "ffn_dim": 1 << 24, "n_experts": 1 << 16, "experts_per_token": 1 << 16,
     "shared_experts": 1 << 16, "context": (1 << 31) - 1, "sliding_window": (1 << 31) - 1,
     "bos_id": (1 << 31) - 1, "eos_id": (1 << 31) - 1,

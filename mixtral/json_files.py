@@ -7,14 +7,13 @@ finite, text that UTF-8 can hold. Whoever reads a value checks its type (specs.c
 from __future__ import annotations
 
 import json
-import os
-import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mixtral.errors import ConfigError, MixtralError, shown
+from mixtral.files import open_regular
 
 SMALL = 4 << 20  # bytes: configurations
 LARGE = 64 << 20  # bytes: vocabularies, and lists of tensors or shards
@@ -61,16 +60,10 @@ def parse(data: bytes) -> Any:
 def read_regular(path: str | Path, error: type[MixtralError], most_bytes: int) -> bytes:
     """The content of a regular file (no folder, pipe or device) of at most `most_bytes`; else raises `error`."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # else a pipe would wait for a writer
-        try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise error(f"{path}: not a regular file")
-            with open(descriptor, "rb", closefd=False) as file:
-                data = file.read(most_bytes + 1)  # its size may change meanwhile, or say nothing, as in /proc
-        finally:
-            os.close(descriptor)
-    except (OSError, ValueError) as reason:  # ValueError: a name with a zero in it
-        raise error(f"{path}: cannot be read: {getattr(reason, 'strerror', None) or reason}") from None
+        with open_regular(path) as file:
+            data = file.read(most_bytes + 1)  # its size may change meanwhile, or say nothing, as in /proc
+    except OSError as reason:
+        raise error(f"{path}: cannot be read: {reason.strerror}") from None
     if len(data) > most_bytes:
         raise error(f"{path}: larger than the {most_bytes:,} bytes that such a file may have")
     return data
