@@ -86,6 +86,12 @@ def check_value(name: str, value: object, kind: Any) -> Any:
         if value is None and type(None) in inner:
             return None
         return check_value(name, value, next(k for k in inner if k is not type(None)))
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return kind(**check_fields(name, value, kind))
+    if origin is dict and isinstance(value, dict):
+        return {key: check_value(f"{name}.{key}", entry, inner[1]) for key, entry in value.items()}
+    if origin is list and isinstance(value, list):
+        return [check_value(f"{name}[{i}]", entry, inner[0]) for i, entry in enumerate(value)]
     if origin is tuple and isinstance(value, list | tuple):
         kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
         if len(kinds) != len(value):
@@ -96,7 +102,8 @@ def check_value(name: str, value: object, kind: Any) -> Any:
             known = did_you_mean(value, inner) if isinstance(value, str) else f"known: {', '.join(inner)}"
             raise ConfigError(f"{name}: unknown choice {shown(value)}; {known}")
         return value
-    wanted = list if origin is tuple else origin or kind
+    wanted = {tuple: list}.get(origin, origin or kind)
+    wanted = dict if dataclasses.is_dataclass(wanted) else wanted
     if wanted is float and type(value) is int and abs(value) < _MOST_INTEGER:
         value = float(value)
     too_large = (isinstance(value, int) and abs(value) >= _MOST_INTEGER) or (

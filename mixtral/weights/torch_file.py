@@ -6,6 +6,7 @@ import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class TorchFile:
         """One tensor, mapped from the file."""
         return self._load()[name]
 
-    def _load(self) -> dict[str, Tensor]:
+    def _load(self) -> dict[Any, Any]:
         try:
             tensors = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises half a dozen kinds for damaged files, some of them private
