@@ -50,7 +50,7 @@ def parse(data: bytes) -> Any:
     try:
         return _DECODER.decode(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte 0x{data[error.start]:02x} at {error.start:,})") from None
+        raise ValueError(f"not UTF-8 (byte 0x{data[error.start]:02x}) at {error.start:,}") from None
     except RecursionError:
         raise ValueError(f"nested more than {_MOST_DEPTH} deep") from None
     except json.JSONDecodeError as error:

@@ -207,7 +207,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json: not JSON: "):
         read_config(file)
     file.write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(ConfigError, match=r"not UTF-8 \(byte 0xff at 7\)"):
+    with pytest.raises(ConfigError, match=r"not UTF-8 \(byte 0xff\) at 7"):
         read_config(file)
     write(tmp_path, "config.json", "[1]")
     with pytest.raises(ConfigError, match="must hold a JSON object, not a list"):

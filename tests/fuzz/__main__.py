@@ -46,7 +46,7 @@ def main() -> int:
                 if asked.keep:
                     asked.keep.mkdir(parents=True, exist_ok=True)
                     _, content = case(samples, asked.seed, outcome.number)
-                    (asked.keep / f"{asked.seed}-{outcome.number}-{outcome.format}".replace(" ", "_")).write_bytes(content)
+                    (asked.keep / f"{asked.seed}-{outcome.number}").write_bytes(content)
     _print(found)
     failed = sum(o.verdict not in ("accepted", "refused") for outcomes in found.values() for o in outcomes)
     if failed:

@@ -106,8 +106,8 @@ def _judge(number: int, name: str, sample: Sample, folder: Path) -> Outcome:
         if len(message) >= LONGEST_LINE or not message.isprintable():
             verdict = "says no short line"
     except BaseException as error:  # a panic of Rust is no Exception
-        kind = type(error).__name__
-        verdict, message = f"raises {kind}", f"{str(error)[:200]!r}\n{''.join(traceback.format_tb(error.__traceback__)[-4:])}"
+        where = "".join(traceback.format_tb(error.__traceback__)[-4:])
+        verdict, message = f"raises {type(error).__name__}", f"{str(error)[:200]!r}\n{where}"
     seconds, memory = time.process_time() - start, _status("VmHWM") - before
     if seconds > LONGEST:
         verdict = f"takes {seconds:.1f} s"
