@@ -214,5 +214,5 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         read_config(file)
     file.unlink()
     file.mkdir()
-    with pytest.raises(ConfigError, match=r"config\.json: not a regular file"):
+    with pytest.raises(ConfigError, match=r"config\.json: cannot be read: not a regular file"):
         read_config(tmp_path)

@@ -150,6 +150,7 @@ class TokenData:
         Raises DataError for a missing, damaged or incomplete folder, and for one made with another tokenizer.
         """
         self.folder = folder
+        self.vocab_size = tokenizer.vocab_size
         self.index = Index.read(folder)
         made_with = self.index.inputs["tokenizer"]
         if made_with != tokenizer.fingerprint:

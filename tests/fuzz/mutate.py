@@ -69,8 +69,8 @@ def _json(data: bytes, rng: random.Random) -> bytes:
     except (ValueError, RecursionError):
         return _bytes(data, rng)
     if rng.random() < 0.06:
-        whole = (b"\xef\xbb\xbf" + data, data.decode(errors="replace").encode("utf-16"), b"[" + data + b"]", b"", data + data)
-        return rng.choice(whole)
+        other = data.decode(errors="replace").encode("utf-16")
+        return rng.choice((b"\xef\xbb\xbf" + data, other, b"[" + data + b"]", b"", data + data))
     return _dumped(_changed(document, rng))
 
 
