@@ -20,7 +20,6 @@ LIMITS = {
     "vocab_size": 1 << 24, "dim": 1 << 20, "n_layers": 1 << 12, "n_heads": 1 << 16, "n_kv_heads": 1 << 16,
     "head_dim": 1 << 16, "ffn_dim": 1 << 24, "n_experts": 1 << 16, "experts_per_token": 1 << 16,
     "shared_experts": 1 << 16, "context": (1 << 31) - 1, "sliding_window": (1 << 31) - 1,
-    "bos_id": (1 << 31) - 1, "eos_id": (1 << 31) - 1,
     "rope_theta": 1e300, "norm_eps": 1e30, "init_std": 1e30,
 }  # fmt: skip
 _LONGEST_ROUTER = 1000  # characters
@@ -79,7 +78,7 @@ class ModelConfig:
             raise ConfigError(f"config: router must be a text such as 'topk', not {shown(self.router)}")
         for name in ("bos_id", "eos_id"):
             value = getattr(self, name)
-            if value is not None and (not _is_int(value) or value < 0):
+            if value is not None and (not _is_int(value) or not 0 <= value < 1 << 32):
                 raise ConfigError(f"config: {name} must be a token id or null, not {shown(value)}")
         for name, most in LIMITS.items():
             value = getattr(self, name)

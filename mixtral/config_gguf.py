@@ -71,7 +71,8 @@ def from_gguf(headers: Sequence[GgufHeader]) -> ModelConfig:
         flat[_THETA] = _DEFAULT_THETA
         warn_once(f"GGUF without {_THETA}: {_DEFAULT_THETA:g} assumed, as llama.cpp does")
     repeated = {key: flat.pop(key) for key, _ in _REPEATED if key in flat}
-    config = build(flat, _GGUF, sparse=bool(flat.get("llama.expert_count")))
+    count = flat.get("llama.expert_count")
+    config = build(flat, _GGUF, sparse=count is not None and (type(count) is not int or count != 0))
     for key, field in _REPEATED:
         if key in repeated and repeated[key] != getattr(config, field):
             wanted = f"{getattr(config, field)}, the {field.replace('_', ' ')}"

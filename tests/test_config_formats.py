@@ -162,7 +162,7 @@ def test_unknown_keys_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
         ({"rope_theta": "1e6"}, "rope_theta must be a number, not '1e6'"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, not 1"),
         ({"num_attention_heads": 24}, "head_dim is missing, and a width of 4096 does not divide into 24 heads"),
-        ({"num_experts_per_tok": 9}, "experts_per_token 9 is more than n_experts 8"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 is more than num_local_experts 8"),
     ],
 )
 def test_hf_refusals(change: dict, message: str, tmp_path: Path) -> None:

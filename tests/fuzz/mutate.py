@@ -71,10 +71,10 @@ def _json(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.06:
         other = data.decode(errors="replace").encode("utf-16")
         return rng.choice((b"\xef\xbb\xbf" + data, other, b"[" + data + b"]", b"", data + data))
-    return _dumped(_changed(document, rng))
+    return dumped(_changed(document, rng))
 
 
-def _dumped(document: Any) -> bytes:
+def dumped(document: Any) -> bytes:
     text = json.dumps(document, ensure_ascii=False)
     for mark, raw in _RAW.items():
         text = text.replace(f'"{mark}"', raw)
