@@ -36,6 +36,8 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         return _read(path.name, data, config)
     except MixtralError as error:  # the readers know the file by its name alone
         raise type(error)(f"{path.parent}/{error}") from error
+    except Exception as error:  # of the libraries below, which check little
+        raise MixtralError(f"{path}: damaged: {type(error).__name__}: {error}") from error
 
 
 def has_tokenizer(folder: Path | str) -> bool:

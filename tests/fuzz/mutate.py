@@ -21,7 +21,7 @@ ABSURD: list[Any] = [
 
 
 def damaged(data: bytes, kind: str, rng: random.Random) -> bytes:
-    """`data` with one to three changes; `kind` ("json", "lines", "safetensors", "zip", "bytes") tells its structure."""
+    """`data` with one to three changes; `kind`, a key of _STRUCTURAL below or "bytes", tells its structure."""
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         change = _STRUCTURAL.get(kind) if rng.random() < 0.7 else None
         data = (change or _bytes)(data, rng)
@@ -154,6 +154,68 @@ def _zip(data: bytes, rng: random.Random) -> bytes:
     return out.getvalue()
 
 
+def _protobuf(data: bytes, rng: random.Random) -> bytes:
+    """One field of a message left out, repeated, moved, or changed behind its right length."""
+    fields = _message(data)
+    if not fields:
+        return _bytes(data, rng)
+    at = rng.randrange(len(fields)) if rng.random() < 0.5 else rng.randrange(max(0, len(fields) - 4), len(fields))
+    key, content = fields[at]
+    change = rng.randrange(6)
+    if change == 0:
+        del fields[at]
+    elif change == 1:
+        fields.insert(rng.randrange(len(fields)), fields[at])
+    elif change == 2:
+        fields[at], fields[-1] = fields[-1], fields[at]
+    elif change == 3 and key & 7 == 0:
+        fields[at] = key, _varint(rng.choice((0, 1, 2, 3, 1000, 2**31 - 1, 2**32, 2**63, 2**64 - 1)))
+    else:
+        inner = _protobuf(content, rng) if key & 7 == 2 and rng.random() < 0.6 else _bytes(content, rng)
+        fields[at] = key, inner
+    return b"".join(
+        _varint(key) + (_varint(len(content)) if key & 7 == 2 else b"") + content for key, content in fields
+    )
+
+
+def _message(data: bytes) -> list[tuple[int, bytes]]:
+    """(key, content) of each field; [] for what is no message."""
+    fields, position = [], 0
+
+    def varint() -> int:
+        nonlocal position
+        number = shift = 0
+        while True:
+            byte = data[position]
+            position += 1
+            number |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return number
+
+    try:
+        while position < len(data):
+            key = varint()
+            begin = position
+            size = varint() if key & 7 in (0, 2) else {1: 8, 5: 4}[key & 7]
+            if key & 7 != 0:
+                begin = position if key & 7 == 2 else begin
+                position = begin + size
+            fields.append((key, data[begin:position]))
+    except (IndexError, KeyError):
+        return []
+    return fields if position == len(data) else []
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])
+
+
 _STRUCTURAL: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "json": _json, "lines": _lines, "safetensors": _safetensors, "zip": _zip,
+    "protobuf": _protobuf,
 }  # fmt: skip

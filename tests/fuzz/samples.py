@@ -125,7 +125,7 @@ def _tokenizers(root: Path, tokenizer: Tokenizer) -> dict[str, Sample]:
     (root / "tekken/tekken.json").write_text(json.dumps(_tekken()))
     (model,) = (root / "spm").iterdir()
     return {
-        "tokenizer.model": Sample(root / "spm", model.name, "bytes", encode),
+        "tokenizer.model": Sample(root / "spm", model.name, "protobuf", encode),
         "tokenizer.json": Sample(root / "json", "tokenizer.json", "json", encode),
         "tokenizer_config.json": Sample(root / "json", "tokenizer_config.json", "json", encode),
         "tekken.json": Sample(root / "tekken", "tekken.json", "json", encode),
