@@ -93,7 +93,10 @@ def _read_json_lines(path: Path, field: str, bad: BadInput) -> Iterator[str]:
                 continue
             where = f"{path}, line {number}"
             if len(line) > LARGE:
-                raise DataError(f"{where}: longer than the {LARGE:,} bytes that a line may have")
+                bad(where, f"longer than the {LARGE:,} bytes that a line may have")
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(LARGE)
+                continue
             try:
                 record = parse(line)
             except ValueError as error:

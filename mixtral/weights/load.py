@@ -51,7 +51,7 @@ def detect_format(folder: str | Path) -> Format:
     Raises UsageError when there is no such folder, WeightsError when it has no weights that we read.
     """
     folder = Path(folder)
-    if folder.suffix == ".gguf" and os.path.exists(folder):
+    if folder.suffix == ".gguf" and os.path.exists(folder) and not folder.is_dir():
         return "gguf"
     if not os.path.isdir(folder):  # Path's own method raises for a name that is too long
         raise UsageError(f"{folder}: no such folder; a model folder with its weights, or a .gguf file, is wanted")
