@@ -30,7 +30,7 @@ from mixtral.train.compare import summarise
 from mixtral.train.config import TrainConfig
 from mixtral.train.loop import Progress
 from mixtral.train.pretrain import begin
-from mixtral.weights import save_hf, save_mistral
+from mixtral.weights import convert, save_hf, save_mistral
 from mixtral.weights.gguf_write import write_gguf
 from tests.train.tiny_run import fresh_optimizer, texts, train_config
 from tests.weights.test_gguf import EVEN
@@ -53,7 +53,9 @@ def make_samples(root: Path) -> dict[str, Sample]:
     tokenizer = train_bpe(texts() * 3, CONFIG.vocab_size)
     samples = {**_models(root, tokenizer), **_tokenizers(root, tokenizer), **_data(root, tokenizer), **_runs(root)}
     for name, sample in samples.items():  # the valid ones load, or the rest would say nothing
-        sample.load(sample.folder)
+        shutil.copytree(sample.folder, root / "copy")
+        sample.load(root / "copy")
+        shutil.rmtree(root / "copy")
         assert (sample.folder / sample.file).is_file(), name
     return samples
 
@@ -82,6 +84,7 @@ def _models(root: Path, tokenizer: Tokenizer) -> dict[str, Sample]:
     ))  # fmt: skip
     return {
         "safetensors": Sample(root / "hf", "model.safetensors", "safetensors", generate),
+        "safetensors convert": Sample(root / "hf", "model.safetensors", "safetensors", converted),
         "config.json": Sample(root / "hf", "config.json", "json", generate),
         "config.json info": Sample(root / "config", "config.json", "json", info),
         "generation_config.json": Sample(root / "config", "generation_config.json", "json", recommended),
@@ -101,10 +104,23 @@ def generate(path: Path) -> None:
 
 
 def info(path: Path) -> None:
+    command("info", path)
+
+
+def runs(path: Path) -> None:
+    command("runs", path)
+    summarise(path)
+
+
+def converted(path: Path) -> None:
+    convert(path, path / "out", "mistral")
+
+
+def command(name: str, path: Path) -> None:
     """On the command line: no line but the error's, and its exit code."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(["info", str(path), "--json"])
+        code = main([name, str(path), "--json"])
     if code:
         assert code in (1, 2) and not out.getvalue(), (code, out.getvalue())
         assert "internal error" not in err.getvalue(), err.getvalue()
@@ -210,8 +226,8 @@ def _runs(root: Path) -> dict[str, Sample]:
         Progress.from_dict(load_checkpoint(folder, fresh_optimizer(config)[1]))
 
     return {
-        "run config": Sample(root / "run", "config.json", "json", summarise),
-        "metrics": Sample(root / "run", "metrics.jsonl", "lines", summarise),
+        "run config": Sample(root / "run", "config.json", "json", runs),
+        "metrics": Sample(root / "run", "metrics.jsonl", "lines", runs),
         "timings": Sample(root / "run", "timings.jsonl", "lines", summarise),
         "checkpoint": Sample(root / "step_000000", "state.json", "json", resume),
         "checkpoint weights": Sample(root / "step_000000", f"model/{weights}", "safetensors", resume),
