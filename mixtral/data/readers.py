@@ -140,7 +140,7 @@ def _read_parquet(path: Path, field: str, bad: BadInput) -> Iterator[str]:
     try:
         open_regular(path).close()
         file = parquet.ParquetFile(path)
-    except pyarrow.ArrowException:
+    except (pyarrow.ArrowException, ValueError):  # the latter: a column's name is no text
         bad(str(path), "not a whole Parquet file (truncated, or another format)")
         return
     with file:
