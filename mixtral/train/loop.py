@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mixtral.data.loader import Loader, TrainBatch
-from mixtral.errors import MixtralError
+from mixtral.errors import ConfigError, MixtralError
 from mixtral.model import Mixtral
 from mixtral.specs import check_fields
 from mixtral.train.checkpoint import (
@@ -81,7 +81,11 @@ class Run:
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint; later ones are removed."""
-        self.progress = Progress.from_dict(load_checkpoint(checkpoint, self.optimizer))
+        state = load_checkpoint(checkpoint, self.optimizer)
+        try:
+            self.progress = Progress.from_dict(state)
+        except ConfigError as error:
+            raise MixtralError(f"checkpoint {checkpoint} cannot be read ({error})") from None
         drop_later(self.folder, self.progress.step)
 
     def train(self) -> Validation:
