@@ -19,12 +19,15 @@ from mixtral.config import LIMITS, ModelConfig
 from mixtral.config_formats import _HF, _MISTRAL, read_config, to_hf, to_mistral
 from mixtral.config_gguf import _GGUF, from_gguf, to_gguf
 from mixtral.config_table import FileFormat
-from mixtral.errors import ConfigError, MixtralError, WeightsError
+from mixtral.data.store import Index
+from mixtral.errors import ConfigError, DataError, MixtralError, WeightsError
 from mixtral.gguf_header import GgufHeader
 from mixtral.presets import preset
 from mixtral.quant.recipe import Recipe
 from mixtral.specs import check_value
+from mixtral.train.checkpoint import load_checkpoint
 from mixtral.train.config import TrainConfig
+from mixtral.train.loop import Progress
 from mixtral.train.metrics import _KINDS, _LAYER, read_lines
 from mixtral.train.pretrain import recorded_config
 from mixtral.weights.safetensors_file import SafetensorsFile
@@ -205,3 +208,35 @@ def test_checked_values() -> None:
         check_value("x", {"a": ["b"]}, dict[str, list[int]])
     with pytest.raises(ConfigError, match="x must be a list of 2, not"):
         check_value("x", [1], tuple[int, str])
+
+
+@pytest.mark.parametrize("key", ["step", "best_step", "sizes"])
+def test_states_of_checkpoints(tmp_path: Path, key: str) -> None:
+    good = {"step": 1, "best_step": None, "sizes": {}}
+    for value in ("a", True, 1.5, [], {"a": "b"}, 10**30, "x" * 5000, "@deep@"):
+        (tmp_path / "state.json").write_bytes(dumped({**good, key: value}))
+        message = refusal(key, partial(load_checkpoint, tmp_path, None), MixtralError)
+        assert message.startswith(f"checkpoint {tmp_path} cannot be read (")
+    with pytest.raises(ConfigError, match="progress: best_loss must be a number, not 'a'"):
+        Progress.from_dict({"step": 1, "best_step": None, "best_loss": "a", "start_loss": None})
+
+
+@pytest.mark.parametrize("key", [f.name for f in dataclasses.fields(Index)])
+def test_indices_of_prepared_data(tmp_path: Path, key: str) -> None:
+    inputs = {"tokenizer": "a", "sources": [{"name": "b"}]}
+    shard = {"name": "s", "tokens": 1, "documents": 1, "text_bytes": 1, "files": {"s.npy": [1, "a"]}}
+    good = {"inputs": inputs, "weights": [None], "domains": ["d"], "shards": {"train": [shard], "val": []}, "format": 1}
+
+    def refused(values: dict[str, Any], name: str) -> None:
+        (tmp_path / "index.json").write_bytes(dumped(values))
+        assert refusal(name, partial(Index.read, tmp_path), DataError).startswith(f"{tmp_path / 'index.json'}: ")
+
+    (tmp_path / "index.json").write_bytes(dumped(good))
+    assert Index.read(tmp_path).shards["train"][0].files == {"s.npy": (1, "a")}
+    for value in ("a", True, 1.5, {"a": "b"}, [[]], 10**30, "x" * 5000, "@deep@"):
+        refused({**good, key: value}, key)
+    for field in shard:
+        for value in (True, 1.5, {"a": "b"}, [[]], 10**30, "x" * 5000, "@deep@"):
+            refused({**good, "shards": {"train": [{**shard, field: value}], "val": []}}, field)
+    for odd in ({"weights": [-1.0]}, {"weights": []}, {"shards": {"train": []}}, {"inputs": {"sources": []}}):
+        refused({**good, **odd}, next(iter(odd)))
