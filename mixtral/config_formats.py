@@ -6,15 +6,16 @@ table a format (config_table.py) says everything.
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
 from mixtral.config import ModelConfig
 from mixtral.config_gguf import from_gguf
 from mixtral.config_table import RESEARCH, FileFormat, build, flatten, warn_once, written
-from mixtral.errors import ConfigError
+from mixtral.errors import ConfigError, shown
 from mixtral.gguf_header import read_gguf
+from mixtral.json_files import read_object
 
 _HF = FileFormat(
     fields={
@@ -41,8 +42,8 @@ _HF = FileFormat(
         "hidden_act": ("silu", "swish"),
         "attention_bias": (False, None),
         "mlp_bias": (False, None),
-        "rope_parameters": (None,),
-        "rope_scaling": (None,),
+        "rope_parameters": (None, {}),
+        "rope_scaling": (None, {}),
         "rope_parameters.rope_type": ("default",),
         "rope_parameters.type": ("default",),
         "rope_parameters.partial_rotary_factor": (1, None),
@@ -50,7 +51,7 @@ _HF = FileFormat(
         "rope_scaling.type": ("default",),
         "partial_rotary_factor": (1, None),
         "layer_types": (None,),
-        "quantization_config": (None,),
+        "quantization_config": (None, {}),
     },
     training_only=frozenset({"attention_dropout", "router_jitter_noise"}),
     harmless=frozenset(
@@ -81,12 +82,12 @@ _MISTRAL = FileFormat(
         "use_biases": (False, None),
         "causal": (True, None),
         "model_type": ("transformer", None),
-        "rope_scaling": (None,),
-        "yarn": (None,),
-        "llama_4_scaling": (None,),
-        "quantization": (None,),
-        "lora": (None,),
-        "vision_encoder": (None,),
+        "rope_scaling": (None, {}),
+        "yarn": (None, {}),
+        "llama_4_scaling": (None, {}),
+        "quantization": (None, {}),
+        "lora": (None, {}),
+        "vision_encoder": (None, {}),
         "moe.num_shared_experts": (0, None),
         "moe.first_k_dense_replace": (0, None),
         "moe.route_every_n": (1, None),
@@ -107,10 +108,11 @@ def read_config(path: str | Path) -> ModelConfig:
     WeightsError for a damaged GGUF file.
     """
     file = _config_file(Path(path))
+    headers = [header for _, header in read_gguf(file)] if file.suffix == ".gguf" else []
+    values = {} if headers else read_object(file)
     try:
-        if file.suffix == ".gguf":
-            return from_gguf([header for _, header in read_gguf(file)])
-        values = _read_json(file)
+        if headers:
+            return from_gguf(headers)
         return from_mistral(values) if {"dim", "n_layers"} <= values.keys() else from_hf(values)
     except ConfigError as error:
         raise ConfigError(f"{file}: {str(error).removeprefix('config: ')}") from None
@@ -124,7 +126,7 @@ def from_hf(values: dict[str, Any]) -> ModelConfig:
     """From the content of a `config.json` of model_type mixtral, mistral (transformers 4 or 5 keys) or ours."""
     kind = values.get("model_type")
     if kind not in ("mixtral", "mistral", _OURS):
-        raise ConfigError(f"model_type must be 'mixtral' or 'mistral', not {kind!r}")
+        raise ConfigError(f"model_type must be 'mixtral' or 'mistral', not {shown(kind)}")
     flat = flatten(values)
     if flat.get("quantization_config.quant_method") == QUANT_METHOD:
         flat = {key: value for key, value in flat.items() if not key.startswith("quantization_config.")}
@@ -145,31 +147,19 @@ def from_mistral(values: dict[str, Any]) -> ModelConfig:
 
 def _first_eos(ids: list[Any]) -> Any:
     if len(ids) > 1:
-        warn_once(f"config: of the end tokens {ids} only the first is used")
+        warn_once(f"config: of the end tokens {shown(ids)} only the first is used")
     return ids[0] if ids else None
 
 
 def _config_file(path: Path) -> Path:
-    if not path.exists():
+    if not os.path.exists(path):  # Path's own methods raise for names that are too long, or hold a zero
         raise ConfigError(f"{path}: no such file or folder; a model folder holds config.json or params.json")
-    if path.is_file():
+    if not path.is_dir():
         return path
     for name in ("config.json", "params.json"):
-        if (path / name).is_file():
+        if (path / name).exists():
             return path / name
     raise ConfigError(f"{path}: neither config.json nor params.json is there")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
-    except ValueError as error:  # broken JSON, or not UTF-8
-        raise ConfigError(f"{file}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file}: must hold a JSON object, not a {type(values).__name__}")
-    return values
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
