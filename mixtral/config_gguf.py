@@ -6,15 +6,16 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
-from mixtral.config import ModelConfig
+from mixtral.config import ModelConfig, is_token_id
 from mixtral.config_table import FileFormat, build, warn_once, written
-from mixtral.errors import ConfigError
+from mixtral.errors import ConfigError, shown
 from mixtral.gguf_header import GgufHeader
 
 _ARCHITECTURE = "llama"
 _HEAD_DIM, _THETA = "llama.attention.key_length", "llama.rope.freq_base"
 _IDS = {"bos_id": "tokenizer.ggml.bos_token_id", "eos_id": "tokenizer.ggml.eos_token_id"}
-_DEFAULT_THETA = 1e4  # llama.cpp's
+_ENDS = (_IDS["eos_id"], "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")  # of text, turn and message
+_DEFAULT_THETA, _DEFAULT_EOS = 1e4, 2  # llama.cpp's
 
 _GGUF = FileFormat(
     fields={
@@ -61,7 +62,7 @@ def from_gguf(headers: Sequence[GgufHeader]) -> ModelConfig:
     if (kind := metadata.get("general.architecture")) != _ARCHITECTURE:
         raise ConfigError(f"general.architecture must be {_ARCHITECTURE!r}, as for Mistral and Mixtral, not {kind!r}")
     flat = {key: _shortest(value) for key, value in metadata.items() if key.startswith("llama.")}
-    flat |= {key: metadata[key] for key in _IDS.values() if key in metadata}
+    flat |= {key: metadata[key] for key in _IDS.values() if key in metadata} | _end_tokens(metadata)
     flat["tie_embeddings"] = not any("output.weight" in header.tensors for header in headers)
     flat.setdefault("llama.vocab_size", len(metadata.get("tokenizer.ggml.tokens", ())) or None)
     flat.setdefault("llama.attention.head_count_kv", flat.get("llama.attention.head_count"))
@@ -91,7 +92,21 @@ def to_gguf(config: ModelConfig) -> dict[str, Any]:
     metadata = {key: getattr(config, field) for field, key in written(config, _GGUF) if field != "tie_embeddings"}
     metadata |= {key: config.head_dim for key, field in _REPEATED if field == "head_dim"}
     metadata[_THETA] = float(config.rope_theta)
+    metadata |= dict(zip(_ENDS, config.eos_ids, strict=False))
+    if left_out := config.eos_ids[len(_ENDS) :]:
+        warn_once(f"GGUF holds {len(_ENDS)} end tokens: {', '.join(map(str, left_out))} left out")
     return {key: value for key, value in metadata.items() if value is not None}
+
+
+def _end_tokens(metadata: dict[str, Any]) -> dict[str, Any]:
+    """All end tokens of a file under the key of the first: llama.cpp ends at any of them."""
+    for key in (found := [key for key in _ENDS if key in metadata]):
+        if not is_token_id(metadata[key]):
+            raise ConfigError(f"{key} must be a token id, not {shown(metadata[key])}")
+    if not found:
+        return {}
+    first = metadata.get(_ENDS[0], _DEFAULT_EOS)
+    return {_ENDS[0]: [first, *(metadata[key] for key in found)]}
 
 
 def _shortest(value: Any) -> Any:

@@ -11,7 +11,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mixtral.engine.sampling import SamplingParams, kept, make_generator, recommended, sample
+from mixtral.engine import recommended
+from mixtral.engine.params import SamplingParams
+from mixtral.engine.sampling import kept, make_generator, sample
 from mixtral.errors import ConfigError, UsageError
 
 
