@@ -13,6 +13,8 @@ from typing import Any
 from mixtral.errors import ConfigError, did_you_mean, shown
 from mixtral.router_options import RouterOptions, parse_router
 
+DEFAULT_EOS = 2  # of every published model
+
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
@@ -56,7 +58,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     bos_id: int | None = 1
-    eos_id: int | tuple[int, ...] | None = 2  # a generation ends at any of several; lists become tuples
+    eos_id: int | tuple[int, ...] | None = DEFAULT_EOS  # a generation ends at any of several; lists become tuples
     init_std: float = 0.02
     router: str = "topk"  # NAME?option=value&...; router_options.py has the names
     shared_experts: int = 0  # experts of width ffn_dim that every token takes, besides those it is routed to

@@ -13,6 +13,7 @@ from typing import Any
 from mixtral.json_files import read_object
 
 NAME = "generation_config.json"
+GGUF_KEY = f"mixtral.file.{NAME}"  # where a GGUF file that we wrote keeps it, as text
 
 HONOURED = {  # key -> field of SamplingParams
     "max_new_tokens": "max_tokens",

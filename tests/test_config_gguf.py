@@ -80,6 +80,8 @@ def test_end_tokens_beyond_three(caplog: pytest.LogCaptureFixture) -> None:
     written = to_gguf(preset("mixtral-8x7b").replace(eos_id=[2, 7, 9, 11, 12]))
     assert [written[key] for key in (_EOS, _EOT, _EOM)] == [2, 7, 9]
     assert "GGUF holds 3 end tokens: 11, 12 left out" in caplog.text
+    first = to_gguf(preset("mixtral-8x7b").replace(eos_id=[2, 7, 9]), text_end=9)  # the tokenizer's
+    assert [first[key] for key in (_EOS, _EOT, _EOM)] == [9, 2, 7]
     assert _EOS not in to_gguf(preset("mixtral-8x7b").replace(eos_id=None))
 
 

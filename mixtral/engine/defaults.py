@@ -13,8 +13,9 @@ from typing import Any
 from mixtral.config_table import warn_once
 from mixtral.engine.params import SamplingParams
 from mixtral.errors import ConfigError, UsageError, one_line, shown
-from mixtral.generation_config import HONOURED, KEYS, NEUTRAL, SAMPLING, read_generation_config
+from mixtral.generation_config import GGUF_KEY, HONOURED, KEYS, NEUTRAL, SAMPLING, read_generation_config
 from mixtral.gguf_header import read_gguf_header
+from mixtral.json_files import parse_object
 
 _GGUF = "general.sampling."
 _GGUF_KEYS = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}  # -> field
@@ -27,7 +28,13 @@ def recommended(path: str | Path) -> dict[str, Any]:
     for values that are damaged; WeightsError for a damaged GGUF file.
     """
     path = Path(path)
-    return _of_gguf(path) if path.suffix == ".gguf" else _of_folder(path)
+    if path.suffix != ".gguf":
+        return _of_json(*read_generation_config(path))
+    metadata = read_gguf_header(path).metadata
+    if isinstance(text := metadata.get(GGUF_KEY), str):
+        values = parse_object(text.encode(), f"{path}: {GGUF_KEY}")
+        return _of_json(path, {key: value for key, value in values.items() if value is not None})
+    return _of_gguf(path, metadata)
 
 
 def with_recommended(asked: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,8 +50,7 @@ def with_recommended(asked: Mapping[str, Any], model: Mapping[str, Any]) -> dict
     return {name: value for name, value in model.items() if name not in replaced} | dict(asked)
 
 
-def _of_folder(folder: Path) -> dict[str, Any]:
-    file, values = read_generation_config(folder)
+def _of_json(file: Path, values: dict[str, Any]) -> dict[str, Any]:
     samples = values.get("do_sample", False)
     if not isinstance(samples, bool):
         raise ConfigError(f"{file}: do_sample must be true or false, not {shown(samples)}")
@@ -76,8 +82,7 @@ def _sampling(file: Path, values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key == "temperature" or value != getattr(neutral, key)}
 
 
-def _of_gguf(file: Path) -> dict[str, Any]:
-    metadata = read_gguf_header(file).metadata
+def _of_gguf(file: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     values = {key.removeprefix(_GGUF): value for key, value in metadata.items() if key.startswith(_GGUF)}
     samples = "temp" in values
     _warn(file, {

@@ -180,7 +180,7 @@ def gguf(path: Path, **values: float | str) -> Path:
     writer = GGUFWriter(path, "llama")
     for key, value in values.items():
         add = {int: writer.add_int32, float: writer.add_float32, str: writer.add_string}[type(value)]
-        add(f"general.sampling.{key}", value)  # type: ignore[arg-type]
+        add(key if "." in key else f"general.sampling.{key}", value)  # type: ignore[arg-type]
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -199,3 +199,11 @@ def test_gguf(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         recommended(gguf(tmp_path / "wrong.gguf", temp=0.5, top_p=2.0))
     with pytest.raises(MixtralError, match=r"wrong2.gguf: sampling: general.sampling.temp must be a number of at lea"):
         recommended(gguf(tmp_path / "wrong2.gguf", temp="hot"))
+
+
+def test_gguf_that_holds_the_file(tmp_path: Path) -> None:
+    kept = {"mixtral.file.generation_config.json": '{"do_sample": true, "repetition_penalty": 1.5, "top_p": null}'}
+    found = recommended(gguf(tmp_path / "kept.gguf", temp=0.1, **kept))
+    assert found == {"temperature": 1.0, "top_k": 50, "repetition_penalty": 1.5}
+    with pytest.raises(ConfigError, match=r"kept2.gguf: mixtral.file.generation_config.json: not JSON"):
+        recommended(gguf(tmp_path / "kept2.gguf", **dict.fromkeys(kept, "{")))
