@@ -62,7 +62,7 @@ def chat(
     lm, tokenizer = load_model(model, dtype, device)
     longest = min(params.max_length or lm.config.context, lm.config.context)
     if max_tokens is not None and max_tokens > longest - 2:
-        raise UsageError(f"--max-tokens {max_tokens}: leaves no room for a text in the context of {lm.config.context}")
+        raise UsageError(f"--max-tokens {max_tokens}: leaves no room for a text in the context of {longest}")
     if params.max_tokens > longest - 2:  # as the folder has it
         params = dataclasses.replace(params, max_tokens=max(1, longest // 2))
     with contextlib.suppress(ImportError):  # line editing for input(), where the system has it

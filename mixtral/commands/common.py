@@ -105,8 +105,8 @@ def sampling_params(model: str, otherwise: dict[str, Any] | None = None, **asked
     """How to generate: what was asked for, then what the model recommends, then the defaults of SamplingParams.
 
     Args:
-        otherwise: what counts before these defaults, the part that is not `max_tokens` only where the model does not
-            recommend to sample.
+        otherwise: what counts before these defaults; all but `max_tokens` only where the model does not recommend to
+            sample.
         asked: fields of SamplingParams; None or an empty list for what was not asked for.
     """
     from mixtral.engine import SamplingParams, recommended, with_recommended

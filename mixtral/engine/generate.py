@@ -275,6 +275,7 @@ def _check(
         if len(prompt) == config.context:
             raise UsageError(f"prompt {i}: {len(prompt)} tokens fill the model's context; none is left for an answer")
         if len(prompt) >= _longest(wanted, config):
-            raise UsageError(f"prompt {i}: {len(prompt)} tokens reach max_length {wanted.max_length}; raise it")
+            whole = f"max_length {wanted.max_length}, the most of prompt and text together"
+            raise UsageError(f"prompt {i}: {len(prompt)} tokens reach {whole}; give max_tokens, or raise it")
         if wanted.stop and tokenizer is None:
             raise UsageError("stop: stop strings need a tokenizer, and this model came without one")

@@ -143,7 +143,7 @@ def test_max_length_counts_the_prompt() -> None:
     found = generate(MODEL, PROMPTS[:2], params)
     assert [len(g.tokens) for g in found] == [20 - len(p) for p in PROMPTS[:2]]
     assert all(g.finish_reason == "length" for g in found)
-    with pytest.raises(UsageError, match="prompt 0: 23 tokens reach max_length 20; raise it"):
+    with pytest.raises(UsageError, match="prompt 0: 23 tokens reach max_length 20, the most of prompt and text"):
         generate(MODEL, [PROMPTS[2]], params)
 
 
