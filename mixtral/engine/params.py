@@ -63,8 +63,8 @@ class SamplingParams:
         self._require("ignore_eos", "True or False", isinstance(self.ignore_eos, bool))
 
     def _check_history(self) -> None:
-        self._require("repetition_penalty", "a positive number",
-                      _is_number(self.repetition_penalty) and self.repetition_penalty > 0)  # fmt: skip
+        penalty = _is_number(self.repetition_penalty) and 1e-30 <= self.repetition_penalty <= 1e30  # 0 or inf in fp32
+        self._require("repetition_penalty", "a positive number from 1e-30 to 1e30", penalty)
         self._require("no_repeat_ngram_size", "an integer of at least 0", _is_int(self.no_repeat_ngram_size, 0))
         words = isinstance(self.bad_words_ids, tuple) and all(word and _are_ids(word) for word in self.bad_words_ids)
         self._require("bad_words_ids", "a list of lists of token ids, none of them empty", words)

@@ -63,6 +63,14 @@ def test_the_penalty_of_bf16_logits_is_computed_in_fp32() -> None:
     assert found_V.dtype == torch.float32 and found_V[3] == (wanted * 1.1 if wanted < 0 else wanted / 1.1)
 
 
+@pytest.mark.parametrize("penalty", [1e-30, 1e30])
+def test_the_extremes_of_the_penalty_stay_finite(penalty: float) -> None:
+    logits_V = torch.linspace(-80, 80, V)
+    logits_V[3] = 0
+    found_V = apply_history(logits_V, SamplingParams(repetition_penalty=penalty), list(range(V)), 1, ENDS)
+    assert found_V.isfinite().all()
+
+
 def test_a_word_that_is_an_end_token_is_no_bad_word_unless_ends_are_ignored() -> None:
     params = SamplingParams(bad_words_ids=((2,),))
     assert apply_history(torch.zeros(V), params, [1], 1, ENDS)[2] == 0
