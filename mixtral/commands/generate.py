@@ -42,13 +42,13 @@ def generate(
         float | None, typer.Option(metavar="P", help="Drop tokens of less than P times the highest probability.")
     ] = None,
     typical_p: Annotated[
-        float | None, typer.Option(metavar="P", help="Draw from the fewest tokens of typical surprise that sum to P.")
+        float | None, typer.Option(metavar="P", help="Sample from the fewest tokens of typical surprise that sum to P.")
     ] = None,
     repetition_penalty: Annotated[
         float | None, typer.Option(metavar="X", help="Above 1: tokens that occurred become less probable.")
     ] = None,
     no_repeat_ngram_size: Annotated[
-        int | None, typer.Option(metavar="N", help="No N tokens in a row occur twice.")
+        int | None, typer.Option(metavar="N", help="No sequence of N tokens occurs twice.")
     ] = None,
     suppress_tokens: Annotated[
         list[int] | None, typer.Option(metavar="ID", help="A token never to generate; may be repeated.")

@@ -107,6 +107,6 @@ def _checked(file: Path, key: str, field: str, value: Any) -> Any:
 
 
 def _warn(file: Path, groups: dict[str, list[str]]) -> None:
-    told = "; ".join(f"{what}: {', '.join(names)}" for what, names in groups.items() if names)
-    if told:
-        warn_once(one_line(f"{file}: {told}"))
+    parts = "; ".join(f"{what}: {', '.join(names)}" for what, names in groups.items() if names)
+    if parts:
+        warn_once(one_line(f"{file}: {parts}"))

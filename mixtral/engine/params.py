@@ -26,7 +26,7 @@ class SamplingParams:
     ignore_eos: bool = False  # go on after an end token
     # which tokens may follow, whatever their probability
     repetition_penalty: float = 1.0  # above 1: every token that occurred so far becomes less probable
-    no_repeat_ngram_size: int = 0  # of so many tokens in a row, none occurs twice; 0: no such rule
+    no_repeat_ngram_size: int = 0  # no sequence of this many tokens occurs twice; 0: no such rule
     bad_words_ids: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that are never completed
     suppress_tokens: tuple[int, ...] = ()  # never sampled
     begin_suppress_tokens: tuple[int, ...] = ()  # not as the first new token
