@@ -24,9 +24,27 @@ LIMITS = {
 }  # fmt: skip
 _LONGEST_ROUTER = 1000  # characters
 
+DEFAULT_EOS = 2  # of every published model
+
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_token_id(value: object) -> bool:
+    return _is_int(value) and 0 <= value < 1 << 32  # type: ignore[operator]  # GGUF holds them in 32 bits
+
+
+def end_tokens(value: object, name: str) -> int | tuple[int, ...] | None:
+    """One id, a list of ids or None, in its simplest form: no id twice, a list of one is the id, an empty one is None.
+
+    Raises ConfigError, which begins with `name`, for anything else.
+    """
+    ids = value if isinstance(value, list | tuple) else () if value is None else (value,)
+    if not all(map(is_token_id, ids)):
+        raise ConfigError(f"{name} must be a token id, a list of token ids or null, not {shown(value)}")
+    ids = tuple(dict.fromkeys(ids))
+    return ids if len(ids) > 1 else next(iter(ids), None)
 
 
 @dataclass(frozen=True)
@@ -51,7 +69,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     bos_id: int | None = 1
-    eos_id: int | None = 2
+    eos_id: int | tuple[int, ...] | None = DEFAULT_EOS  # a generation ends at any of several; lists become tuples
     init_std: float = 0.02
     router: str = "topk"  # NAME?option=value&...; router_options.py has the names
     shared_experts: int = 0  # experts of width ffn_dim that every token takes, besides those it is routed to
@@ -76,10 +94,9 @@ class ModelConfig:
             raise ConfigError(f"config: shared_experts must be 0 or a positive integer, not {value}")
         if not isinstance(self.router, str) or len(self.router) > _LONGEST_ROUTER:
             raise ConfigError(f"config: router must be a text such as 'topk', not {shown(self.router)}")
-        for name in ("bos_id", "eos_id"):
-            value = getattr(self, name)
-            if value is not None and (not _is_int(value) or not 0 <= value < 1 << 32):
-                raise ConfigError(f"config: {name} must be a token id or null, not {shown(value)}")
+        if self.bos_id is not None and not is_token_id(self.bos_id):
+            raise ConfigError(f"config: bos_id must be a token id or null, not {shown(self.bos_id)}")
+        object.__setattr__(self, "eos_id", end_tokens(self.eos_id, "config: eos_id"))
         for name, most in LIMITS.items():
             value = getattr(self, name)
             if value is not None and value > most:
@@ -114,6 +131,13 @@ class ModelConfig:
     def is_plain(self) -> bool:
         """Whether it is a Mistral or Mixtral as published, which other programs compute too."""
         return self.router == "topk" and self.shared_experts == 0
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The tokens that end a generation, the one that ends a text first."""
+        if self.eos_id is None:
+            return ()
+        return self.eos_id if isinstance(self.eos_id, tuple) else (self.eos_id,)
 
     @property
     def router_options(self) -> RouterOptions:

@@ -10,10 +10,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mixtral.config import ModelConfig
+from mixtral.config import ModelConfig, end_tokens
 from mixtral.config_gguf import from_gguf
 from mixtral.config_table import RESEARCH, FileFormat, build, flatten, warn_once, written
 from mixtral.errors import ConfigError, shown
+from mixtral.generation_config import KEYS as GENERATION_KEYS
+from mixtral.generation_config import NAME as GENERATION_CONFIG
+from mixtral.generation_config import read_generation_config
 from mixtral.gguf_header import read_gguf
 from mixtral.json_files import read_object
 
@@ -56,7 +59,8 @@ _HF = FileFormat(
     training_only=frozenset({"attention_dropout", "router_jitter_noise"}),
     harmless=frozenset(
         {"architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache"}
-        | {"pad_token_id", "unk_token_id", "output_router_logits", "router_aux_loss_coef"}
+        | {"unk_token_id", "output_router_logits", "router_aux_loss_coef"}
+        | (GENERATION_KEYS - {"bos_token_id", "eos_token_id"})  # old files; engine/defaults.py reads them
     ),
     closed=("rope_parameters.", "rope_scaling.", "quantization_config."),
 )
@@ -104,6 +108,8 @@ _MISTRAL = FileFormat(
 def read_config(path: str | Path) -> ModelConfig:
     """From a model folder (its `config.json`, else its `params.json`), from one such file, or from a GGUF file.
 
+    Of a folder, the end tokens are those of generation_config.json where it names any.
+
     Raises ConfigError, one line with the file, when it is missing, broken, incomplete, or asks for what we lack;
     WeightsError for a damaged GGUF file.
     """
@@ -113,9 +119,10 @@ def read_config(path: str | Path) -> ModelConfig:
     try:
         if headers:
             return from_gguf(headers)
-        return from_mistral(values) if {"dim", "n_layers"} <= values.keys() else from_hf(values)
+        config = from_mistral(values) if {"dim", "n_layers"} <= values.keys() else from_hf(values)
     except ConfigError as error:
         raise ConfigError(f"{file}: {str(error).removeprefix('config: ')}") from None
+    return config if file == Path(path) else _with_end_tokens(config, file.parent)
 
 
 _OURS = "mixtral_research"  # the model_type of what transformers would compute wrongly
@@ -133,8 +140,6 @@ def from_hf(values: dict[str, Any]) -> ModelConfig:
     if kind == "mistral" and "sliding_window" not in flat:
         flat["sliding_window"] = 4096
         warn_once("config.json of a mistral model without sliding_window: 4096 assumed, as transformers does")
-    if isinstance(flat.get("eos_token_id"), list):
-        flat["eos_token_id"] = _first_eos(flat["eos_token_id"])
     if flat.get("num_key_value_heads", 0) is None:
         flat["num_key_value_heads"] = flat.get("num_attention_heads")
     return build(flat, _HF, sparse=kind != "mistral")
@@ -145,10 +150,17 @@ def from_mistral(values: dict[str, Any]) -> ModelConfig:
     return build(flatten(values), _MISTRAL, sparse=values.get("moe") is not None)
 
 
-def _first_eos(ids: list[Any]) -> Any:
-    if len(ids) > 1:
-        warn_once(f"config: of the end tokens {shown(ids)} only the first is used")
-    return ids[0] if ids else None
+def _with_end_tokens(config: ModelConfig, folder: Path) -> ModelConfig:
+    """With the end tokens of generation_config.json, which count before those of config.json."""
+    file, values = read_generation_config(folder)
+    if file.name != GENERATION_CONFIG:
+        return config
+    if "eos_token_id" not in values:
+        if config.eos_ids:
+            ids = ", ".join(map(str, config.eos_ids))
+            warn_once(f"{file} names no eos_token_id: a text ends at {ids}; with transformers it would not end")
+        return config
+    return config.replace(eos_id=end_tokens(values["eos_token_id"], f"{file}: eos_token_id"))
 
 
 def _config_file(path: Path) -> Path:

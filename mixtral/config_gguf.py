@@ -6,7 +6,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
-from mixtral.config import ModelConfig
+from mixtral.config import DEFAULT_EOS, ModelConfig, is_token_id
 from mixtral.config_table import FileFormat, build, warn_once, written
 from mixtral.errors import ConfigError, shown
 from mixtral.gguf_header import GgufHeader
@@ -14,6 +14,7 @@ from mixtral.gguf_header import GgufHeader
 _ARCHITECTURE = "llama"
 _HEAD_DIM, _THETA = "llama.attention.key_length", "llama.rope.freq_base"
 _IDS = {"bos_id": "tokenizer.ggml.bos_token_id", "eos_id": "tokenizer.ggml.eos_token_id"}
+_ENDS = (_IDS["eos_id"], "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")  # of text, turn and message
 _DEFAULT_THETA = 1e4  # llama.cpp's
 
 _GGUF = FileFormat(
@@ -62,7 +63,7 @@ def from_gguf(headers: Sequence[GgufHeader]) -> ModelConfig:
         wanted = f"{_ARCHITECTURE!r}, as for Mistral and Mixtral"
         raise ConfigError(f"general.architecture must be {wanted}, not {shown(kind)}")
     flat = {key: _shortest(value) for key, value in metadata.items() if key.startswith("llama.")}
-    flat |= {key: metadata[key] for key in _IDS.values() if key in metadata}
+    flat |= {key: metadata[key] for key in _IDS.values() if key in metadata} | _end_tokens(metadata)
     flat["tie_embeddings"] = not any("output.weight" in header.tensors for header in headers)
     tokens = metadata.get("tokenizer.ggml.tokens")
     flat.setdefault("llama.vocab_size", len(tokens) if isinstance(tokens, list) and tokens else None)
@@ -80,9 +81,10 @@ def from_gguf(headers: Sequence[GgufHeader]) -> ModelConfig:
     return config
 
 
-def to_gguf(config: ModelConfig) -> dict[str, Any]:
+def to_gguf(config: ModelConfig, text_end: int | None = None) -> dict[str, Any]:
     """Metadata that say the shape of a model, and which ids its first and last tokens have.
 
+    `text_end` is the tokenizer's end token: of several it comes first, since GGUF has one key for both.
     llama.cpp's "llama" has no sliding window: such a model is written with it, and computed there without.
     Raises ConfigError for a model that is not plain Mistral or Mixtral.
     """
@@ -94,7 +96,22 @@ def to_gguf(config: ModelConfig) -> dict[str, Any]:
     metadata = {key: getattr(config, field) for field, key in written(config, _GGUF) if field != "tie_embeddings"}
     metadata |= {key: config.head_dim for key, field in _REPEATED if field == "head_dim"}
     metadata[_THETA] = float(config.rope_theta)
+    ends = sorted(config.eos_ids, key=lambda token_id: token_id != text_end)
+    metadata |= dict(zip(_ENDS, ends, strict=False))
+    if left_out := ends[len(_ENDS) :]:
+        warn_once(f"GGUF holds {len(_ENDS)} end tokens: {', '.join(map(str, left_out))} left out")
     return {key: value for key, value in metadata.items() if value is not None}
+
+
+def _end_tokens(metadata: dict[str, Any]) -> dict[str, Any]:
+    """All end tokens of a file under the key of the first: llama.cpp ends at any of them."""
+    for key in (found := [key for key in _ENDS if key in metadata]):
+        if not is_token_id(metadata[key]):
+            raise ConfigError(f"{key} must be a token id, not {shown(metadata[key])}")
+    if not found:
+        return {}
+    first = metadata.get(_ENDS[0], DEFAULT_EOS)
+    return {_ENDS[0]: [first, *(metadata[key] for key in found)]}
 
 
 def _shortest(value: Any) -> Any:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from mixtral.config import ModelConfig
+from mixtral.config import ModelConfig, end_tokens
 from mixtral.errors import ConfigError, one_line, shown
 
 log = logging.getLogger(__name__)
@@ -124,6 +124,9 @@ def _theta(flat: dict[str, Any], kind: FileFormat) -> float | None:
 
 
 def _check_type(key: str, ours: str, value: object) -> None:
+    if ours == "eos_id":
+        end_tokens(value, key)
+        return
     want: Any = int
     name = "an integer"
     if ours in _FLOATS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mixtral.config import ModelConfig
 from mixtral.config_formats import read_config
-from mixtral.engine import SamplingParams, generate, stream
+from mixtral.engine import SamplingParams, generate, recommended, stream, with_recommended
 from mixtral.engine.generate import check_prompt
 from mixtral.engine.native import NativeModel, suits
 from mixtral.errors import UsageError
@@ -39,15 +39,18 @@ class LM:
             for the model, and the weights are quantised or bf16.
         sole: nobody else holds the model, so that its bf16 matrices may be freed while the native step has them packed:
             until `model` is first asked for, whole or by logits, routing or save. Else they are held twice.
+        sampling: fields of SamplingParams that `generate` and `stream` go by where they are not told otherwise.
     """
 
     def __init__(
-        self, model: Mixtral, tokenizer: Tokenizer | None = None, native: bool | None = None, sole: bool = False
-    ) -> None:
+        self, model: Mixtral, tokenizer: Tokenizer | None = None, native: bool | None = None, sole: bool = False,
+        sampling: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         self._model = model.eval().requires_grad_(False)
         self._sole = sole
         self.tokenizer = tokenizer
         self.native = native
+        self.sampling = dict(sampling or {})
         self._packed: tuple[list[tuple[int, int]], NativeModel] | None = None
 
     @property
@@ -111,7 +114,8 @@ class LM:
         repeated.
 
         Args:
-            sampling: fields of SamplingParams (max_tokens, temperature, top_k, top_p, min_p, seed, stop, ignore_eos).
+            sampling: fields of SamplingParams (max_tokens, temperature, top_k, top_p, seed, stop, ...). For others
+                what the model's folder recommends, `self.sampling`, counts before the defaults.
         """
         if _is_one(prompt):
             return self.generate([prompt], **sampling)[0]
@@ -120,7 +124,7 @@ class LM:
         texts = [isinstance(p, str) for p in prompt]
         ids = [self._ids(p) for p in prompt]
         model, native = self.for_engine()
-        done = generate(model, ids, _params(sampling), tokenizer=self.tokenizer, native=native)
+        done = generate(model, ids, self._params(sampling), tokenizer=self.tokenizer, native=native)
         return [g.text if is_text else g.tokens for g, is_text in zip(done, texts, strict=True)]
 
     @overload
@@ -132,10 +136,13 @@ class LM:
         if not _is_one(prompt):
             raise UsageError("prompt: stream takes one prompt; generate takes a list of them")
         ids, (model, native) = self._ids(prompt), self.for_engine()
-        pieces = stream(model, [ids], _params(sampling), tokenizer=self.tokenizer, native=native)
+        pieces = stream(model, [ids], self._params(sampling), tokenizer=self.tokenizer, native=native)
         if isinstance(prompt, str):
             return (piece.text for piece in pieces if piece.text)
         return (piece.token for piece in pieces)
+
+    def _params(self, asked: dict[str, Any]) -> SamplingParams:
+        return SamplingParams.from_dict(with_recommended(asked, self.sampling))
 
     # -- looking inside ----------------------------------------------------------------------------------------------
 
@@ -196,14 +203,15 @@ def load(
     """
     path, chosen = model_folder(path), choose_device(device)
     config = read_config(path)
-    tokenizer = read_tokenizer(path)
+    tokenizer, sampling = read_tokenizer(path), recommended(path)
     if (recipe := read_recipe(path)) is not None:
-        return LM(load_quantised(path, config, recipe, _dtype(dtype, chosen), chosen), tokenizer, sole=True)
+        return LM(load_quantised(path, config, recipe, _dtype(dtype, chosen), chosen), tokenizer,
+                  sole=True, sampling=sampling)  # fmt: skip
     state = _one_dtype(load_state(path, config, _dtype(dtype, chosen), chosen))
     with torch.device("meta"):
         model = Mixtral(config)
     model.load_state_dict(state, assign=True)
-    return LM(model, tokenizer, sole=True)
+    return LM(model, tokenizer, sole=True, sampling=sampling)
 
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
@@ -222,13 +230,6 @@ def _one_dtype(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name in state:
         state[name] = state[name].to(fixed_dtype(name) or dtype)
     return state
-
-
-def _params(sampling: dict[str, Any]) -> SamplingParams:
-    """From keyword arguments; `stop` may be one string or any sequence of them."""
-    if isinstance(stop := sampling.get("stop", ()), str | list):
-        sampling = {**sampling, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
-    return SamplingParams.from_dict(sampling)
 
 
 def _is_one(prompt: object) -> bool:

@@ -14,7 +14,7 @@ from mixtral.weights.gguf_tokenizer import read_template, read_tokenizer
 from mixtral.weights.gguf_write import check_target, write_gguf
 from mixtral.weights.load import StateReader
 from mixtral.weights.progress import Progress
-from mixtral.weights.save import check_free, write_hf, write_mistral
+from mixtral.weights.save import check_free, write_end_tokens, write_hf, write_mistral
 
 _FORMATS = ("hf", "mistral", "gguf")
 _COPIED = (
@@ -61,6 +61,8 @@ def convert(
         else:
             write_mistral(state, config, new, dtype, progress=progress)
         copy_tokenizer(src, new)
+        if to == "mistral":
+            write_end_tokens(config, new)  # the copied file may name none
 
 
 def copy_tokenizer(src: str | Path, dst: Path) -> None:

@@ -70,6 +70,16 @@ def test_plain_weights_are_rounded_to_bf16(shape: str, dtype: torch.dtype) -> No
     )
 
 
+def test_end_tokens_and_rules_hold_natively() -> None:
+    [free] = generate(packed(make_model()), [PROMPTS[0]], GREEDY)
+    model = packed(make_model(eos_id=[96, free.tokens[3]]))
+    params = [SamplingParams(max_tokens=12), SamplingParams(max_tokens=12, min_tokens=6),
+              SamplingParams(max_tokens=12, no_repeat_ngram_size=1, repetition_penalty=1.3)]  # fmt: skip
+    want, got = (generate(model, [PROMPTS[0]] * 3, params, native=n) for n in (None, NativeModel(model)))
+    assert [g.tokens for g in got] == [g.tokens for g in want]
+    assert got[0].tokens == free.tokens[:4] and got[0].finish_reason == "stop" and len(got[1].tokens) >= 6
+
+
 @pytest.mark.parametrize("shape", ["eight experts", "window"])
 def test_bits_do_not_depend_on_the_batch(shape: str) -> None:
     model = make_model(**SHAPES[shape])
