@@ -32,8 +32,8 @@ class RouterOptions:
         del n_experts
         return {}
 
-    def places(self, n_experts: int, k: int) -> int | None:
-        """How many places a token has when each token has a number of experts of its own; None: as many as needed."""
+    def slots(self, n_experts: int, k: int) -> int | None:
+        """Top-k slots per token when each token has a number of experts of its own; None: as many as needed."""
         del n_experts, k
         return None
 
@@ -132,7 +132,7 @@ class LearnedK(TopK):
     def parameters(self, dim: int, n_experts: int) -> dict[str, tuple[int, ...]]:
         return super().parameters(dim, n_experts) | {"k_weight": (self.most or n_experts, dim)}
 
-    def places(self, n_experts: int, k: int) -> int:
+    def slots(self, n_experts: int, k: int) -> int:
         del k
         return self.most or n_experts
 
@@ -146,7 +146,7 @@ class TokenK(TopK):
     def check(self, n_experts: int, k: int) -> None:
         _check_bounds(k, self.most, n_experts)
 
-    def places(self, n_experts: int, k: int) -> int:
+    def slots(self, n_experts: int, k: int) -> int:
         del n_experts
         return self.most or k
 

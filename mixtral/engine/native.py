@@ -161,7 +161,7 @@ def _routing(parts: list[Result]) -> tuple[Routing, ...]:
     logits_LTE = torch.cat([part.router_logits_LTE for part in parts], dim=1)
     weights_LTK = torch.cat([part.weights_LTK for part in parts], dim=1)
     experts_LTK = torch.cat([part.experts_LTK for part in parts], dim=1)
-    layers = zip(logits_LTE, logits_LTE.softmax(-1), weights_LTK, experts_LTK, strict=True)
+    layers = zip(logits_LTE, logits_LTE.softmax(-1), weights_LTK, experts_LTK, experts_LTK, strict=True)
     return tuple(Routing(*layer) for layer in layers)
 
 

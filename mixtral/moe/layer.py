@@ -1,4 +1,4 @@
-"""The sparse layer: router -> dispatch -> experts -> combine, and the experts that every token takes.
+"""The sparse layer: router -> dispatcher and experts, and the experts that every token takes.
 
 Legend: T tokens, D model width, K experts a token.
 """
@@ -33,10 +33,7 @@ class MoE(nn.Module):
     ) -> tuple[Tensor, Routing]:
         """-> (output [T, D], Routing). `replay` [T, K] and `k` as in Router.forward."""
         routing = self.router(x_TD, replay, k)
-        y_TD = self.experts.decode(x_TD, routing)
-        if y_TD is None:
-            dispatched = self.dispatcher.dispatch(x_TD, routing)
-            y_TD = self.dispatcher.combine(self.experts(dispatched.rows_ND, dispatched.counts_E), dispatched)
+        y_TD = self.dispatcher.apply(self.experts, x_TD, routing)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         return y_TD, routing

@@ -15,7 +15,7 @@ from mixtral.data.loader import TrainBatch
 from mixtral.data.store import NO_TARGET
 from mixtral.errors import MixtralError
 from mixtral.model import Mixtral
-from mixtral.moe.balance import assignment_counts
+from mixtral.moe.choice import counts_of
 from mixtral.moe.stats import LayerStats, layer_stats
 from mixtral.router_options import ExpertChoice
 from mixtral.train.config import TrainConfig
@@ -108,8 +108,8 @@ def _choose_first(
         seed_part(config.seed, step, i)
         batch = part.batch.to(model.output_weight.device)
         routing = model(batch, rows=batch.tokens_T.new_zeros(1)).routing  # one row of logits, which nobody reads
-        choices.append([layer.choice_TK for layer in routing])
-        counts.append([assignment_counts(layer) for layer in routing])
+        choices.append([layer.chosen_TK for layer in routing])
+        counts.append([counts_of(chosen_TK, model.config.n_experts) for chosen_TK in choices[-1]])
     optimizer.balancer.begin(step, [torch.stack(layer).sum(0) for layer in zip(*counts, strict=True)])
     return choices
 
@@ -150,7 +150,7 @@ def validate(model: Mixtral, batches: Iterable[TrainBatch], byte_lengths_V: torc
         nats += float(output.loss) * len(counted)
         tokens += len(counted)
         n_bytes += int(byte_lengths_V[counted].sum())
-        taken = [assignment_counts(r) for r in output.routing]
+        taken = [counts_of(r.chosen_TK, model.config.n_experts) for r in output.routing]
         counts = taken if not counts else [a + b for a, b in zip(counts, taken, strict=True)]
     model.train(training)
     loads = [(c / c.sum()).tolist() for c in counts]

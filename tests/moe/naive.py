@@ -48,7 +48,7 @@ def routing(choice: list[list[int]], scores: Tensor | None = None, n_experts: in
             taken = [e for e in experts if e >= 0]
             scores[t, taken] = 1 / max(1, len(taken))
     weights_TK = torch.where(experts_TK < 0, 0.0, scores.gather(1, experts_TK.clamp(min=0)))
-    return Routing(scores.clamp(min=1e-30).log(), scores, weights_TK, experts_TK)
+    return Routing(scores.clamp(min=1e-30).log(), scores, weights_TK, experts_TK, experts_TK)
 
 
 def layer_with_ks(moe: MoE, x_TD: Tensor, k_T: Tensor) -> Tensor:

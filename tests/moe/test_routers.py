@@ -12,8 +12,7 @@ from torch import Tensor
 
 from mixtral.errors import UsageError
 from mixtral.moe import Router, Routing
-from mixtral.moe.balance import assignment_counts
-from mixtral.moe.choice import taken
+from mixtral.moe.choice import counts_of, taken
 from mixtral.router_options import Bounded, ExpertChoice, LearnedK, Sigmoid, Switch, Threshold, TopK
 from tests.moe import naive_routers
 from tests.moe.naive_routers import SPECS, dense_weights
@@ -129,10 +128,11 @@ def test_capacity_drops_second_choices_first_and_renormalises() -> None:
     routing = router(x)
     assert routing.experts_TK.tolist() == [[0, 1], [-1, -1], [-1, -1], [-1, -1]]
     assert int((routing.experts_TK < 0).sum()) == 6  # dropped assignments can be counted
-    assert routing.wanted_TK is not None and routing.wanted_TK.tolist() == [[0, 1]] * 4
-    assert assignment_counts(routing).tolist() == [4, 4, *[0] * 6], "balancing sees what was asked for"
-    again = router(x, replay=routing.choice_TK)
-    assert torch.equal(again.experts_TK, routing.experts_TK) and torch.equal(again.choice_TK, routing.choice_TK)
+    assert routing.chosen_TK.tolist() == [[0, 1]] * 4
+    assert counts_of(routing.chosen_TK, E).tolist() == [4, 4, *[0] * 6], "balancing sees what was asked for"
+    assert counts_of(routing.experts_TK, E).tolist() == [1, 1, *[0] * 6], "and dispatch what is computed"
+    again = router(x, replay=routing.chosen_TK)
+    assert torch.equal(again.experts_TK, routing.experts_TK) and torch.equal(again.chosen_TK, routing.chosen_TK)
     x[1, 0] = -1  # this one ranks 0 and 1 last: first choices 2, 3
     routing = router(x)
     assert routing.experts_TK.tolist() == [[0, 1], [2, 3], [-1, -1], [-1, -1]]
@@ -144,11 +144,11 @@ def test_capacity_drops_second_choices_first_and_renormalises() -> None:
     assert routing.experts_TK.tolist() == [[0, -1], [2, 3], [1, -1], [-1, -1]]
     assert routing.weights_TK[0].tolist() == [1.0, 0.0]
     whole = router.eval()(x)
-    assert (whole.experts_TK >= 0).all() and whole.wanted_TK is None, "nothing is dropped in evaluation"
-    assert torch.equal(whole.choice_TK, routing.choice_TK)
+    assert (whole.experts_TK >= 0).all() and whole.chosen_TK is whole.experts_TK, "nothing is dropped in evaluation"
+    assert torch.equal(whole.chosen_TK, routing.chosen_TK)
     both = Routing.cat([whole, routing])
-    assert torch.equal(both.choice_TK, torch.cat([whole.experts_TK, routing.choice_TK]))
-    assert torch.equal(both.tokens(4, 8).choice_TK, routing.choice_TK)
+    assert torch.equal(both.chosen_TK, torch.cat([whole.experts_TK, routing.chosen_TK]))
+    assert torch.equal(both.tokens(4, 8).chosen_TK, routing.chosen_TK)
 
 
 def test_capacity_follows_a_call_s_number_but_not_each_token_s_own() -> None:
