@@ -84,6 +84,15 @@ def test_repeats_stop_at_the_end_of_a_sequence() -> None:
     assert count_repeats(switching, cuts(0, 1, 3, 4)).first_share == 0.0  # only the switch lies inside one
 
 
+def test_empty_sequences_change_nothing() -> None:
+    switching = routing([[2], [2], [3], [3]])
+    for ends in ((0, 0, 4), (0, 4, 4), (0, 0, 0, 4, 4)):
+        assert count_repeats(switching, cuts(*ends)) == Repeats(pairs=3, first=2, any=2)
+    assert count_repeats(switching, cuts(0, 2, 2, 4)) == Repeats(pairs=2, first=2, any=2)
+    none = routing([[0]]).tokens(0, 0)
+    assert count_repeats(none, cuts(0)) == count_repeats(none, cuts(0, 0)) == Repeats()
+
+
 def test_single_tokens_have_no_neighbours() -> None:
     assert count_repeats(routing([[1], [1]]), cuts(0, 1, 2)).first_share == 0.0
     assert count_repeats(routing([[1]]), cuts(0, 1)).first_share == 0.0
