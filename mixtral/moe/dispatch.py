@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixtral import kernels
 from mixtral.moe.choice import counts_of
@@ -42,6 +42,11 @@ class Dispatcher(ABC):
         return self.combine(experts(dispatched.rows_ND, dispatched.counts_E), dispatched)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a forward hook waits for the module's call: then a shortcut past the call must not be taken."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 class LocalDispatcher(Dispatcher):
     """All experts in this process, by a stable sort of the assignments. Static shapes, no host synchronisation."""
 
@@ -71,8 +76,7 @@ class LocalDispatcher(Dispatcher):
         Not in a subclass, nor when a hook waits for the experts' call: what these add lies in the steps left out.
         """
         decode = getattr(experts, "decode", None)
-        hooked = experts._forward_hooks or experts._forward_pre_hooks
-        if decode is not None and not hooked and type(self) is LocalDispatcher:
+        if decode is not None and not has_hooks(experts) and type(self) is LocalDispatcher:
             y_TD: Tensor | None = decode(x_TD, routing)
             if y_TD is not None:
                 return y_TD

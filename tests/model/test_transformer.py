@@ -11,6 +11,7 @@ from mixtral import kernels
 from mixtral.config import ModelConfig
 from mixtral.errors import UsageError
 from mixtral.model import Mixtral, Packed, initialise
+from mixtral.model.linear import Linear
 from tests.model import small
 
 
@@ -220,6 +221,26 @@ def test_bf16_is_close_to_fp32_on_the_same_choice(config: ModelConfig) -> None:
     for (name, _), got, want in zip(low.named_parameters(), *grads, strict=True):
         assert got.dtype == torch.bfloat16
         assert (got.float() - want).norm() <= 0.06 * want.norm(), name
+
+
+def test_an_output_that_does_more_than_its_weight_says_is_respected_in_the_loss() -> None:
+    """A subclass and a hook: the loss by targets is that of the logits, and an adapter's gradient arrives."""
+
+    class Adapted(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.scale
+
+    batch = small.batch(50, 7, 5)
+    targets = small.targets(batch, 50)
+    adapted, hooked = small.model(small.config()), small.model(small.config())
+    adapted.output.__class__ = Adapted
+    adapted.output.scale = torch.nn.Parameter(torch.tensor(3.0))
+    hooked.output.register_forward_hook(lambda _, __, logits: 3 * logits)
+    want = torch.nn.functional.cross_entropy(3 * small.model(small.config())(batch).logits, targets)
+    for model in (adapted, hooked):
+        torch.testing.assert_close(model(batch, targets=targets).loss, want)
+    adapted(batch, targets=targets).loss.backward()
+    assert adapted.output.scale.grad.abs() > 0
 
 
 def test_other_parts_are_respected(config: ModelConfig) -> None:
