@@ -13,7 +13,9 @@ from mixtral.moe.router import Router, Routing
 
 
 class MoE(nn.Module):
-    """y = sum over a token's experts of weight * expert(x), + shared(x). Its parts can be exchanged from above.
+    """y = sum over a token's experts of weight * expert(x), + shared(x).
+
+    Its parts can be exchanged from above: experts are any module that maps (rows_ND, counts_E) to rows.
 
     n shared experts are one network of n times the width: the sum of their outputs is its output (arXiv 2401.06066,
     section 3.2).
