@@ -308,7 +308,7 @@ def test_routings_of_several_calls_make_one() -> None:
     assert torch.equal(Routing.cat([whole.tokens(0, 2), whole.tokens(2, 6)]).k_T, whole.k_T)
     narrow = Routing.cat([router(x[:2], k=1), router(x[2:], k=3)])
     assert narrow.experts_TK.shape == (6, 3) and (narrow.experts_TK[:2, 1:] == -1).all()
-    assert not narrow.weights_TK[:2, 1:].any()
+    assert not narrow.weights_TK[:2, 1:].any() and torch.equal(narrow.chosen_TK, narrow.experts_TK)
 
 
 def test_buffers_go_back_to_their_start() -> None:
