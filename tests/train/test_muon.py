@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from mixtral.train.muon import Muon, orthogonalise
 from mixtral.train.optim import Optimizer
@@ -51,8 +52,6 @@ def test_singular_values_end_in_the_stated_range(shape: tuple[int, int]) -> None
 
 def test_the_products_are_on_the_short_side() -> None:
     """A tall matrix and its transpose cost the same: [16, 16] products, never [40, 40]."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     flops = []
     for shape in ((40, 16), (16, 40)):
         with FlopCounterMode(display=False) as counter:
