@@ -121,9 +121,10 @@ def sampling_params(model: str, otherwise: dict[str, Any] | None = None, **asked
 
 def loads(layers: Sequence[Routing]) -> list[list[float]]:
     """Each layer's load: the share of its assignments that each expert got."""
-    from mixtral.moe.balance import assignment_share
+    from mixtral.moe.balance import share_of
+    from mixtral.moe.choice import counts_of
 
-    return [assignment_share(layer).tolist() for layer in layers]
+    return [share_of(counts_of(layer.experts_TK, layer.logits_TE.shape[1])).tolist() for layer in layers]
 
 
 def show_loads(layers: Sequence[Sequence[float]], title: str) -> None:

@@ -189,6 +189,31 @@ def test_it_declines_what_it_cannot_do(change: Any, reason: str) -> None:
         NativeModel(model)
 
 
+def _adapted(part: Any) -> None:
+    part.__class__ = type("Adapted", (type(part),), {})
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["", "embedding", "norm", "output", "layers.0", "layers.1.attention", "layers.1.attention.wo", "layers.0.ffn",
+     "layers.0.ffn_norm", "layers.1.ffn.router", "layers.1.ffn.experts", "layers.1.ffn.dispatcher"],
+)  # fmt: skip
+def test_it_declines_any_part_that_was_exchanged(part: str) -> None:
+    """The dispatcher too, which is no module: the step would compute the layer past it."""
+    model = make_model()
+    owner, _, name = part.rpartition(".")
+    _adapted(getattr(model.get_submodule(owner), name) if name else model)
+    assert why_not(model) == "it does not know Adapted in the model"
+
+
+def test_it_declines_a_model_whose_hooks_it_would_not_call() -> None:
+    model = make_model()
+    handle = model.layers[1].attention.wo.register_forward_hook(lambda *_: None)
+    assert why_not(model) == "it would not call the hooks on Linear in the model"
+    handle.remove()
+    assert why_not(model) == ""
+
+
 def test_without_the_library_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "available", lambda: "not built")
     assert why_not(make_model()) == "not built"
