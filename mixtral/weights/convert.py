@@ -9,18 +9,15 @@ import torch
 
 from mixtral.config_formats import read_config, to_mistral
 from mixtral.errors import UsageError, did_you_mean
-from mixtral.files import atomic_folder
-from mixtral.weights.gguf_tokenizer import read_template, read_tokenizer
+from mixtral.files import atomic_folder, atomic_write
+from mixtral.weights.gguf_tokenizer import read_tokenizer, side_files
 from mixtral.weights.gguf_write import check_target, write_gguf
 from mixtral.weights.load import StateReader
 from mixtral.weights.progress import Progress
 from mixtral.weights.save import check_free, write_hf, write_mistral
 
 _FORMATS = ("hf", "mistral", "gguf")
-_COPIED = (
-    *("*.model", "*.model.v*", "tekken.json", "tokenizer*.json", "special_tokens_map.json"),
-    *("generation_config.json", "chat_template*"),
-)
+_VOCABULARIES = ("*.model", "*.model.v*", "tekken.json", "tokenizer.json")
 
 
 def convert(
@@ -53,7 +50,7 @@ def convert(
         to_mistral(config)  # raises before the weights are looked at
     state = StateReader(src, config)
     if to == "gguf":
-        write_gguf(state, config, dst, type or "bf16", read_tokenizer(src), read_template(src), progress)
+        write_gguf(state, config, dst, type or "bf16", read_tokenizer(src), side_files(src), progress)
         return
     with atomic_folder(dst) as new:
         if to == "hf":
@@ -66,13 +63,13 @@ def convert(
 def copy_tokenizer(src: str | Path, dst: Path) -> None:
     """Write what a model holds besides configuration and weights: tokenizer, templates, generation defaults."""
     src = Path(src)
+    for name, content in side_files(src).items():
+        atomic_write(dst / name, content)
     if src.suffix == ".gguf":
         if (tokenizer := read_tokenizer(src)) is not None:
             tokenizer.save(dst)
-        if (template := read_template(src)) is not None:
-            (dst / "chat_template.jinja").write_text(template, encoding="utf-8")
         return
-    for pattern in _COPIED:
+    for pattern in _VOCABULARIES:
         for file in filter(Path.is_file, src.glob(pattern)):
             shutil.copyfile(file, dst / file.name)
 

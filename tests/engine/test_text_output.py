@@ -57,7 +57,7 @@ def test_text_never_shows_half_a_character() -> None:
     text = "cat 猫 🐈 sat"
     output, pieces = TextOutput(own, [own.bos_id], ()), []
     for token in own.encode(text, bos=False):
-        pieces.append(output.push(token)[0])
+        pieces.append(output.push(token))
         assert text.startswith("".join(pieces))
     assert "".join(pieces) + output.end() == text
     assert "" in pieces  # some tokens were indeed parts of a character
@@ -68,7 +68,7 @@ def test_an_unfinished_character_ends_as_a_replacement_and_may_complete_a_stop_s
     ids = own.encode("cat 猫", bos=False)[:-1]
     for stop, wanted in (((), "cat \ufffd"), (("t \ufffd",), "ca")):
         output = TextOutput(own, [own.bos_id], stop)
-        assert "".join(output.push(token)[0] for token in ids) + output.end() == wanted
+        assert "".join(output.push(token) for token in ids) + output.end() == wanted
 
 
 def test_a_continuation_keeps_its_leading_space() -> None:
@@ -78,4 +78,4 @@ def test_a_continuation_keeps_its_leading_space() -> None:
     prompt = own.encode("the cat")
     rest = own.encode("the cat sat")[len(prompt) :]
     output = TextOutput(own, prompt, ())
-    assert "".join(output.push(token)[0] for token in rest) + output.end() == " sat"
+    assert "".join(output.push(token) for token in rest) + output.end() == " sat"

@@ -14,7 +14,7 @@ from mixtral.weights.safetensors_file import SafetensorsFile
 from tests.weights.weight_states import CONFIGS, DENSE, SPARSE, assert_same, random_state
 
 BESIDE = ("tokenizer.model", "tokenizer.model.v3", "tekken.json", "tokenizer.json", "tokenizer_config.json",
-          "special_tokens_map.json", "generation_config.json", "chat_template.jinja")  # fmt: skip
+          "special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template.jinja")  # fmt: skip
 
 
 @pytest.mark.parametrize("to", ["hf", "mistral"])
@@ -56,10 +56,13 @@ def test_files_beside_the_weights(tmp_path: Path) -> None:
     save_hf(random_state(DENSE), DENSE, tmp_path / "src")
     for name in (*BESIDE, "README.md", "optimizer.pt"):
         (tmp_path / "src" / name).write_text(name)
-    (tmp_path / "src" / "chat_templates").mkdir()
+    (tmp_path / "src/additional_chat_templates").mkdir()
+    (tmp_path / "src/additional_chat_templates/rag.jinja").write_text("rag")
+    (tmp_path / "src/chat_templates").mkdir()
     convert(tmp_path / "src", tmp_path / "dst", "mistral")
     written = {path.name for path in (tmp_path / "dst").iterdir()}
-    assert written == {*BESIDE, "params.json", "consolidated.safetensors"}
+    assert written == {*BESIDE, "additional_chat_templates", "params.json", "consolidated.safetensors"}
+    assert (tmp_path / "dst/additional_chat_templates/rag.jinja").read_text() == "rag"
     assert all((tmp_path / "dst" / name).read_text() == name for name in BESIDE)
 
 

@@ -15,8 +15,8 @@ from mixtral.config_formats import read_config
 from mixtral.errors import MixtralError, UsageError
 from mixtral.tokenizer import Tokenizer, load_tokenizer
 from mixtral.weights import convert, save_hf
-from mixtral.weights.chat_templates import TEMPLATES
-from mixtral.weights.gguf_tokenizer import _rebuilt, read_template, read_tokenizer, tokenizer_metadata
+from mixtral.weights.chat_templates import TEMPLATES, folder_templates
+from mixtral.weights.gguf_tokenizer import _rebuilt, read_tokenizer, side_files, tokenizer_metadata
 from mixtral.weights.gguf_write import write_gguf
 from tests.tokenizer.conftest import tokenizer_named
 from tests.weights.weight_states import SPARSE, random_state
@@ -28,7 +28,7 @@ KEY = "tokenizer.ggml."
 @pytest.mark.parametrize("name", ["v1", "v3", "own"])
 def test_there_and_back(name: str) -> None:
     tokenizer = tokenizer_named(name)
-    metadata = tokenizer_metadata(tokenizer, tokenizer.vocab_size + 3, None)
+    metadata = tokenizer_metadata(tokenizer, tokenizer.vocab_size + 3)
     assert metadata[KEY + "model"] == "llama" and metadata[KEY + "tokens"][-1] == f"[PAD{tokenizer.vocab_size + 2}]"
     assert metadata[KEY + "token_type"][:3] == [2, 3, 3] and metadata[KEY + "token_type"][-1] == 5
     back = _rebuilt(metadata)
@@ -62,18 +62,15 @@ def test_a_template_goes_along(holder: str, tmp_path: Path) -> None:
         told = {"chat_template": several if holder == "several" else template}
         (tmp_path / "src/tokenizer_config.json").write_text(json.dumps(told))
     convert(tmp_path / "src", tmp_path / "a.gguf", "gguf")
-    assert read_template(tmp_path / "a.gguf") == template
+    assert folder_templates(side_files(tmp_path / "a.gguf"))["default"] == template
     convert(tmp_path / "a.gguf", tmp_path / "dst", "hf")
-    assert (tmp_path / "dst/chat_template.jinja").read_text() == template
+    assert folder_templates(side_files(tmp_path / "dst"))["default"] == template
 
 
 def test_no_tokenizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_gguf(random_state(SPARSE), SPARSE, tmp_path / "a.gguf")
     assert read_tokenizer(tmp_path / "a.gguf") is None and not caplog.text
-    assert read_tokenizer(tmp_path) is None and read_template(tmp_path) is None
-    (tmp_path / "tokenizer_config.json").write_text("[")
-    with pytest.raises(MixtralError, match=r"tokenizer_config\.json: not a JSON object"):
-        read_template(tmp_path)
+    assert read_tokenizer(tmp_path) is None and side_files(tmp_path) == {}
 
 
 def test_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -90,9 +87,9 @@ def test_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: p
 
 def test_what_cannot_be_written() -> None:
     with pytest.raises(UsageError, match="a tekken tokenizer cannot be written to GGUF; a sentencepiece model can"):
-        tokenizer_metadata(tokenizer_named("small-tekken"), 99_999, None)
+        tokenizer_metadata(tokenizer_named("small-tekken"), 99_999)
     with pytest.raises(UsageError, match="the tokenizer has 1000 pieces, more than the model's vocabulary of 999"):
-        tokenizer_metadata(tokenizer_named("own"), 999, None)
+        tokenizer_metadata(tokenizer_named("own"), 999)
 
 
 @pytest.mark.parametrize(
@@ -100,13 +97,13 @@ def test_what_cannot_be_written() -> None:
     [
         ({"scores": [0.5]}, "must be lists of one length"),
         ({"token_type": 3}, "must be lists of one length"),
-        ({"token_type": [9] * 1000}, "9 is not a valid Kind"),
+        ({"token_type": [9] * 1000}, "tokenizer.ggml.token_type\\[0\\] is 9, which is no kind"),
         ({"eos_token_id": 1000}, "must be ids of its 1000 tokens"),
-        ({"tokens": ["a"] * 1000}, "damaged"),  # one text twice: sentencepiece refuses
+        ({"tokens": ["a"] * 1000}, r"tokenizer\.ggml\.tokens holds 'a' 1000 times"),
     ],
 )
 def test_damaged_vocabularies(change: dict[str, Any], message: str) -> None:
-    metadata = tokenizer_metadata(tokenizer_named("own"), 1000, None) | {KEY + key: v for key, v in change.items()}
+    metadata = tokenizer_metadata(tokenizer_named("own"), 1000) | {KEY + key: v for key, v in change.items()}
     with pytest.raises((MixtralError, ValueError), match=message):
         _rebuilt(metadata)
 
@@ -114,7 +111,7 @@ def test_damaged_vocabularies(change: dict[str, Any], message: str) -> None:
 def test_an_unknown_token_by_another_kind() -> None:
     """Files made from a tokenizer.json may call it a control token."""
     own = tokenizer_named("own")
-    metadata = tokenizer_metadata(own, 1000, None)
+    metadata = tokenizer_metadata(own, 1000)
     metadata[KEY + "token_type"][0] = 3
     assert _rebuilt(metadata).fingerprint == own.fingerprint
 
