@@ -26,6 +26,7 @@ from mixtral.runtime import choose_device, choose_dtype
 from mixtral.shipped import model_folder
 from mixtral.tokenizer import Tokenizer
 from mixtral.weights import load_state
+from mixtral.weights.convert import with_token_ids
 from mixtral.weights.gguf_tokenizer import read_tokenizer, side_files
 from mixtral.weights.names import fixed_dtype
 from mixtral.weights.save import check_free, write_hf
@@ -203,8 +204,8 @@ def load(
         device: "cpu", "cuda", "cuda:1"; by default (or "auto") a GPU when there is one.
     """
     path, chosen = model_folder(path), choose_device(device)
-    config = read_config(path)
     tokenizer, files = read_tokenizer(path), side_files(path)
+    config = with_token_ids(read_config(path), path, tokenizer)
     if (recipe := read_recipe(path)) is not None:
         model = load_quantised(path, config, recipe, _dtype(dtype, chosen), chosen)
         return LM(model, tokenizer, sole=True, side_files=files)

@@ -46,6 +46,10 @@ class JsonDecoder(NamedTuple):
                                f"not a {document['model'].get('type')} with decoder {sorted(kinds)}")
         return cls(byte_level, "ByteFallback" in kinds, tuple(replaced))
 
+    def is_byte(self, text: str) -> bool:
+        """Whether the token is a byte for characters that the vocabulary lacks, though it may be called special."""
+        return self.byte_fallback and BYTE_PIECE.fullmatch(text) is not None
+
     def piece(self, text: str) -> bytes:
         """The bytes of a token. One that is not written in the alphabet of bytes stands for its own text."""
         if self.byte_level:

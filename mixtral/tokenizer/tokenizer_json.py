@@ -55,16 +55,19 @@ class JsonTokenizer(Tokenizer):
         self._data = self._fast.to_str().encode() if grown else data
         self._set_up()
         added = self._fast.get_added_tokens_decoder()
-        control = {i: token.content for i, token in added.items() if token.special}
+        special = {i: token.content for i, token in added.items() if token.special}
+        control = {i: text for i, text in special.items() if not decoder.is_byte(text)}
         pieces = [b""] * (max(self.texts) + 1)
         for i, text in self.texts.items():
             if i not in control:
-                pieces[i] = text.encode() if i in added else decoder.piece(text)
+                plain = i in added and not decoder.is_byte(text)
+                pieces[i] = text.encode() if plain else decoder.piece(text)
         self.sentencepiece = sentencepiece if sentencepiece and self._agrees(sentencepiece) else None
         version = self.sentencepiece.version if self.sentencepiece else "json"
         super().__init__(version, pieces, control, bos_id, eos_id, dummy_prefix=False)
         self._beside, self.side_files = beside, beside.files
         self._find_frame(file_name)
+        self.openers = frozenset(i for i in added if i not in control and self._opens(i))
 
     def _set_up(self) -> None:
         """What the library neither keeps in the file nor pickles."""
@@ -101,6 +104,11 @@ class JsonTokenizer(Tokenizer):
                                "one that puts known tokens before and after a text is wanted")
         self.prefix, self.suffix = tuple(framed[: starts[-1]]), tuple(framed[starts[-1] + len(ids) :])
         self.dummy_prefix = b"".join(map(self.token_bytes, ids)).startswith(b" ")
+
+    def _opens(self, token_id: int) -> bool:
+        """Whether the text after an added token begins with a space that was not in it."""
+        first, *rest = [*self._encode(f"{self.texts[token_id]}a"), -1]
+        return first == token_id and b"".join(map(self.token_bytes, rest[:-1])).startswith(b" ")
 
     def _encode(self, text: str) -> list[int]:
         return self._fast.encode(text, add_special_tokens=False).ids

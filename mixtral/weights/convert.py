@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 
+from mixtral.config import ModelConfig
 from mixtral.config_formats import read_config, to_mistral
 from mixtral.errors import UsageError, did_you_mean
 from mixtral.files import atomic_folder, atomic_write
+from mixtral.tokenizer import Tokenizer
 from mixtral.weights.gguf_tokenizer import read_tokenizer, side_files
 from mixtral.weights.gguf_write import check_target, write_gguf
 from mixtral.weights.load import StateReader
@@ -45,7 +47,7 @@ def convert(
         check_target(dst, type or "bf16")
     else:
         check_free(dst)
-    config = read_config(src)
+    config = with_token_ids(read_config(src), src)
     if to == "mistral":
         to_mistral(config)  # raises before the weights are looked at
     state = StateReader(src, config)
@@ -58,6 +60,17 @@ def convert(
         else:
             write_mistral(state, config, new, dtype, progress=progress)
         copy_tokenizer(src, new)
+
+
+def with_token_ids(config: ModelConfig, src: str | Path, tokenizer: Tokenizer | None = None) -> ModelConfig:
+    """The configuration with its tokenizer's begin and end, where its own file, params.json, cannot name them."""
+    src = Path(src)
+    if src.is_file() or (src / "config.json").is_file():
+        return config
+    if (tokenizer := tokenizer or read_tokenizer(src)) is None:
+        return config
+    ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
+    return config.replace(**{name: i for name, i in ids.items() if i < config.vocab_size})
 
 
 def copy_tokenizer(src: str | Path, dst: Path) -> None:

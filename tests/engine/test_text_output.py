@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mixtral.engine.text_output import StopStrings, TextOutput
@@ -79,3 +82,45 @@ def test_a_continuation_keeps_its_leading_space() -> None:
     rest = own.encode("the cat sat")[len(prompt) :]
     output = TextOutput(own, prompt, ())
     assert "".join(output.push(token) for token in rest) + output.end() == " sat"
+
+
+class Pieces(Tokenizer):
+    """Tokens of any bytes: what a text was cut into, as no real vocabulary would cut it."""
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        super().__init__("test", pieces, {}, 0, 0, dummy_prefix=False)
+
+    def _encode(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def _files(self) -> dict[str, bytes]:
+        raise NotImplementedError
+
+
+# Bytes that meet in odd ways: letters, the beginning, middle and end of longer characters, and what never is UTF-8.
+PARTS = [b"a", b"b", b"\n", "é".encode(), b"\xc3", b"\xa9", b"\xe2\x80", b"\xf0\x9f", b"\xff"]
+BYTES = st.lists(st.sampled_from(PARTS), max_size=6).map(b"".join)
+STOPS = st.lists(st.text("ab\né\ufffd", min_size=1, max_size=3), max_size=3)
+
+
+@given(st.lists(BYTES, max_size=6), STOPS)
+@example([b"one\n\xe2\x80"], ["\n"])  # the token that holds the stop also begins a character
+@example([b"\xe2\x80", b"\n"], ["\n"])  # a broken character that really is before the stop
+@example([b"a\xe2"], ["a\ufffd"])  # a stop that the end of the text completes
+def test_text_ends_at_the_stop_however_it_is_cut(pieces: list[bytes], stops: list[str]) -> None:
+    tokenizer = Pieces(pieces)
+    output, shown = TextOutput(tokenizer, [], stops), ""
+    for token in range(len(pieces)):
+        shown += output.push(token)
+        if output.stopped:
+            break
+    shown += output.end()
+    whole = b"".join(pieces).decode(errors="replace")
+    assert (shown, output.stopped) == cut_at_stop(whole, stops)
+
+
+@pytest.mark.parametrize("then", ["", "more"])
+def test_nothing_comes_after_a_stop(then: str) -> None:
+    output = TextOutput(Pieces([b"x.END\xf0\x9f", then.encode()]), [], ["END"])
+    assert output.push(0) == "x." and output.stopped
+    assert output.push(1) == "" and output.end() == ""
