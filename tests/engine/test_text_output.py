@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mixtral.engine.text_output import StopStrings, TextOutput
 from mixtral.tokenizer import Tokenizer, train_bpe
+from tests.engine.models import Pieces
 
 LETTERS = st.text("ab", max_size=12)
 
@@ -82,19 +81,6 @@ def test_a_continuation_keeps_its_leading_space() -> None:
     rest = own.encode("the cat sat")[len(prompt) :]
     output = TextOutput(own, prompt, ())
     assert "".join(output.push(token) for token in rest) + output.end() == " sat"
-
-
-class Pieces(Tokenizer):
-    """Tokens of any bytes: what a text was cut into, as no real vocabulary would cut it."""
-
-    def __init__(self, pieces: Sequence[bytes]) -> None:
-        super().__init__("test", pieces, {}, 0, 0, dummy_prefix=False)
-
-    def _encode(self, text: str) -> list[int]:
-        raise NotImplementedError
-
-    def _files(self) -> dict[str, bytes]:
-        raise NotImplementedError
 
 
 # Bytes that meet in odd ways: letters, the beginning, middle and end of longer characters, and what never is UTF-8.
