@@ -75,7 +75,11 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def _files(self) -> dict[str, bytes]:
-        return {self.file_name: self.data, "tokenizer.json": self.to_json(),
+        return {self.file_name: self.data, **self.json_files()}
+
+    def json_files(self) -> dict[str, bytes]:
+        """The files that transformers needs, by name."""
+        return {"tokenizer.json": self.to_json(),
                 "tokenizer_config.json": hf_config(self._beside.config, self.control, self.bos_id, self.eos_id)}
 
     def with_files(self, beside: Beside) -> SentencePieceTokenizer:

@@ -117,11 +117,14 @@ class JsonTokenizer(Tokenizer):
         return [encoding.ids for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _files(self) -> dict[str, bytes]:
+        spm = self.sentencepiece
+        return self.json_files() if spm is None else {**self.json_files(), spm.file_name: spm.data}
+
+    def json_files(self) -> dict[str, bytes]:
+        """The files that transformers needs, by name."""
         names = {"bos_token": self.texts[self.bos_id], "eos_token": self.texts[self.eos_id]}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._beside.config, **names}
-        files = {"tokenizer.json": self.to_json(), "tokenizer_config.json": json.dumps(config, indent=1).encode()}
-        spm = self.sentencepiece
-        return files if spm is None else {**files, spm.file_name: spm.data}
+        return {"tokenizer.json": self.to_json(), "tokenizer_config.json": json.dumps(config, indent=1).encode()}
 
     def to_json(self) -> bytes:
         """The file, with the tokens that the files beside it added."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -9,9 +10,12 @@ import torch
 
 from mixtral.config import ModelConfig
 from mixtral.config_formats import read_config, to_mistral
-from mixtral.errors import UsageError, did_you_mean
+from mixtral.errors import MixtralError, UsageError, did_you_mean
 from mixtral.files import atomic_folder, atomic_write
-from mixtral.tokenizer import Tokenizer
+from mixtral.tokenizer import Tokenizer, load_tokenizer
+from mixtral.tokenizer.load import has_tokenizer
+from mixtral.tokenizer.mistral import SentencePieceTokenizer
+from mixtral.tokenizer.tokenizer_json import JsonTokenizer
 from mixtral.weights.gguf_tokenizer import read_tokenizer, side_files
 from mixtral.weights.gguf_write import check_target, write_gguf
 from mixtral.weights.load import StateReader
@@ -19,6 +23,8 @@ from mixtral.weights.progress import Progress
 from mixtral.weights.save import check_free, write_hf, write_mistral
 
 _FORMATS = ("hf", "mistral", "gguf")
+log = logging.getLogger(__name__)
+
 _VOCABULARIES = ("*.model", "*.model.v*", "tekken.json", "tokenizer.json")
 
 
@@ -60,6 +66,22 @@ def convert(
         else:
             write_mistral(state, config, new, dtype, progress=progress)
         copy_tokenizer(src, new)
+        if to == "hf":
+            _add_tokenizer_json(new)
+
+
+def _add_tokenizer_json(folder: Path) -> None:
+    """Give a folder the tokenizer.json that transformers needs: a sentencepiece model alone it reads wrongly."""
+    if (folder / "tokenizer.json").exists() or not has_tokenizer(folder):
+        return
+    try:
+        tokenizer = load_tokenizer(folder)
+    except MixtralError as error:
+        log.warning("no tokenizer.json was written: %s", error)
+        return
+    if isinstance(tokenizer, SentencePieceTokenizer | JsonTokenizer):
+        for name, content in tokenizer.json_files().items():
+            atomic_write(folder / name, content)
 
 
 def with_token_ids(config: ModelConfig, src: str | Path, tokenizer: Tokenizer | None = None) -> ModelConfig:

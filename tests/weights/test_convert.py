@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,12 @@ import torch
 
 from mixtral.config_formats import read_config
 from mixtral.errors import ConfigError, UsageError
+from mixtral.tokenizer import load_tokenizer
 from mixtral.weights import convert, detect_format, load_state, save_hf, save_mistral
 from mixtral.weights.safetensors_file import SafetensorsFile
+from tests.tokenizer.conftest import tokenizer_named
+from tests.tokenizer.kinds import KINDS
+from tests.tokenizer.lines import make_lines
 from tests.weights.weight_states import CONFIGS, DENSE, SPARSE, assert_same, random_state
 
 BESIDE = ("tokenizer.model", "tokenizer.model.v3", "tekken.json", "tokenizer.json", "tokenizer_config.json",
@@ -64,6 +69,32 @@ def test_files_beside_the_weights(tmp_path: Path) -> None:
     assert written == {*BESIDE, "additional_chat_templates", "params.json", "consolidated.safetensors"}
     assert (tmp_path / "dst/additional_chat_templates/rag.jinja").read_text() == "rag"
     assert all((tmp_path / "dst" / name).read_text() == name for name in BESIDE)
+
+
+@pytest.mark.parametrize("kind", ["own", "added, added_tokens_decoder"])
+def test_a_model_alone_gets_the_tokenizer_json_that_transformers_needs(kind: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    save_mistral(random_state(SPARSE), SPARSE, tmp_path / "src")
+    if kind == "own":
+        (tmp_path / "src/tokenizer.model.v3").write_bytes(tokenizer_named("own")._files()["own.model.v3"])
+    else:
+        KINDS[kind].make(tmp_path / "made")
+        for name in ("tokenizer.model", "tokenizer_config.json"):
+            shutil.copy(tmp_path / "made" / name, tmp_path / "src")
+    ours, lines = load_tokenizer(tmp_path / "src"), make_lines(100, seed=2)
+    convert(tmp_path / "src", tmp_path / "dst", "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "dst", split_special_tokens=True)
+    assert theirs(lines)["input_ids"] == ours.encode_batch(lines) and len(theirs) == ours.vocab_size
+    again = load_tokenizer(tmp_path / "dst")
+    assert (again.fingerprint, again.version, again.eos_id) == (ours.fingerprint, ours.version, ours.eos_id)
+
+
+def test_a_damaged_tokenizer_is_copied_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_hf(random_state(DENSE), DENSE, tmp_path / "src")
+    (tmp_path / "src/tokenizer.model").write_text("damaged")
+    convert(tmp_path / "src", tmp_path / "dst", "hf")
+    assert (tmp_path / "dst/tokenizer.model").read_text() == "damaged"
+    assert "no tokenizer.json was written" in caplog.text and not (tmp_path / "dst/tokenizer.json").exists()
 
 
 def test_refusals(tmp_path: Path) -> None:

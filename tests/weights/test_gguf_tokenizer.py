@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mixtral.weights.chat_templates import TEMPLATES, folder_templates
 from mixtral.weights.gguf_tokenizer import _rebuilt, read_tokenizer, side_files, tokenizer_metadata
 from mixtral.weights.gguf_write import write_gguf
 from tests.tokenizer.conftest import tokenizer_named
+from tests.tokenizer.kinds import KINDS
 from tests.weights.weight_states import SPARSE, random_state
 
 TEXT = "def f(a):\n        return  a  # été 日本 🙂 [INST] [REFERENCE_DOC_3] <s>\n"
@@ -99,6 +101,17 @@ def test_what_cannot_be_written() -> None:
         ({"token_type": 3}, "must be lists of one length"),
         ({"token_type": [9] * 1000}, "tokenizer.ggml.token_type\\[0\\] is 9, which is no kind"),
         ({"eos_token_id": 1000}, "must be ids of its 1000 tokens"),
+        ({"bos_token_id": -1}, "must be ids of its 1000 tokens"),
+        ({"unknown_token_id": False}, "must be ids of its 1000 tokens"),
+        ({"eos_token_id": [2]}, "must be ids of its 1000 tokens"),
+        ({"tokens": 5}, "must be lists of one length"),
+        ({"tokens": [5] * 1000}, r"tokenizer.ggml.tokens\[0\] is 5, which is no text"),
+        ({"scores": ["x"] * 1000}, r"tokenizer.ggml.scores\[0\] is 'x', which is no score"),
+        ({"scores": [1e300] * 1000}, r"scores\[0\] is 1e\+300, which is no score"),
+        ({"scores": [float("nan")] * 1000}, r"scores\[0\] is nan, which is no score"),
+        ({"token_type": [1, 3, 3] + [6] * 997}, "damaged"),  # bytes that are not written as such
+        ({"add_bos_token": 1}, "tokenizer.ggml.add_bos_token must be true or false, not 1"),
+        ({"add_space_prefix": "no"}, "tokenizer.ggml.add_space_prefix must be true or false, not 'no'"),
         ({"tokens": ["a"] * 1000}, r"tokenizer\.ggml\.tokens holds 'a' 1000 times"),
     ],
 )
@@ -106,6 +119,36 @@ def test_damaged_vocabularies(change: dict[str, Any], message: str) -> None:
     metadata = tokenizer_metadata(tokenizer_named("own"), 1000) | {KEY + key: v for key, v in change.items()}
     with pytest.raises((MixtralError, ValueError), match=message):
         _rebuilt(metadata)
+
+
+@pytest.mark.parametrize(("bos", "eos"), [(True, False), (False, False), (True, True), (False, True)])
+def test_begin_and_end_travel_by_their_keys(bos: bool, eos: bool) -> None:
+    own = copy.copy(tokenizer_named("own"))
+    own.frame(bos, eos)
+    metadata = tokenizer_metadata(own, 1000)
+    assert (metadata[KEY + "add_bos_token"], metadata[KEY + "add_eos_token"]) == (bos, eos)
+    back = _rebuilt(metadata)
+    assert back.encode("a") == own.encode("a") == [1] * bos + own.encode("a", bos=False, eos=False) + [2] * eos
+    del metadata[KEY + "add_bos_token"], metadata[KEY + "add_eos_token"]
+    assert _rebuilt(metadata).prefix == (1,)  # as llama.cpp has it
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_the_keys_go_before_the_tokenizer_json(bos: bool, tmp_path: Path) -> None:
+    KINDS["added, tokenizer.json"].make(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    back = _rebuilt(tokenizer_metadata(tokenizer, 1002, side_files(tmp_path)) | {KEY + "add_bos_token": bos})
+    assert back.encode("a <tag>") == tokenizer.encode("a <tag>", bos=bos)
+
+
+def test_a_tokenizer_json_of_another_vocabulary_is_not_used(tmp_path: Path) -> None:
+    KINDS["llama style"].make(tmp_path)
+    document = (tmp_path / "tokenizer.json").read_text()
+    own = tokenizer_named("own")
+    back = _rebuilt(tokenizer_metadata(own, 1000) | {"tokenizer.huggingface.json": document})
+    assert back.encode(TEXT) == own.encode(TEXT)
+    with pytest.raises(ValueError, match=r"tokenizer\.huggingface\.json must be a text, not 5"):
+        _rebuilt(tokenizer_metadata(own, 1000) | {"tokenizer.huggingface.json": 5})
 
 
 def test_an_unknown_token_by_another_kind() -> None:
