@@ -115,7 +115,7 @@ def _document(
         "truncation": None,
         "padding": None,
         "added_tokens": [{"id": i, "content": name, **flags} for i, name in sorted(control.items())],
-        "post_processor": _template(control, prefix, suffix) if prefix or suffix else None,
+        "post_processor": template(control, prefix, suffix) if prefix or suffix else None,
         **stages,
         "model": {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
                   **model},
@@ -123,15 +123,15 @@ def _document(
     return json.dumps(document, ensure_ascii=False).encode()
 
 
-def _template(control: Mapping[int, str], prefix: Sequence[int], suffix: Sequence[int]) -> dict[str, Any]:
-    """What puts tokens before and after every text."""
+def template(texts: Mapping[int, str], prefix: Sequence[int], suffix: Sequence[int]) -> dict[str, Any]:
+    """The post-processor that puts tokens before and after every text."""
 
     def framed(name: str, type_id: int) -> list[dict[str, Any]]:
-        before, after = ([{"SpecialToken": {"id": control[i], "type_id": type_id}} for i in ids]
+        before, after = ([{"SpecialToken": {"id": texts[i], "type_id": type_id}} for i in ids]
                          for ids in (prefix, suffix))  # fmt: skip
         return [*before, {"Sequence": {"id": name, "type_id": type_id}}, *after]
 
-    names = {i: control[i] for i in (*prefix, *suffix)}
+    names = {i: texts[i] for i in (*prefix, *suffix)}
     return {
         "type": "TemplateProcessing",
         "single": framed("A", 0),

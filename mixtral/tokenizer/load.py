@@ -10,6 +10,7 @@ from mixtral.json_files import LARGE, read_regular
 from mixtral.tokenizer.base import Tokenizer
 from mixtral.tokenizer.beside import Beside, read_side_files
 from mixtral.tokenizer.mistral import SentencePieceTokenizer, TekkenTokenizer
+from mixtral.tokenizer.spm_model import Kind
 from mixtral.tokenizer.tokenizer_json import JsonTokenizer
 
 log = logging.getLogger(__name__)
@@ -91,9 +92,9 @@ def _bare(spm: SentencePieceTokenizer, beside: Beside) -> Tokenizer:
 
 
 def _says_all(spm: SentencePieceTokenizer, beside: Beside) -> bool:
-    """Whether the files beside a sentencepiece model add no token to it, and name none but its own begin and end."""
-    known = {piece.text for piece in spm.spm.pieces}
+    """Whether the files beside a sentencepiece model add no token to it, and call none otherwise than it does."""
+    special = {piece.text: piece.kind in (Kind.CONTROL, Kind.UNKNOWN) for piece in spm.spm.pieces}
     named = {"bos_token": spm.control[spm.bos_id], "eos_token": spm.control[spm.eos_id]}
-    return all(token.content in known for token in beside.added()) and all(
+    return all(special.get(token.content) == token.flags["special"] for token in beside.added()) and all(
         beside.name(role) in (None, name) for role, name in named.items()
     )

@@ -19,6 +19,7 @@ from mixtral.errors import MixtralError, shown
 from mixtral.json_files import parse_object
 from mixtral.tokenizer.base import MOST_TOKENS, Tokenizer
 from mixtral.tokenizer.beside import Added, Beside
+from mixtral.tokenizer.export import template
 from mixtral.tokenizer.json_decoder import JsonDecoder
 from mixtral.tokenizer.mistral import SentencePieceTokenizer
 
@@ -103,6 +104,7 @@ class JsonTokenizer(Tokenizer):
             raise MixtralError(f"{file_name}: post_processor: turns the tokens {shown(ids)} into {shown(framed)}; "
                                "one that puts known tokens before and after a text is wanted")
         self.prefix, self.suffix = tuple(framed[: starts[-1]]), tuple(framed[starts[-1] + len(ids) :])
+        self._as_read = self.prefix, self.suffix
         self.dummy_prefix = b"".join(map(self.token_bytes, ids)).startswith(b" ")
 
     def _opens(self, token_id: int) -> bool:
@@ -127,8 +129,12 @@ class JsonTokenizer(Tokenizer):
         return {"tokenizer.json": self.to_json(), "tokenizer_config.json": json.dumps(config, indent=1).encode()}
 
     def to_json(self) -> bytes:
-        """The file, with the tokens that the files beside it added."""
-        return self._data
+        """The file, with the tokens that the files beside it added, and with what is put around a text by now."""
+        if (self.prefix, self.suffix) == self._as_read:
+            return self._data
+        post_processor = template(self.texts, self.prefix, self.suffix)
+        document = json.loads(self._data) | {"post_processor": post_processor}
+        return json.dumps(document, ensure_ascii=False).encode()
 
     @property
     def mistral(self) -> MistralTokenizer[Any, Any, Any, Any, Any] | None:

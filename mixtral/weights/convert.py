@@ -12,8 +12,7 @@ from mixtral.config import ModelConfig
 from mixtral.config_formats import read_config, to_mistral
 from mixtral.errors import MixtralError, UsageError, did_you_mean
 from mixtral.files import atomic_folder, atomic_write
-from mixtral.tokenizer import Tokenizer, load_tokenizer
-from mixtral.tokenizer.load import has_tokenizer
+from mixtral.tokenizer import Tokenizer
 from mixtral.tokenizer.mistral import SentencePieceTokenizer
 from mixtral.tokenizer.tokenizer_json import JsonTokenizer
 from mixtral.weights.gguf_tokenizer import read_tokenizer, side_files
@@ -72,16 +71,19 @@ def convert(
 
 def _add_tokenizer_json(folder: Path) -> None:
     """Give a folder the tokenizer.json that transformers needs: a sentencepiece model alone it reads wrongly."""
-    if (folder / "tokenizer.json").exists() or not has_tokenizer(folder):
-        return
-    try:
-        tokenizer = load_tokenizer(folder)
-    except MixtralError as error:
-        log.warning("no tokenizer.json was written: %s", error)
-        return
+    tokenizer = None if (folder / "tokenizer.json").exists() else _tokenizer(folder)
     if isinstance(tokenizer, SentencePieceTokenizer | JsonTokenizer):
         for name, content in tokenizer.json_files().items():
             atomic_write(folder / name, content)
+
+
+def _tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a folder, unless it has none that is read: its files are copied all the same."""
+    try:
+        return read_tokenizer(folder)
+    except MixtralError as error:
+        log.warning("its tokenizer is copied without being read: %s", error)
+        return None
 
 
 def with_token_ids(config: ModelConfig, src: str | Path, tokenizer: Tokenizer | None = None) -> ModelConfig:
@@ -89,7 +91,7 @@ def with_token_ids(config: ModelConfig, src: str | Path, tokenizer: Tokenizer | 
     src = Path(src)
     if src.is_file() or (src / "config.json").is_file():
         return config
-    if (tokenizer := tokenizer or read_tokenizer(src)) is None:
+    if (tokenizer := tokenizer or _tokenizer(src)) is None:
         return config
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
     return config.replace(**{name: i for name, i in ids.items() if i < config.vocab_size})

@@ -100,6 +100,18 @@ def test_flags_of_the_configuration_hold(tmp_path: Path) -> None:
     assert tokenizer.encode_batch(LINES) == auto_ids(tmp_path, LINES)
 
 
+def test_a_piece_of_the_model_that_the_configuration_calls_special(tmp_path: Path) -> None:
+    model = _own_files()["own__model__v3"]
+    piece = next(p.text for p in tokenizer_named("own").spm.pieces[300:] if p.text.isalpha())  # type: ignore[attr-defined]
+    token_id = next(i for i, p in enumerate(tokenizer_named("own").spm.pieces) if p.text == piece)  # type: ignore[attr-defined]
+    decoder = {"1": IM_END | {"content": "<s>"}, str(token_id): IM_END | {"content": piece}}
+    write(tmp_path, own__model__v3=model, tokenizer_config__json={"added_tokens_decoder": decoder})
+    assert load_tokenizer(tmp_path).control[token_id] == piece
+    del decoder[str(token_id)]  # what the model says itself changes nothing
+    write(tmp_path, tokenizer_config__json={"added_tokens_decoder": decoder})
+    assert isinstance(load_tokenizer(tmp_path), SentencePieceTokenizer)
+
+
 @pytest.mark.parametrize(("name", "right"), [
     ("tokenizer_config.json", True), ("additional_chat_templates/rag.jinja", True), ("chat_template.jinja", True),
     ("../chat_template.jinja", False), ("additional_chat_templates/../x.jinja", False), ("x.jinja", False),

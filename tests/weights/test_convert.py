@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,12 +90,14 @@ def test_a_model_alone_gets_the_tokenizer_json_that_transformers_needs(kind: str
     assert (again.fingerprint, again.version, again.eos_id) == (ours.fingerprint, ours.version, ours.eos_id)
 
 
-def test_a_damaged_tokenizer_is_copied_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    save_hf(random_state(DENSE), DENSE, tmp_path / "src")
+@pytest.mark.parametrize("save", [save_hf, save_mistral])
+def test_a_damaged_tokenizer_is_copied_as_it_is(save: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(random_state(DENSE), DENSE, tmp_path / "src")
     (tmp_path / "src/tokenizer.model").write_text("damaged")
     convert(tmp_path / "src", tmp_path / "dst", "hf")
     assert (tmp_path / "dst/tokenizer.model").read_text() == "damaged"
-    assert "no tokenizer.json was written" in caplog.text and not (tmp_path / "dst/tokenizer.json").exists()
+    assert "its tokenizer is copied without being read" in caplog.text
+    assert not (tmp_path / "dst/tokenizer.json").exists()
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -139,6 +139,8 @@ def test_the_keys_go_before_the_tokenizer_json(bos: bool, tmp_path: Path) -> Non
     tokenizer = load_tokenizer(tmp_path)
     back = _rebuilt(tokenizer_metadata(tokenizer, 1002, side_files(tmp_path)) | {KEY + "add_bos_token": bos})
     assert back.encode("a <tag>") == tokenizer.encode("a <tag>", bos=bos)
+    back.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").encode("a <tag>") == back.encode("a <tag>")
 
 
 def test_a_tokenizer_json_of_another_vocabulary_is_not_used(tmp_path: Path) -> None:
