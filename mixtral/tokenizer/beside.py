@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from mixtral.errors import MixtralError, shown
-from mixtral.json_files import SMALL, parse_object, read_regular
+from mixtral.json_files import SMALL, parse, parse_object, read_regular
 
 SIDE_FILES = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"),
@@ -37,6 +37,20 @@ def read_side_files(folder: Path | str) -> dict[str, bytes]:
     folder = Path(folder)
     found = (file for pattern in SIDE_FILES for file in sorted(folder.glob(pattern)) if file.is_file())
     return {file.relative_to(folder).as_posix(): read_regular(file, MixtralError, SMALL) for file in found}
+
+
+def parse_vocabulary(data: bytes, name: str) -> dict[str, Any]:
+    """The JSON object of a large vocabulary file. Raises MixtralError with its name.
+
+    Text and depth are left to the library that reads the same bytes next: looking at every token takes seconds.
+    """
+    try:
+        document = parse(data)
+    except ValueError as reason:
+        raise MixtralError(f"{name}: {reason}") from None
+    if not isinstance(document, dict):
+        raise MixtralError(f"{name}: must hold a JSON object, not {shown(document)}")
+    return document
 
 
 def is_side_file(name: str) -> bool:

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sentencepiece import SentencePieceProcessor
 
 from mixtral.errors import MixtralError, UsageError, shown
-from mixtral.json_files import parse_object
 from mixtral.tokenizer.base import MOST_TOKENS, Tokenizer
-from mixtral.tokenizer.beside import Beside
+from mixtral.tokenizer.beside import Beside, parse_vocabulary
 from mixtral.tokenizer.export import hf_config, spm_to_json, tekken_to_json
 from mixtral.tokenizer.spm_model import Kind, Piece, SpmModel, read_spm_model
 
@@ -102,16 +101,17 @@ class TekkenTokenizer(Tokenizer):
 
     def __init__(self, data: bytes, file_name: str, beside: Beside | None = None) -> None:
         """Raises MixtralError when the file is not a whole tekken file."""
-        _check_sizes(parse_object(data, file_name, MixtralError), file_name)
+        _check_sizes(parse_vocabulary(data, file_name), file_name)
         from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
         try:
             self._tekken = _from_file(Tekkenizer.from_file, data, "tekken.json")
+            control = {i: self._tekken.id_to_piece(i) for i in sorted(self._tekken.special_ids)}
+            "".join(control.values()).encode()  # ValueError for half of a surrogate pair
         except Exception as error:  # whatever the library stumbles over
             reason = str(error).partition("\n")[0][:80]
             raise MixtralError(f"{file_name}: damaged or not a tekken.json: {type(error).__name__}: {reason}") \
                 from error
-        control = {i: self._tekken.id_to_piece(i) for i in sorted(self._tekken.special_ids)}
         pieces = [self._tekken.id_to_byte_piece(i) for i in range(self._tekken.n_words)]
         super().__init__("tekken", pieces, control, self._tekken.bos_id, self._tekken.eos_id, dummy_prefix=False)
         self._beside = beside or Beside()

@@ -16,9 +16,8 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
 from mixtral.errors import MixtralError, shown
-from mixtral.json_files import parse_object
 from mixtral.tokenizer.base import MOST_TOKENS, Tokenizer
-from mixtral.tokenizer.beside import Added, Beside
+from mixtral.tokenizer.beside import Added, Beside, parse_vocabulary
 from mixtral.tokenizer.export import template
 from mixtral.tokenizer.json_decoder import JsonDecoder
 from mixtral.tokenizer.mistral import SentencePieceTokenizer
@@ -44,7 +43,7 @@ class JsonTokenizer(Tokenizer):
         self, data: bytes, beside: Beside, file_name: str, sentencepiece: SentencePieceTokenizer | None = None
     ) -> None:  # fmt: skip
         """Raises MixtralError when the file is damaged, of another kind, or without beginning and end tokens."""
-        document = parse_object(data, file_name, MixtralError)
+        document = parse_vocabulary(data, file_name)
         self._fast = _guarded(lambda: FastTokenizer.from_str(data.decode()), file_name)
         decoder = JsonDecoder.read(document, file_name)
         _check_ids(document, self._fast, file_name)

@@ -200,6 +200,20 @@ def test_wrong_tekken_numbers(change: dict[str, Any], message: str) -> None:
         TekkenTokenizer(json.dumps(document).encode(), "tekken.json")
 
 
+def test_half_a_character_in_a_name(tmp_path: Path) -> None:
+    document = json.loads(_tekken()["tekken.json"])
+    names = {**tokenizer_named("small-tekken").control, 900: "\ud800"}
+    document["special_tokens"] = [{"rank": i, "token_str": name, "is_control": True} for i, name in names.items()]
+    write(tmp_path, tekken__json=document)
+    with pytest.raises(MixtralError, match=r"tekken\.json: damaged or not a tekken\.json: UnicodeEncodeError"):
+        load_tokenizer(tmp_path)
+    document = json.loads(_own_json()["tokenizer.json"])
+    document["added_tokens"][3]["content"] = "\ud800"
+    write(tmp_path / "json", tokenizer__json=document)
+    with pytest.raises(MixtralError, match=r"tokenizer\.json: damaged or not a tokenizer\.json"):
+        load_tokenizer(tmp_path / "json")
+
+
 @pytest.mark.parametrize("value", [b"\xff" * 3000 + b"\x01", b"\x80" * 100_000])
 def test_numbers_without_an_end_in_a_sentencepiece_model(value: bytes) -> None:
     with pytest.raises(ValueError, match="damaged or not a sentencepiece model"):
