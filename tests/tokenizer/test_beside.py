@@ -214,12 +214,14 @@ def test_half_a_character_in_a_name(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "json")
 
 
-@pytest.mark.parametrize("value", [b"\xff" * 3000 + b"\x01", b"\x80" * 100_000])
-def test_numbers_without_an_end_in_a_sentencepiece_model(value: bytes) -> None:
+def test_numbers_without_an_end_in_a_sentencepiece_model() -> None:
+    """64 bits are the most; without that limit a file of such bytes would be added up for hours."""
+    model = _own_files()["own__model__v3"]
+    one = [bytes([15 << 3]), b"\x81", b"\x80" * 8, b"\x00"]  # field 15: the number 1, in ten bytes
+    assert read_spm_model(model + b"".join(one)).pieces
+    one.insert(2, b"\x80")
     with pytest.raises(ValueError, match="damaged or not a sentencepiece model"):
-        read_spm_model(b"\x0a\x02\x10" + value)
-    with pytest.raises(ValueError, match="damaged or not a sentencepiece model"):
-        read_spm_model(value)
+        read_spm_model(model + b"".join(one))
 
 
 def _swap(rng: random.Random, node: Any) -> None:
