@@ -16,7 +16,7 @@ from mixtral.engine import SamplingParams, generate, recommended, stream, with_r
 from mixtral.engine.generate import check_prompt
 from mixtral.engine.native import NativeModel, suits
 from mixtral.errors import UsageError
-from mixtral.files import atomic_folder
+from mixtral.files import atomic_folder, atomic_write
 from mixtral.hardware import has_fast_bf16
 from mixtral.model import Mixtral, Output, Packed, named_state
 from mixtral.moe import Routing
@@ -26,7 +26,8 @@ from mixtral.runtime import choose_device, choose_dtype
 from mixtral.shipped import model_folder
 from mixtral.tokenizer import Tokenizer
 from mixtral.weights import load_state
-from mixtral.weights.gguf_tokenizer import read_tokenizer
+from mixtral.weights.convert import with_token_ids
+from mixtral.weights.gguf_tokenizer import read_tokenizer, side_files
 from mixtral.weights.names import fixed_dtype
 from mixtral.weights.save import check_free, write_hf
 
@@ -40,17 +41,19 @@ class LM:
         sole: nobody else holds the model, so that its bf16 matrices may be freed while the native step has them packed:
             until `model` is first asked for, whole or by logits, routing or save. Else they are held twice.
         sampling: fields of SamplingParams that `generate` and `stream` go by where they are not told otherwise.
+        side_files: the small files of the folder that it came from (tokenizer/beside.py), which `save` writes too.
     """
 
     def __init__(
         self, model: Mixtral, tokenizer: Tokenizer | None = None, native: bool | None = None, sole: bool = False,
-        sampling: Mapping[str, Any] | None = None,
+        sampling: Mapping[str, Any] | None = None, side_files: Mapping[str, bytes] | None = None,
     ) -> None:  # fmt: skip
         self._model = model.eval().requires_grad_(False)
         self._sole = sole
         self.tokenizer = tokenizer
         self.native = native
         self.sampling = dict(sampling or {})
+        self.side_files = dict(side_files or {})
         self._packed: tuple[list[tuple[int, int]], NativeModel] | None = None
 
     @property
@@ -100,42 +103,43 @@ class LM:
         return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in named_state(self._model).values()]
 
     @overload
-    def generate(self, prompt: str, **sampling: Any) -> str: ...
+    def generate(self, prompt: str, *, bos: bool | None = None, **sampling: Any) -> str: ...
     @overload
-    def generate(self, prompt: list[str], **sampling: Any) -> list[str]: ...
+    def generate(self, prompt: list[str], *, bos: bool | None = None, **sampling: Any) -> list[str]: ...
     @overload
     def generate(self, prompt: list[int], **sampling: Any) -> list[int]: ...
     @overload
     def generate(self, prompt: list[list[int]], **sampling: Any) -> list[list[int]]: ...
-    def generate(self, prompt: Any, **sampling: Any) -> Any:
+    def generate(self, prompt: Any, *, bos: bool | None = None, **sampling: Any) -> Any:
         """Continue a prompt, or a list of prompts as one batch.
 
         A text is answered with text, token ids with token ids (the end token included). The prompt itself is not
         repeated.
 
         Args:
+            bos: whether <s> stands before a text; None: as the tokenizer's files decide.
             sampling: fields of SamplingParams (max_tokens, temperature, top_k, top_p, seed, stop, ...). For others
                 what the model's folder recommends, `self.sampling`, counts before the defaults.
         """
         if _is_one(prompt):
-            return self.generate([prompt], **sampling)[0]
+            return self.generate([prompt], bos=bos, **sampling)[0]
         if not isinstance(prompt, Sequence):
             raise UsageError(f"prompt: a text, token ids, or a list of those is wanted, not {type(prompt).__name__}")
         texts = [isinstance(p, str) for p in prompt]
-        ids = [self._ids(p) for p in prompt]
+        ids = [self._ids(p, bos) for p in prompt]
         model, native = self.for_engine()
         done = generate(model, ids, self._params(sampling), tokenizer=self.tokenizer, native=native)
         return [g.text if is_text else g.tokens for g, is_text in zip(done, texts, strict=True)]
 
     @overload
-    def stream(self, prompt: str, **sampling: Any) -> Iterator[str]: ...
+    def stream(self, prompt: str, *, bos: bool | None = None, **sampling: Any) -> Iterator[str]: ...
     @overload
     def stream(self, prompt: list[int], **sampling: Any) -> Iterator[int]: ...
-    def stream(self, prompt: Any, **sampling: Any) -> Any:
+    def stream(self, prompt: Any, *, bos: bool | None = None, **sampling: Any) -> Any:
         """The same as `generate` for one prompt, piece by piece as it comes: pieces of text, or token ids."""
         if not _is_one(prompt):
             raise UsageError("prompt: stream takes one prompt; generate takes a list of them")
-        ids, (model, native) = self._ids(prompt), self.for_engine()
+        ids, (model, native) = self._ids(prompt, bos), self.for_engine()
         pieces = stream(model, [ids], self._params(sampling), tokenizer=self.tokenizer, native=native)
         if isinstance(prompt, str):
             return (piece.text for piece in pieces if piece.text)
@@ -167,12 +171,14 @@ class LM:
         check_prompt(ids, self.config, "token_ids")
         return self.model(Packed.of([ids], device=self.device), k=k)
 
-    def _ids(self, prompt: str | Sequence[int] | Tensor) -> list[int]:
+    def _ids(self, prompt: str | Sequence[int] | Tensor, bos: bool | None) -> list[int]:
         if not isinstance(prompt, str):
+            if bos is not None:
+                raise UsageError("bos: goes with a text; token ids are taken as they are")
             return _as_list(prompt)
         if self.tokenizer is None:
             raise UsageError("prompt: this model came without a tokenizer; give token ids instead of text")
-        return self.tokenizer.encode(prompt)
+        return self.tokenizer.encode(prompt, bos, eos=False)  # which is to go on
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
@@ -187,6 +193,8 @@ class LM:
             raise UsageError("save: this model is quantised; copy its folder, or save the model it was made from")
         with atomic_folder(folder) as new:
             write_hf(state, self.config, new)
+            for name, content in self.side_files.items():
+                atomic_write(new / name, content)
             if self.tokenizer is not None:
                 self.tokenizer.save(new)
 
@@ -202,16 +210,16 @@ def load(
         device: "cpu", "cuda", "cuda:1"; by default (or "auto") a GPU when there is one.
     """
     path, chosen = model_folder(path), choose_device(device)
-    config = read_config(path)
-    tokenizer, sampling = read_tokenizer(path), recommended(path)
+    tokenizer, sampling, files = read_tokenizer(path), recommended(path), side_files(path)
+    config = with_token_ids(read_config(path), path, tokenizer)
     if (recipe := read_recipe(path)) is not None:
-        return LM(load_quantised(path, config, recipe, _dtype(dtype, chosen), chosen), tokenizer,
-                  sole=True, sampling=sampling)  # fmt: skip
+        model = load_quantised(path, config, recipe, _dtype(dtype, chosen), chosen)
+        return LM(model, tokenizer, sole=True, sampling=sampling, side_files=files)
     state = _one_dtype(load_state(path, config, _dtype(dtype, chosen), chosen))
     with torch.device("meta"):
         model = Mixtral(config)
     model.load_state_dict(state, assign=True)
-    return LM(model, tokenizer, sole=True, sampling=sampling)
+    return LM(model, tokenizer, sole=True, sampling=sampling, side_files=files)
 
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:

@@ -5,6 +5,7 @@ Weights are drawn at scale 0.2, so that attention and routing are far from unifo
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -157,6 +158,26 @@ def test_text_gives_text_and_ids_give_ids(lm: LM) -> None:
     assert lm.generate(["the cat", "a dog sat"], **SAMPLED)[0] == text
     assert lm.generate([ids, ids[:2]], **SAMPLED)[0] == numbers
     assert lm.generate([], **SAMPLED) == []
+
+
+def test_begin_of_a_text(lm: LM) -> None:
+    """As the tokenizer's files decide, unless one says oneself; never an end, which the answer would follow."""
+    assert lm.tokenizer is not None
+    ids = lm.tokenizer.encode("the cat", bos=False)
+    for bos, prompt in ((None, [1, *ids]), (True, [1, *ids]), (False, ids)):
+        answer = lm.generate(prompt, max_tokens=8, ignore_eos=True)
+        wanted = "".join(map(lm.tokenizer.stream(after=prompt).add, answer))
+        assert wanted.startswith(lm.generate("the cat", bos=bos, max_tokens=8, ignore_eos=True).rstrip("\ufffd"))
+        assert list(lm.stream("the cat", bos=bos, max_tokens=8, ignore_eos=True))
+    framed = copy.copy(lm.tokenizer)
+    framed.frame(bos=False, eos=True)
+    other = LM(lm.model, framed)
+    assert framed.encode("the cat") == [*ids, 2]
+    asked = {"max_tokens": 8, "ignore_eos": True}
+    assert other.generate("the cat", **asked) == lm.generate("the cat", bos=False, **asked)
+    assert other.generate("the cat", bos=True, **asked) == lm.generate("the cat", **asked)
+    with pytest.raises(UsageError, match="bos: goes with a text; token ids are taken as they are"):
+        lm.generate(ids, bos=False)
 
 
 def test_stop_takes_one_string_or_several(lm: LM) -> None:

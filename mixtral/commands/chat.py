@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mixtral.commands.common import (
+    BosOption,
     DeviceOption,
     DtypeOption,
     ModelOption,
@@ -37,6 +38,7 @@ def chat(
     top_p: Annotated[float | None, typer.Option(metavar="P", help="Draw from the fewest tokens that sum to P.")] = None,
     seed: Annotated[int | None, typer.Option(metavar="S", help="The same seed and lines give the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End an answer before this text.")] = None,
+    bos: BosOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
@@ -68,14 +70,14 @@ def chat(
     with contextlib.suppress(ImportError):  # line editing for input(), where the system has it
         import readline  # noqa: F401
     say(f"The model continues what you write. {', '.join(COMMANDS)}; Ctrl-C stops an answer.")
-    Conversation(lm, tokenizer, params).run()
+    Conversation(lm, tokenizer, params, bos).run()
 
 
 class Conversation:
     """The running text and the loop around it."""
 
-    def __init__(self, lm: LM, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        self.lm, self.tokenizer, self.params = lm, tokenizer, params
+    def __init__(self, lm: LM, tokenizer: Tokenizer, params: SamplingParams, bos: bool | None) -> None:
+        self.lm, self.tokenizer, self.params, self.bos = lm, tokenizer, params, bos
         self.text = ""
 
     def run(self) -> None:
@@ -107,10 +109,11 @@ class Conversation:
 
     def _ids(self) -> list[int]:
         """The running text as the model gets it: cut at its beginning so that an answer fits the context."""
-        ids = self.tokenizer.encode(self.text)
+        before = self.tokenizer.encode("", self.bos, eos=False)
+        ids = self.tokenizer.encode(self.text, bos=False, eos=False)
         context = self.lm.config.context
-        room = min(self.params.max_length or context, context) - self.params.max_tokens
-        return ids if len(ids) <= room else [ids[0], *ids[len(ids) - room + 1 :]]
+        room = max(1, min(self.params.max_length or context, context) - self.params.max_tokens - len(before))
+        return [*before, *ids[-room:]]
 
     def _answer(self, line: str) -> None:
         """Add a line to the text and let the model go on; Ctrl-C keeps what it has said so far."""

@@ -26,6 +26,10 @@ DtypeOption = Annotated[
     str, typer.Option(metavar="NAME", help="bf16, fp32 or fp16; auto: the file's, or fp32 where bf16 is slow.")
 ]
 DeviceOption = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:N; auto: a GPU when there is one.")]
+BosOption = Annotated[
+    bool | None,
+    typer.Option("--bos/--no-bos", help="Begin with <s>, or not; otherwise as the tokenizer's files decide."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead.")]
 
 
@@ -97,7 +101,8 @@ def load_model(folder: str, dtype: str, device: str) -> tuple[LM, Tokenizer]:
     with working(f"reading {folder}"):
         model = lm.load(folder, dtype=dtype, device=device)
     if model.tokenizer is None:
-        raise UsageError(f"{folder}: no tokenizer; tekken.json, a *.model file or tokenizer.json is wanted in it")
+        wanted = "a sentencepiece vocabulary" if folder.endswith(".gguf") else "tekken.json, *.model or tokenizer.json"
+        raise UsageError(f"{folder}: no tokenizer that is read; {wanted} is wanted in it")
     return model, model.tokenizer
 
 

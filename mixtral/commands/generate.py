@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mixtral.commands.common import (
+    BosOption,
     DeviceOption,
     DtypeOption,
     ModelOption,
@@ -61,6 +62,7 @@ def generate(
         int | None, typer.Option("--k", metavar="N", help="Experts a token takes; as in training by default.")
     ] = None,
     routing: Annotated[bool, typer.Option("--routing", help="Show which experts took the tokens.")] = False,
+    bos: BosOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
@@ -87,7 +89,7 @@ def generate(
     lm, tokenizer = load_model(model, dtype, device)
     if routing and not lm.config.is_sparse:
         raise UsageError("--routing: this model is dense (one expert); only sparse models route their tokens")
-    ids = tokenizer.encode(prompt)
+    ids = tokenizer.encode(prompt, bos, eos=False)
     speed = Speed(len(ids))
     if as_json:
         samples = _continue(lm, ids, params, n, k, speed, show=False)

@@ -158,15 +158,14 @@ class _Sequence:
         """Add a drawn token."""
         self.all_tokens.append(token)
         self.logprobs.append(logprob)
-        text, stopped = "", token in self.end_ids
-        if self.output and not stopped:
-            text, stopped = self.output.push(token)
-        if stopped:
-            self.finish_reason = "stop"
-        elif len(self.all_tokens) >= self.limit:
-            self.finish_reason = "length"
-        if self.output and self.finish_reason:
-            text += self.output.end()
+        text, ended = "", token in self.end_ids
+        full = len(self.all_tokens) >= self.limit
+        if self.output:
+            text = "" if ended else self.output.push(token)
+            text += self.output.end() if ended or full else ""
+            ended = ended or self.output.stopped
+        if ended or full:
+            self.finish_reason = "stop" if ended else "length"
         self.texts.append(text)
         return Piece(self.index, token, logprob, text, self.finish_reason)
 

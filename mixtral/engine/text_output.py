@@ -46,12 +46,18 @@ class TextOutput:
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
         self._stream = tokenizer.stream(after=prompt)
         self._stops = StopStrings(stop)
+        self.stopped = False  # a stop string has ended the text
 
-    def push(self, token: int) -> tuple[str, bool]:
-        """The text that `token` adds, and whether a stop string ends it."""
-        return self._stops.push(self._stream.add(token))
+    def push(self, token: int) -> str:
+        """The text that `token` adds; none once a stop string was found."""
+        return self._add(self._stream.add(token))
 
     def end(self) -> str:
-        """The rest, when no token will come: an unfinished character becomes U+FFFD."""
-        text, stopped = self._stops.push(self._stream.flush())
-        return text if stopped else text + self._stops.flush()
+        """The rest, when no token will come: an unfinished character becomes U+FFFD, unless it begins after a stop."""
+        return self._add(self._stream.flush()) + self._stops.flush()
+
+    def _add(self, piece: str) -> str:
+        if self.stopped:
+            return ""
+        text, self.stopped = self._stops.push(piece)
+        return text

@@ -18,6 +18,8 @@ from mixtral.files import atomic_write
 if TYPE_CHECKING:
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
+MOST_TOKENS = 1 << 21  # of a vocabulary; the largest published ones have an eighth of it
+
 
 class Tokenizer(ABC):
     """What every tokenizer offers; a subclass adds `_encode` and `_files`.
@@ -25,6 +27,9 @@ class Tokenizer(ABC):
     `pieces`: the bytes each id stands for, b"" for control tokens.
     `control`: the names of the control tokens by id, such as {1: "<s>", 2: "</s>"}.
     `dummy_prefix`: the encoder puts a space before every text, which decoding takes away again.
+    `openers`: tokens after which the encoder begins a text anew, with such a space.
+    `prefix`, `suffix`: the ids that the files put before and after every text; by default <s> and nothing.
+    `side_files`: the small files beside the vocabulary (tokenizer/beside.py), which `save` writes too.
     """
 
     def __init__(self, version: str, pieces: Sequence[bytes], control: Mapping[int, str], bos_id: int, eos_id: int,
@@ -35,6 +40,10 @@ class Tokenizer(ABC):
         self.eos_id = eos_id
         self.control = dict(control)
         self.dummy_prefix = dummy_prefix
+        self.openers: frozenset[int] = frozenset()
+        self.prefix: tuple[int, ...] = (bos_id,)
+        self.suffix: tuple[int, ...] = ()
+        self.side_files: Mapping[str, bytes] = {}
         self._pieces = list(pieces)
 
     # -- text to ids -------------------------------------------------------------------------------------------------
@@ -46,22 +55,44 @@ class Tokenizer(ABC):
     def _encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self._encode(text) for text in texts]
 
-    def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
+    def encode(self, text: str, bos: bool | None = None, eos: bool | None = None) -> list[int]:
         """The ids of `text`. A control token's name typed in the text ("[INST]") stays text.
+
+        Args:
+            bos, eos: whether <s> stands before the text, </s> after it; None: as the tokenizer's files decide.
 
         Raises UsageError for a lone surrogate, which no UTF-8 text holds.
         """
         check_text(text)
         return self._framed(self._encode(text), bos, eos)
 
-    def encode_batch(self, texts: Sequence[str], bos: bool = True, eos: bool = False) -> list[list[int]]:
+    def encode_batch(
+        self, texts: Sequence[str], bos: bool | None = None, eos: bool | None = None
+    ) -> list[list[int]]:  # fmt: skip
         """The ids of each text, on all processors where the library below can do so."""
         for text in texts:
             check_text(text)
         return [self._framed(ids, bos, eos) for ids in self._encode_batch(list(texts))]
 
-    def _framed(self, ids: list[int], bos: bool, eos: bool) -> list[int]:
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+    def _framed(self, ids: list[int], bos: bool | None, eos: bool | None) -> list[int]:
+        before = self.prefix if bos is None else [self.bos_id] * bos
+        after = self.suffix if eos is None else [self.eos_id] * eos
+        return [*before, *ids, *after]
+
+    def frame(self, bos: bool | None, eos: bool | None) -> None:
+        """Let <s> stand before every text, </s> after it, or not; None: as it was."""
+        self.prefix = self.prefix if bos is None else (self.bos_id,) * bos
+        self.suffix = self.suffix if eos is None else (self.eos_id,) * eos
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether <s> stands before every text."""
+        return self.bos_id in self.prefix
+
+    @property
+    def adds_eos(self) -> bool:
+        """Whether </s> stands after every text."""
+        return self.eos_id in self.suffix
 
     # -- ids to text -------------------------------------------------------------------------------------------------
 
@@ -103,8 +134,8 @@ class Tokenizer(ABC):
         """The files that `load_tokenizer` and transformers' AutoTokenizer need, by name."""
 
     def save(self, folder: Path | str) -> None:
-        """Write those files into `folder`, which is made when missing. Raises MixtralError when it cannot."""
-        for name, content in self._files().items():
+        """Write those and the side files into `folder`, which is made when missing. Raises MixtralError on failure."""
+        for name, content in {**self.side_files, **self._files()}.items():
             atomic_write(Path(folder) / name, content)
 
     @property
@@ -131,6 +162,7 @@ class TextStream:
         if self._drop_space and piece:
             piece = piece.removeprefix(b" ")
             self._drop_space = False
+        self._drop_space = self._drop_space or token_id in self._tokenizer.openers
         return self._decoder.decode(piece)
 
     def flush(self) -> str:

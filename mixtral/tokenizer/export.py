@@ -27,8 +27,8 @@ def merge_list(pieces: Sequence[str]) -> list[tuple[str, str]]:
             if piece[:i] in known and piece[i:] in known]
 
 
-def spm_to_json(spm: SpmModel, bos_id: int) -> bytes:
-    """The tokenizer.json of a BPE model with byte fallback that leaves text as it is."""
+def spm_to_json(spm: SpmModel, prefix: Sequence[int], suffix: Sequence[int]) -> bytes:
+    """The tokenizer.json of a BPE model with byte fallback that leaves text as it is; prefix, suffix: around a text."""
     pieces = spm.pieces
     # Runs of spaces all share one score in Mistral's files, so that the leftmost run grows to its full length before
     # the next one starts: the longest first has the same effect.
@@ -36,12 +36,13 @@ def spm_to_json(spm: SpmModel, bos_id: int) -> bytes:
     normal.sort(key=lambda p: (-p.score, -len(p.text)))
     whole = sorted([p.text for p in pieces if p.kind == Kind.USER_DEFINED], key=len, reverse=True)  # the longest wins
     control = {i: p.text for i, p in enumerate(pieces) if p.kind in (Kind.CONTROL, Kind.UNKNOWN)}
-    prefix = [{"type": "Prepend", "prepend": SPACE}] if spm.dummy_prefix else []
+    prepend = [{"type": "Prepend", "prepend": SPACE}] if spm.dummy_prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if spm.dummy_prefix else []
     return _document(
         control,
-        bos_id,
-        normalizer=_sequence("normalizers", [*prefix, _replace(" ", SPACE)]),
+        prefix,
+        suffix,
+        normalizer=_sequence("normalizers", [*prepend, _replace(" ", SPACE)]),
         # User-defined pieces are found in the text before anything merges. They are no "added tokens" here, because
         # the text after one of those would be given another leading space.
         pre_tokenizer=_split("|".join(map(re.escape, whole))) if whole else None,
@@ -57,14 +58,17 @@ def spm_to_json(spm: SpmModel, bos_id: int) -> bytes:
     )
 
 
-def tekken_to_json(pieces: Sequence[bytes], control: Mapping[int, str], pattern: str, bos_id: int) -> bytes:
+def tekken_to_json(
+    pieces: Sequence[bytes], control: Mapping[int, str], pattern: str, prefix: Sequence[int], suffix: Sequence[int]
+) -> bytes:  # fmt: skip
     """The tokenizer.json of tekken's byte-level BPE: its rank is the order of the vocabulary."""
     table = byte_characters()
     texts = {i: "".join(table[byte] for byte in piece) for i, piece in enumerate(pieces) if i not in control}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     return _document(
         control,
-        bos_id,
+        prefix,
+        suffix,
         normalizer=None,
         pre_tokenizer=_sequence("pretokenizers", [_split(pattern), byte_level]),
         decoder=byte_level,
@@ -79,14 +83,15 @@ def tekken_to_json(pieces: Sequence[bytes], control: Mapping[int, str], pattern:
     )
 
 
-def hf_config(control: Mapping[int, str], bos_id: int, eos_id: int) -> bytes:
-    """tokenizer_config.json: the names transformers needs beside tokenizer.json."""
+def hf_config(config: Mapping[str, Any], control: Mapping[int, str], bos_id: int, eos_id: int) -> bytes:
+    """tokenizer_config.json: what it said before, and the names that transformers needs beside tokenizer.json."""
     config = {
+        "model_max_length": 10**30,
+        **config,
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": control[bos_id],
         "eos_token": control[eos_id],
         "clean_up_tokenization_spaces": False,
-        "model_max_length": 10**30,
     }
     if "<unk>" in control.values():
         config["unk_token"] = "<unk>"
@@ -100,28 +105,39 @@ def byte_characters() -> list[str]:
     return [chr(byte if byte in printing else next(others)) for byte in range(256)]
 
 
-def _document(control: Mapping[int, str], bos_id: int, *, model: dict[str, Any], **stages: Any) -> bytes:
-    """The whole file, from its stages and its model. `control` tokens are special; <s> goes before every text."""
+def _document(
+    control: Mapping[int, str], prefix: Sequence[int], suffix: Sequence[int], *, model: dict[str, Any], **stages: Any
+) -> bytes:  # fmt: skip
+    """The whole file, from its stages and its model. `control` tokens are special."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    bos = control[bos_id]
-    bos_item, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
-    second = {"Sequence": {"id": "B", "type_id": 1}}
     document = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [{"id": i, "content": name, **flags} for i, name in sorted(control.items())],
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [bos_item, text],
-            "pair": [bos_item, text, {"SpecialToken": {"id": bos, "type_id": 1}}, second],
-            "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
-        },
+        "post_processor": template(control, prefix, suffix) if prefix or suffix else None,
         **stages,
         "model": {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
                   **model},
     }
     return json.dumps(document, ensure_ascii=False).encode()
+
+
+def template(texts: Mapping[int, str], prefix: Sequence[int], suffix: Sequence[int]) -> dict[str, Any]:
+    """The post-processor that puts tokens before and after every text."""
+
+    def framed(name: str, type_id: int) -> list[dict[str, Any]]:
+        before, after = ([{"SpecialToken": {"id": texts[i], "type_id": type_id}} for i in ids]
+                         for ids in (prefix, suffix))  # fmt: skip
+        return [*before, {"Sequence": {"id": name, "type_id": type_id}}, *after]
+
+    names = {i: texts[i] for i in (*prefix, *suffix)}
+    return {
+        "type": "TemplateProcessing",
+        "single": framed("A", 0),
+        "pair": framed("A", 0) + framed("B", 1),
+        "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]} for i, name in names.items()},
+    }
 
 
 def _sequence(member: str, items: list[dict[str, Any]]) -> dict[str, Any]:

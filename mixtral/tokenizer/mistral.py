@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import tempfile
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sentencepiece import SentencePieceProcessor
 
-from mixtral.errors import MixtralError, UsageError
-from mixtral.tokenizer.base import Tokenizer
+from mixtral.errors import MixtralError, UsageError, shown
+from mixtral.tokenizer.base import MOST_TOKENS, Tokenizer
+from mixtral.tokenizer.beside import Beside, parse_vocabulary
 from mixtral.tokenizer.export import hf_config, spm_to_json, tekken_to_json
 from mixtral.tokenizer.spm_model import Kind, Piece, SpmModel, read_spm_model
 
@@ -32,8 +34,11 @@ class SentencePieceTokenizer(Tokenizer):
     decodes as a space.
     """
 
-    def __init__(self, data: bytes, file_name: str) -> None:
-        """`file_name` tells the version as mistral-common reads it: own.model.v3. Raises MixtralError, UsageError."""
+    def __init__(self, data: bytes, file_name: str, beside: Beside | None = None) -> None:
+        """`file_name` tells the version as mistral-common reads it: own.model.v3. Raises MixtralError, UsageError.
+
+        What lies beside decides about <s> and </s> around a text (`add_bos_token`, `add_eos_token`).
+        """
         try:
             pieces, dummy_prefix = read_spm_model(data)
             self._processor = SentencePieceProcessor(model_proto=data)
@@ -47,7 +52,10 @@ class SentencePieceTokenizer(Tokenizer):
             raise MixtralError(f"{file_name}: no <s> or no </s> among the pieces; a language model needs both")
         super().__init__(_spm_version(file_name, control), [_spm_bytes(p) for p in pieces], control, bos_id, eos_id,
                          dummy_prefix)
-        self._data = data
+        self._beside = beside or Beside()
+        self.side_files = self._beside.files
+        self.frame(self._beside.flag("add_bos_token"), self._beside.flag("add_eos_token"))
+        self.data = data
         stem = file_name.partition(".model")[0]
         suffix = file_name.rpartition(".model.")[2] if ".model." in file_name else self.version
         self.file_name = f"{stem}.model.{suffix}"
@@ -55,7 +63,7 @@ class SentencePieceTokenizer(Tokenizer):
     @property
     def spm(self) -> SpmModel:
         """The pieces with their scores and kinds, as they stand in the file."""
-        return read_spm_model(self._data)
+        return read_spm_model(self.data)
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._processor.encode(text)
@@ -66,31 +74,48 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def _files(self) -> dict[str, bytes]:
-        return {self.file_name: self._data,
-                "tokenizer.json": spm_to_json(self.spm, self.bos_id),
-                "tokenizer_config.json": hf_config(self.control, self.bos_id, self.eos_id)}
+        return {self.file_name: self.data, **self.json_files()}
+
+    def json_files(self) -> dict[str, bytes]:
+        """The files that transformers needs, by name."""
+        return {"tokenizer.json": self.to_json(),
+                "tokenizer_config.json": hf_config(self._beside.config, self.control, self.bos_id, self.eos_id)}
+
+    def with_files(self, beside: Beside) -> SentencePieceTokenizer:
+        """The same tokenizer, to be saved with these files."""
+        same = copy.copy(self)
+        same._beside, same.side_files = beside, beside.files
+        return same
+
+    def to_json(self) -> bytes:
+        """The tokenizer.json that encodes as this model does."""
+        return spm_to_json(self.spm, self.prefix, self.suffix)
 
     @cached_property
     def mistral(self) -> MistralTokenizer[Any, Any, Any, Any, Any]:
-        return _mistral_tokenizer(self._data, self.file_name)
+        return _mistral_tokenizer(self.data, self.file_name)
 
 
 class TekkenTokenizer(Tokenizer):
     """Tekken: byte-level BPE (tiktoken) with its control tokens in front of the vocabulary."""
 
-    def __init__(self, data: bytes, file_name: str) -> None:
+    def __init__(self, data: bytes, file_name: str, beside: Beside | None = None) -> None:
         """Raises MixtralError when the file is not a whole tekken file."""
+        _check_sizes(parse_vocabulary(data, file_name), file_name)
         from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
         try:
             self._tekken = _from_file(Tekkenizer.from_file, data, "tekken.json")
-        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+            control = {i: self._tekken.id_to_piece(i) for i in sorted(self._tekken.special_ids)}
+            "".join(control.values()).encode()  # ValueError for half of a surrogate pair
+        except Exception as error:  # whatever the library stumbles over
             reason = str(error).partition("\n")[0][:80]
             raise MixtralError(f"{file_name}: damaged or not a tekken.json: {type(error).__name__}: {reason}") \
                 from error
-        control = {i: self._tekken.id_to_piece(i) for i in sorted(self._tekken.special_ids)}
         pieces = [self._tekken.id_to_byte_piece(i) for i in range(self._tekken.n_words)]
         super().__init__("tekken", pieces, control, self._tekken.bos_id, self._tekken.eos_id, dummy_prefix=False)
+        self._beside = beside or Beside()
+        self.side_files = self._beside.files
         self._data = data
 
     def _encode(self, text: str) -> list[int]:
@@ -99,12 +124,26 @@ class TekkenTokenizer(Tokenizer):
     def _files(self) -> dict[str, bytes]:
         pattern = json.loads(self._data)["config"]["pattern"]
         return {"tekken.json": self._data,
-                "tokenizer.json": tekken_to_json(self._pieces, self.control, pattern, self.bos_id),
-                "tokenizer_config.json": hf_config(self.control, self.bos_id, self.eos_id)}
+                "tokenizer.json": tekken_to_json(self._pieces, self.control, pattern, self.prefix, self.suffix),
+                "tokenizer_config.json": hf_config(self._beside.config, self.control, self.bos_id, self.eos_id)}
 
     @cached_property
     def mistral(self) -> MistralTokenizer[Any, Any, Any, Any, Any]:
         return _mistral_tokenizer(self._data, "tekken.json")
+
+
+def _check_sizes(document: dict[str, Any], file_name: str) -> None:
+    """Refuse numbers of tokens that no vocabulary has, before the library makes a name for each."""
+    config = document.get("config")
+    if not isinstance(config, dict):
+        raise MixtralError(f"{file_name}: damaged or not a tekken.json: config must be an object, not {shown(config)}")
+    most = MOST_TOKENS
+    for key in ("default_vocab_size", "default_num_special_tokens"):
+        value = config.get(key)
+        if type(value) is not int or not 0 < value <= most:
+            raise MixtralError(f"{file_name}: damaged or not a tekken.json: config.{key} must be a whole number from 1 "
+                               f"to {most:,}, not {shown(value)}")
+        most = value
 
 
 def _spm_version(file_name: str, control: dict[int, str]) -> str:

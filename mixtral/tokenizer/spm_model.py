@@ -6,6 +6,7 @@ package; the wire format is simple enough to read here.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 from enum import IntEnum
@@ -17,6 +18,7 @@ MODEL_TYPE, VOCAB_SIZE, SUFFIX_SPACES, BYTE_FALLBACK = 3, 4, 24, 35
 _UNKNOWN, _BOS, _EOS, PAD_ID = (40, 45), (41, 46), (42, 47), 43  # each one's id, and its text
 NAME, CHARSMAP, DUMMY_PREFIX, SQUEEZE_SPACES, ESCAPE_SPACES = 1, 2, 3, 4, 5
 BPE = 2
+BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
 _SCORE = bytes([2 << 3 | 5])  # what stands before the four bytes of a piece's score
 
 
@@ -96,7 +98,10 @@ def _piece(data: bytes) -> Piece:
     text, score, kind = fields.get(1, b""), fields.get(2, b"\0\0\0\0"), fields.get(3, 1)
     if not isinstance(text, bytes) or not isinstance(score, bytes) or not isinstance(kind, int):
         raise ValueError("a piece's fields have the wrong wire types")
-    return Piece(text.decode(), struct.unpack("<f", score)[0], Kind(kind))
+    piece = Piece(text.decode(), struct.unpack("<f", score)[0], Kind(kind))
+    if piece.kind == Kind.BYTE and not BYTE_PIECE.fullmatch(piece.text):
+        raise ValueError("a byte's piece is not written as <0x0A> is")
+    return piece
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
@@ -126,6 +131,8 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
     number = shift = 0
     while True:
         byte = data[position]
+        if shift > 63:
+            raise ValueError("a number of more than 64 bits")
         number |= (byte & 127) << shift
         position += 1
         shift += 7

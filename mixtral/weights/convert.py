@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
 import torch
 
+from mixtral.config import ModelConfig
 from mixtral.config_formats import read_config, to_mistral
-from mixtral.errors import UsageError, did_you_mean
-from mixtral.files import atomic_folder
-from mixtral.weights.gguf_tokenizer import read_template, read_tokenizer
+from mixtral.errors import MixtralError, UsageError, did_you_mean
+from mixtral.files import atomic_folder, atomic_write
+from mixtral.generation_config import read_generation_config
+from mixtral.tokenizer import Tokenizer
+from mixtral.tokenizer.mistral import SentencePieceTokenizer
+from mixtral.tokenizer.tokenizer_json import JsonTokenizer
+from mixtral.weights.gguf_tokenizer import read_tokenizer, side_files
 from mixtral.weights.gguf_write import check_target, write_gguf
 from mixtral.weights.load import StateReader
 from mixtral.weights.progress import Progress
 from mixtral.weights.save import check_free, write_end_tokens, write_hf, write_mistral
 
 _FORMATS = ("hf", "mistral", "gguf")
-_COPIED = (
-    *("*.model", "*.model.v*", "tekken.json", "tokenizer*.json", "special_tokens_map.json"),
-    *("generation_config.json", "chat_template*"),
-)
+log = logging.getLogger(__name__)
+
+_VOCABULARIES = ("*.model", "*.model.v*", "tekken.json", "tokenizer.json")
 
 
 def convert(
@@ -48,12 +53,12 @@ def convert(
         check_target(dst, type or "bf16")
     else:
         check_free(dst)
-    config = read_config(src)
+    config = with_token_ids(read_config(src), src)
     if to == "mistral":
         to_mistral(config)  # raises before the weights are looked at
     state = StateReader(src, config)
     if to == "gguf":
-        write_gguf(state, config, dst, type or "bf16", read_tokenizer(src), read_template(src), progress)
+        write_gguf(state, config, dst, type or "bf16", read_tokenizer(src), side_files(src), progress)
         return
     with atomic_folder(dst) as new:
         if to == "hf":
@@ -63,18 +68,50 @@ def convert(
         copy_tokenizer(src, new)
         if to == "mistral":
             write_end_tokens(config, new)  # the copied file may name none
+        if to == "hf":
+            _add_tokenizer_json(new)
+
+
+def _add_tokenizer_json(folder: Path) -> None:
+    """Give a folder the tokenizer.json that transformers needs: a sentencepiece model alone it reads wrongly."""
+    tokenizer = None if (folder / "tokenizer.json").exists() else _tokenizer(folder)
+    if isinstance(tokenizer, SentencePieceTokenizer | JsonTokenizer):
+        for name, content in tokenizer.json_files().items():
+            atomic_write(folder / name, content)
+
+
+def _tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a folder, unless it has none that is read: its files are copied all the same."""
+    try:
+        return read_tokenizer(folder)
+    except MixtralError as error:
+        log.warning("its tokenizer is copied without being read: %s", error)
+        return None
+
+
+def with_token_ids(config: ModelConfig, src: str | Path, tokenizer: Tokenizer | None = None) -> ModelConfig:
+    """The configuration with its tokenizer's begin and end, where its own file, params.json, cannot name them."""
+    src = Path(src)
+    if src.is_file() or (src / "config.json").is_file():
+        return config
+    if (tokenizer := tokenizer or _tokenizer(src)) is None:
+        return config
+    ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
+    if "eos_token_id" in read_generation_config(src)[1]:  # which `read_config` goes by
+        del ids["eos_id"]
+    return config.replace(**{name: i for name, i in ids.items() if i < config.vocab_size})
 
 
 def copy_tokenizer(src: str | Path, dst: Path) -> None:
     """Write what a model holds besides configuration and weights: tokenizer, templates, generation defaults."""
     src = Path(src)
+    for name, content in side_files(src).items():
+        atomic_write(dst / name, content)
     if src.suffix == ".gguf":
         if (tokenizer := read_tokenizer(src)) is not None:
             tokenizer.save(dst)
-        if (template := read_template(src)) is not None:
-            (dst / "chat_template.jinja").write_text(template, encoding="utf-8")
         return
-    for pattern in _COPIED:
+    for pattern in _VOCABULARIES:
         for file in filter(Path.is_file, src.glob(pattern)):
             shutil.copyfile(file, dst / file.name)
 

@@ -1,52 +1,92 @@
-"""Tokenizers in GGUF metadata: a sentencepiece vocabulary ("llama" there), and the chat template beside it."""
+"""Tokenizers in GGUF metadata: a sentencepiece vocabulary ("llama" there), and the chat templates beside it."""
 
 from __future__ import annotations
 
 import logging
+import math
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mixtral.errors import MixtralError, UsageError
+from mixtral.errors import MixtralError, UsageError, WeightsError, shown
 from mixtral.gguf_header import read_gguf_header
-from mixtral.json_files import read_object
 from mixtral.tokenizer import Tokenizer, load_tokenizer
+from mixtral.tokenizer.beside import Beside, is_side_file, read_side_files
 from mixtral.tokenizer.load import has_tokenizer
 from mixtral.tokenizer.mistral import SentencePieceTokenizer
 from mixtral.tokenizer.spm_model import Kind, Piece, SpmModel, write_spm_model
-from mixtral.weights.chat_templates import TEMPLATES
+from mixtral.tokenizer.tokenizer_json import JsonTokenizer
+from mixtral.weights.chat_templates import (
+    TEMPLATES,
+    file_text,
+    folder_templates,
+    gguf_templates,
+    metadata_templates,
+    template_files,
+)
 
 log = logging.getLogger(__name__)
 
 _PREFIX = "tokenizer.ggml."
 _LISTS = (_PREFIX + "tokens", _PREFIX + "scores", _PREFIX + "token_type")
 _BOS, _EOS, _UNKNOWN = _PREFIX + "bos_token_id", _PREFIX + "eos_token_id", _PREFIX + "unknown_token_id"
-_SPACE = _PREFIX + "add_space_prefix"
-_TEMPLATE = "tokenizer.chat_template"
-_UNUSED_SCORE = -10000.0  # llama.cpp's converter's
+_SPACE, _ADD_BOS, _ADD_EOS = _PREFIX + "add_space_prefix", _PREFIX + "add_bos_token", _PREFIX + "add_eos_token"
+_JSON = "tokenizer.huggingface.json"  # GGUF's name for a whole tokenizer.json
+_FILE = "mixtral.file."  # ours: a folder's small files as they are, by name
+_UNUSED_SCORE, _ADDED_SCORE = -10000.0, -1000.0  # llama.cpp's converter's
 
 
-def tokenizer_metadata(tokenizer: Tokenizer | None, vocab_size: int, template: str | None) -> dict[str, Any]:
+def tokenizer_metadata(
+    tokenizer: Tokenizer | None, vocab_size: int, files: Mapping[str, bytes] | None = None
+) -> dict[str, Any]:  # fmt: skip
     """What a file says of its tokenizer, filled up with unused tokens to the model's vocabulary.
 
-    Without a `template` the one of the tokenizer's version is written. Raises UsageError for a tokenizer that is not
-    sentencepiece, or has more pieces than the model.
+    `files` are the small files of the model's folder (tokenizer/beside.py), which come back when it is converted again;
+    where no chat template is among them, the one of the tokenizer's version is written.
+
+    Raises UsageError for a tokenizer without a sentencepiece model, or of more pieces than the model.
     """
+    files = files or {}
+    templates = folder_templates(files)
+    kept = {_FILE + name: file_text(name, content) for name, content in files.items()}
     if tokenizer is None:
-        return {_PREFIX + "model": "none"}
-    if not isinstance(tokenizer, SentencePieceTokenizer):
-        raise UsageError(f"a {tokenizer.version} tokenizer cannot be written to GGUF; a sentencepiece model can")
-    pieces, dummy_prefix = tokenizer.spm
+        return {_PREFIX + "model": "none", **gguf_templates(templates), **kept}
+    pieces, dummy_prefix = _pieces(tokenizer)
     if len(pieces) > vocab_size:
         raise UsageError(f"the tokenizer has {len(pieces)} pieces, more than the model's vocabulary of {vocab_size}")
-    pieces = pieces + [Piece(f"[PAD{i}]", _UNUSED_SCORE, Kind.UNUSED) for i in range(len(pieces), vocab_size)]
+    pieces = pieces + [_unused(i) for i in range(len(pieces), vocab_size)]
     metadata: dict[str, Any] = {_PREFIX + "model": "llama", _PREFIX + "pre": "default"}
     columns = ([p.text for p in pieces], [p.score for p in pieces], [int(p.kind) for p in pieces])
     metadata |= zip(_LISTS, columns, strict=True)
     metadata |= {_BOS: tokenizer.bos_id, _EOS: tokenizer.eos_id, _SPACE: dummy_prefix}
     metadata[_UNKNOWN] = next(i for i, piece in enumerate(pieces) if piece.kind == Kind.UNKNOWN)
-    metadata |= {_PREFIX + "add_bos_token": True, _PREFIX + "add_eos_token": False}
-    template = template or TEMPLATES.get(tokenizer.version)
-    return metadata if template is None else {**metadata, _TEMPLATE: template}
+    metadata |= {_ADD_BOS: tokenizer.adds_bos, _ADD_EOS: tokenizer.adds_eos}
+    if isinstance(tokenizer, JsonTokenizer):
+        metadata[_JSON] = tokenizer.to_json().decode()
+    usual = {"default": TEMPLATES[tokenizer.version]} if tokenizer.version in TEMPLATES else {}
+    return metadata | gguf_templates({**usual, **templates}) | kept
+
+
+def _pieces(tokenizer: Tokenizer) -> SpmModel:
+    """The sentencepiece form of a vocabulary, with the tokens that were added to it."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return tokenizer.spm
+    if not isinstance(tokenizer, JsonTokenizer) or tokenizer.sentencepiece is None:
+        raise UsageError(f"a {tokenizer.version} tokenizer cannot be written to GGUF; a sentencepiece model can")
+    pieces, dummy_prefix = tokenizer.sentencepiece.spm
+    for i in range(tokenizer.vocab_size):
+        kind = Kind.CONTROL if i in tokenizer.control else Kind.USER_DEFINED
+        if i >= len(pieces):
+            text = tokenizer.texts.get(i)
+            pieces.append(_unused(i) if text is None else Piece(text, _ADDED_SCORE, kind))
+        elif kind == Kind.CONTROL and pieces[i].kind in (Kind.NORMAL, Kind.USER_DEFINED, Kind.UNUSED):
+            pieces[i] = pieces[i]._replace(kind=kind)
+    return SpmModel(pieces, dummy_prefix)
+
+
+def _unused(token_id: int) -> Piece:
+    return Piece(f"[PAD{token_id}]", _UNUSED_SCORE, Kind.UNUSED)
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer | None:
@@ -61,7 +101,9 @@ def read_tokenizer(path: str | Path) -> Tokenizer | None:
     kind = metadata.get(_PREFIX + "model", "none")
     if kind != "llama":
         if kind not in ("none", "no_vocab"):
-            log.warning("%s: its tokenizer is of kind %r, which is not read from GGUF; only 'llama' is", path, kind)
+            log.warning(
+                "%s: its tokenizer is of kind %s, which is not read from GGUF; only 'llama' is", path, shown(kind)
+            )
         return None
     try:
         return _rebuilt(metadata)
@@ -69,21 +111,101 @@ def read_tokenizer(path: str | Path) -> Tokenizer | None:
         raise MixtralError(f"{path}: its vocabulary cannot be used: {error}") from None
 
 
-def _rebuilt(metadata: dict[str, Any]) -> Tokenizer:
+def side_files(source: str | Path) -> dict[str, bytes]:
+    """The small files beside the tokenizer of a model folder, or what a GGUF file holds of them, by name.
+
+    Raises MixtralError, one line with the file, for one that cannot be read.
+    """
+    source = Path(source)
+    if source.suffix != ".gguf":
+        return read_side_files(source) if source.is_dir() else {}
+    try:
+        return _files(read_gguf_header(source).metadata)
+    except (WeightsError, ValueError) as error:
+        raise error if isinstance(error, WeightsError) else MixtralError(f"{source}: {error}") from None
+    except MixtralError as error:
+        raise MixtralError(f"{source}: {error}") from None
+
+
+def _files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
+    """The files that ours hold as they are, and those of the chat templates, where these are not the same."""
+    files = {}
+    for key, text in metadata.items():
+        if key.startswith(_FILE):
+            name = key.removeprefix(_FILE)
+            if not is_side_file(name) or not isinstance(text, str):
+                raise ValueError(f"{shown(key)} must be the text of a file that goes along with a tokenizer")
+            files[name] = text.encode()
+    known, templates = folder_templates(files), metadata_templates(metadata)
+    if "default" not in known and templates.get("default") in TEMPLATES.values():
+        del templates["default"]  # written for want of another
+    if templates != known:
+        files = {name: content for name, content in files.items() if not name.endswith(".jinja")}
+        files |= template_files(templates)
+    return files
+
+
+def _rebuilt(metadata: Mapping[str, Any]) -> Tokenizer:
+    pieces = _read_pieces(metadata)
+    ids = [metadata.get(key, default) for key, default in ((_BOS, 1), (_EOS, 2), (_UNKNOWN, 0))]
+    if not all(type(i) is int and 0 <= i < len(pieces) for i in ids):
+        raise ValueError(f"{_BOS}, {_EOS} and {_UNKNOWN} must be ids of its {len(pieces)} tokens")
+    bos, eos, unknown = ids
+    space, add_bos, add_eos = (
+        _flag(metadata, key, default) for key, default in ((_SPACE, True), (_ADD_BOS, True), (_ADD_EOS, False))
+    )
+    pieces = [piece._replace(kind=_kind(i, piece.kind, unknown)) for i, piece in enumerate(pieces)]
+    beside = Beside(_files(metadata))
+    spm = SentencePieceTokenizer(write_spm_model(SpmModel(pieces, space), bos, eos), "tokenizer.model")
+    tokenizer: Tokenizer = spm.with_files(beside)
+    if (document := metadata.get(_JSON)) is not None:
+        if not isinstance(document, str):
+            raise ValueError(f"{_JSON} must be a text, not {shown(document)}")
+        whole = JsonTokenizer(document.encode(), beside, _JSON, spm)
+        if whole.sentencepiece and (whole.bos_id, whole.eos_id) == (bos, eos):
+            tokenizer = whole
+    tokenizer.frame(*(None if flag == now else flag for flag, now in (
+        (add_bos, tokenizer.adds_bos), (add_eos, tokenizer.adds_eos))))  # fmt: skip
+    return tokenizer
+
+
+def _read_pieces(metadata: Mapping[str, Any]) -> list[Piece]:
+    """The vocabulary, without the tokens that fill it up. Raises ValueError naming the key that is wrong."""
     columns = [metadata.get(key) for key in _LISTS]
     if not all(isinstance(column, list) for column in columns) or len({len(column or ()) for column in columns}) != 1:
         raise ValueError(f"{', '.join(_LISTS)} must be lists of one length")
     tokens, scores, kinds = columns
     assert tokens is not None and scores is not None and kinds is not None
-    pieces = [Piece(str(t), float(s), Kind(k)) for t, s, k in zip(tokens, scores, kinds, strict=True)]
+    for key, column, right in zip(_LISTS, columns, (_is_text, _is_score, _is_kind), strict=True):
+        for i, value in enumerate(column or ()):
+            if not right(value):
+                raise ValueError(f"{key}[{i}] is {shown(value)}, which is no {right.__name__.removeprefix('_is_')}")
+    pieces = [Piece(t, float(s), Kind(k)) for t, s, k in zip(tokens, scores, kinds, strict=True)]
     while pieces and pieces[-1].kind == Kind.UNUSED and pieces[-1].text == f"[PAD{len(pieces) - 1}]":
         pieces.pop()
-    bos, eos, unknown = (metadata.get(key, default) for key, default in ((_BOS, 1), (_EOS, 2), (_UNKNOWN, 0)))
-    if not all(isinstance(i, int) and i < len(pieces) for i in (bos, eos, unknown)):
-        raise ValueError(f"{_BOS}, {_EOS} and {_UNKNOWN} must be ids of its {len(pieces)} tokens")
-    pieces = [piece._replace(kind=_kind(i, piece.kind, unknown)) for i, piece in enumerate(pieces)]
-    data = write_spm_model(SpmModel(pieces, bool(metadata.get(_SPACE, True))), bos, eos)
-    return SentencePieceTokenizer(data, "tokenizer.model")
+    text, count = next(iter(Counter(piece.text for piece in pieces).most_common(1)), ("", 0))
+    if count > 1:
+        raise ValueError(f"{_LISTS[0]} holds {shown(text)} {count} times")
+    return pieces
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_score(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and abs(value) < 3e38  # sentencepiece has fp32
+
+
+def _is_kind(value: object) -> bool:
+    return type(value) is int and value in list(Kind)
+
+
+def _flag(metadata: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = metadata.get(key, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} must be true or false, not {shown(value)}")
+    return value
 
 
 def _kind(token_id: int, kind: Kind, unknown: int) -> Kind:
@@ -91,26 +213,3 @@ def _kind(token_id: int, kind: Kind, unknown: int) -> Kind:
     if token_id == unknown:
         return Kind.UNKNOWN
     return Kind.CONTROL if kind == Kind.UNKNOWN else kind
-
-
-# -- chat templates ----------------------------------------------------------------------------------------------------
-
-
-def read_template(source: str | Path) -> str | None:
-    """The chat template of a model folder or a GGUF file; None when it has none of its own.
-
-    Raises MixtralError for a damaged tokenizer_config.json.
-    """
-    source = Path(source)
-    if source.suffix == ".gguf":
-        template = read_gguf_header(source).metadata.get(_TEMPLATE)
-        return None if template in TEMPLATES.values() else template
-    if (source / "chat_template.jinja").is_file():
-        return (source / "chat_template.jinja").read_text(encoding="utf-8")
-    file = source / "tokenizer_config.json"
-    if not file.is_file():
-        return None
-    template = read_object(file, MixtralError).get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
-    return template

@@ -7,7 +7,7 @@ multiple of a block of 32 stays bf16.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,14 @@ def write_gguf(
     path: str | Path,
     type: str = "bf16",
     tokenizer: Tokenizer | None = None,
-    template: str | None = None,
+    files: Mapping[str, bytes] | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Write a model as one GGUF file, whole or not at all.
 
     Args:
         type: of the matrices: "bf16", "q8_0" (8.5 bits a weight) or "q4_0" (4.5).
-        template: the chat template; by default that of the tokenizer's version.
+        files: the small files of the model's folder: chat templates, generation defaults (tokenizer/beside.py).
         progress: called after each tensor.
 
     Raises UsageError for an unknown type, a name that does not end in .gguf, a file that exists, a tokenizer that GGUF
@@ -55,7 +55,7 @@ def write_gguf(
     """
     check_target(path, type)
     gguf = gguf_package()
-    metadata = tokenizer_metadata(tokenizer, config.vocab_size, template)
+    metadata = tokenizer_metadata(tokenizer, config.vocab_size, files)
     metadata |= to_gguf(config, tokenizer.eos_id if tokenizer else None)
     check_state(described(state), config, torch.float32)
     found = slots(config, "gguf", layouts(config, "gguf")[0])

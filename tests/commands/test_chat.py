@@ -85,6 +85,15 @@ def test_a_long_text_loses_its_beginning(chat: Run, folder: Path) -> None:
     assert code == 0 and out.strip() == lm.tokenizer.decode(lm.generate(rest, max_tokens=6)).strip()
 
 
+def test_a_text_without_a_begin(chat: Run, folder: Path) -> None:
+    code, out, _ = chat("to be " * 100 + "\n", "--no-bos")
+    lm = load(folder)
+    ids = lm.tokenizer.encode("to be " * 100, bos=False)
+    answer = lm.generate(ids[-(64 - 6) :], max_tokens=6)
+    assert code == 0 and out.strip() == lm.tokenizer.decode(answer).strip()
+    assert chat("to be\n", "--bos").out == chat("to be\n").out != chat("to be\n", "--no-bos").out
+
+
 def test_ctrl_c_stops_the_answer_alone(chat: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     real = engine.stream
 

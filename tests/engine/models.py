@@ -1,13 +1,15 @@
-"""A tiny random model for the tests of this folder."""
+"""A tiny random model, and a tokenizer of any bytes, for the tests of this folder."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from mixtral.config import ModelConfig
 from mixtral.model import Mixtral
+from mixtral.tokenizer import Tokenizer
 
 CONFIG = ModelConfig(
     vocab_size=97, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48, n_experts=4,
@@ -28,3 +30,16 @@ def make_model(seed: int = 0, **changes: Any) -> Mixtral:
 
 def random_tokens(n: int, seed: int = 0) -> list[int]:
     return torch.randint(3, CONFIG.vocab_size, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+class Pieces(Tokenizer):
+    """Tokens of any bytes: what a text was cut into, as no real vocabulary would cut it."""
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        super().__init__("test", pieces, {}, 0, 0, dummy_prefix=False)
+
+    def _encode(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def _files(self) -> dict[str, bytes]:
+        raise NotImplementedError

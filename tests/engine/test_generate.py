@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from typing import Any
 
@@ -15,7 +16,7 @@ from mixtral.engine import FullCache, SamplingParams, generate, stream
 from mixtral.errors import MixtralError, UsageError
 from mixtral.model import Mixtral, Packed
 from mixtral.tokenizer import Tokenizer, train_bpe
-from tests.engine.models import CONFIG, WINDOW, make_model, random_tokens
+from tests.engine.models import CONFIG, WINDOW, Pieces, make_model, random_tokens
 
 MODELS = {
     "full": make_model(),
@@ -204,6 +205,24 @@ def test_a_stop_string_across_tokens(start: int) -> None:
     assert out.tokens == free.tokens[: len(out.tokens)]
     shown = [p.text for p in stream(model, [own.encode("the cat")], stopping, tokenizer=own)]
     assert "".join(shown) == wanted
+
+
+@pytest.mark.parametrize(("pieces", "stop", "text", "reason"), [
+    ([b"one", b"\n\xe2\x80"], "\n", "one", "stop"),  # the token that holds the stop also begins a character
+    ([b"one\xe2\x80", b"\n"], "\n", "one\ufffd", "stop"),  # what is broken before it really is there
+    ([b"one E", b"ND\xf0"], "END", "one ", "stop"),
+    ([b"a", b"b\xe2"], "b\ufffd", "a", "stop"),  # the end of the text completes the stop
+    ([b"a", b"b\xe2"], "x", "ab\ufffd", "length"),
+])
+def test_text_around_a_stop_string(pieces: list[bytes], stop: str, text: str, reason: str) -> None:
+    params = SamplingParams(max_tokens=len(pieces), ignore_eos=True)
+    answers = generate(MODEL, [[first] for first in range(3, 60)], params)
+    ways = ([first, *answer.tokens] for first, answer in zip(range(3, 60), answers, strict=True))
+    first, *answer = next(way for way in ways if len(set(way)) == len(way))  # each token is given a text of its own
+    bytes_of = dict(zip(answer, pieces, strict=True))
+    tokenizer = Pieces([bytes_of.get(i, b"") for i in range(CONFIG.vocab_size)])
+    shown = list(stream(MODEL, [[first]], dataclasses.replace(params, stop=(stop,)), tokenizer=tokenizer))
+    assert "".join(piece.text for piece in shown) == text and shown[-1].finish_reason == reason
 
 
 def test_the_tokenizers_end_token_counts_where_the_model_names_none() -> None:

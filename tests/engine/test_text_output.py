@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+import pytest
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mixtral.engine.text_output import StopStrings, TextOutput
 from mixtral.tokenizer import Tokenizer, train_bpe
+from tests.engine.models import Pieces
 
 LETTERS = st.text("ab", max_size=12)
 
@@ -57,7 +59,7 @@ def test_text_never_shows_half_a_character() -> None:
     text = "cat 猫 🐈 sat"
     output, pieces = TextOutput(own, [own.bos_id], ()), []
     for token in own.encode(text, bos=False):
-        pieces.append(output.push(token)[0])
+        pieces.append(output.push(token))
         assert text.startswith("".join(pieces))
     assert "".join(pieces) + output.end() == text
     assert "" in pieces  # some tokens were indeed parts of a character
@@ -68,7 +70,7 @@ def test_an_unfinished_character_ends_as_a_replacement_and_may_complete_a_stop_s
     ids = own.encode("cat 猫", bos=False)[:-1]
     for stop, wanted in (((), "cat \ufffd"), (("t \ufffd",), "ca")):
         output = TextOutput(own, [own.bos_id], stop)
-        assert "".join(output.push(token)[0] for token in ids) + output.end() == wanted
+        assert "".join(output.push(token) for token in ids) + output.end() == wanted
 
 
 def test_a_continuation_keeps_its_leading_space() -> None:
@@ -78,4 +80,33 @@ def test_a_continuation_keeps_its_leading_space() -> None:
     prompt = own.encode("the cat")
     rest = own.encode("the cat sat")[len(prompt) :]
     output = TextOutput(own, prompt, ())
-    assert "".join(output.push(token)[0] for token in rest) + output.end() == " sat"
+    assert "".join(output.push(token) for token in rest) + output.end() == " sat"
+
+
+# Bytes that meet in odd ways: letters, the beginning, middle and end of longer characters, and what never is UTF-8.
+PARTS = [b"a", b"b", b"\n", "é".encode(), b"\xc3", b"\xa9", b"\xe2\x80", b"\xf0\x9f", b"\xff"]
+BYTES = st.lists(st.sampled_from(PARTS), max_size=6).map(b"".join)
+STOPS = st.lists(st.text("ab\né\ufffd", min_size=1, max_size=3), max_size=3)
+
+
+@given(st.lists(BYTES, max_size=6), STOPS)
+@example([b"one\n\xe2\x80"], ["\n"])  # the token that holds the stop also begins a character
+@example([b"\xe2\x80", b"\n"], ["\n"])  # a broken character that really is before the stop
+@example([b"a\xe2"], ["a\ufffd"])  # a stop that the end of the text completes
+def test_text_ends_at_the_stop_however_it_is_cut(pieces: list[bytes], stops: list[str]) -> None:
+    tokenizer = Pieces(pieces)
+    output, shown = TextOutput(tokenizer, [], stops), ""
+    for token in range(len(pieces)):
+        shown += output.push(token)
+        if output.stopped:
+            break
+    shown += output.end()
+    whole = b"".join(pieces).decode(errors="replace")
+    assert (shown, output.stopped) == cut_at_stop(whole, stops)
+
+
+@pytest.mark.parametrize("then", ["", "more"])
+def test_nothing_comes_after_a_stop(then: str) -> None:
+    output = TextOutput(Pieces([b"x.END\xf0\x9f", then.encode()]), [], ["END"])
+    assert output.push(0) == "x." and output.stopped
+    assert output.push(1) == "" and output.end() == ""

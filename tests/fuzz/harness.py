@@ -22,7 +22,7 @@ from tests.fuzz.samples import Sample
 
 LONGEST = 5.0  # seconds of processor time for one file
 MOST_MEMORY = 1 << 30  # bytes beyond what the process has before it loads a file
-LONGEST_LINE = 400  # characters of an error
+LONGEST_LINE = 600  # characters of an error
 _PATIENCE = 30.0  # seconds of a clock, on a machine that does other things too
 
 

@@ -73,5 +73,6 @@ def test_no_beginning_token() -> None:
 
 @pytest.mark.parametrize("data", [b"", b"not json", b"[]", b"{}", json.dumps({"config": {"version": "v3"}}).encode()])
 def test_a_damaged_tekken_file(data: bytes) -> None:
-    with pytest.raises(MixtralError, match=r"^tekken.json: damaged or not a tekken.json: \w+: [^\n]*$"):
+    reason = "(damaged or not a tekken.json: |not JSON: |must hold a JSON object)"
+    with pytest.raises(MixtralError, match=rf"^tekken.json: {reason}[^\n]*$"):
         TekkenTokenizer(data, "tekken.json")

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mixtral.config_formats import read_config
 from mixtral.errors import ConfigError, UsageError
+from mixtral.tokenizer import load_tokenizer
 from mixtral.weights import convert, detect_format, load_state, save_hf, save_mistral
 from mixtral.weights.safetensors_file import SafetensorsFile
+from tests.tokenizer.conftest import tokenizer_named
+from tests.tokenizer.kinds import KINDS
+from tests.tokenizer.lines import make_lines
 from tests.weights.weight_states import CONFIGS, DENSE, SPARSE, assert_same, random_state
 
 BESIDE = ("tokenizer.model", "tokenizer.model.v3", "tekken.json", "tokenizer.json", "tokenizer_config.json",
-          "special_tokens_map.json", "generation_config.json", "chat_template.jinja")  # fmt: skip
+          "special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template.jinja")  # fmt: skip
 GENERATION = '{"eos_token_id": 2, "temperature": 0.5}'
 
 
@@ -59,10 +65,13 @@ def test_files_beside_the_weights(tmp_path: Path) -> None:
     for name in (*BESIDE, "README.md", "optimizer.pt"):
         (tmp_path / "src" / name).write_text(name)
     (tmp_path / "src/generation_config.json").write_text(GENERATION)  # which is read too
-    (tmp_path / "src" / "chat_templates").mkdir()
+    (tmp_path / "src/additional_chat_templates").mkdir()
+    (tmp_path / "src/additional_chat_templates/rag.jinja").write_text("rag")
+    (tmp_path / "src/chat_templates").mkdir()
     convert(tmp_path / "src", tmp_path / "dst", "mistral")
     written = {path.name for path in (tmp_path / "dst").iterdir()}
-    assert written == {*BESIDE, "params.json", "consolidated.safetensors"}
+    assert written == {*BESIDE, "additional_chat_templates", "params.json", "consolidated.safetensors"}
+    assert (tmp_path / "dst/additional_chat_templates/rag.jinja").read_text() == "rag"
     assert (tmp_path / "dst/generation_config.json").read_text() == GENERATION
     assert all((tmp_path / "dst" / name).read_text() == name for name in BESIDE if name != "generation_config.json")
 
@@ -92,6 +101,34 @@ def test_all_end_tokens_survive(
         source = target
     if "gguf" not in route and said:
         assert said.items() <= json.loads((source / "generation_config.json").read_text()).items()
+
+
+@pytest.mark.parametrize("kind", ["own", "added, added_tokens_decoder"])
+def test_a_model_alone_gets_the_tokenizer_json_that_transformers_needs(kind: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    save_mistral(random_state(SPARSE), SPARSE, tmp_path / "src")
+    if kind == "own":
+        (tmp_path / "src/tokenizer.model.v3").write_bytes(tokenizer_named("own")._files()["own.model.v3"])
+    else:
+        KINDS[kind].make(tmp_path / "made")
+        for name in ("tokenizer.model", "tokenizer_config.json"):
+            shutil.copy(tmp_path / "made" / name, tmp_path / "src")
+    ours, lines = load_tokenizer(tmp_path / "src"), make_lines(100, seed=2)
+    convert(tmp_path / "src", tmp_path / "dst", "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "dst", split_special_tokens=True)
+    assert theirs(lines)["input_ids"] == ours.encode_batch(lines) and len(theirs) == ours.vocab_size
+    again = load_tokenizer(tmp_path / "dst")
+    assert (again.fingerprint, again.version, again.eos_id) == (ours.fingerprint, ours.version, ours.eos_id)
+
+
+@pytest.mark.parametrize("save", [save_hf, save_mistral])
+def test_a_damaged_tokenizer_is_copied_as_it_is(save: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(random_state(DENSE), DENSE, tmp_path / "src")
+    (tmp_path / "src/tokenizer.model").write_text("damaged")
+    convert(tmp_path / "src", tmp_path / "dst", "hf")
+    assert (tmp_path / "dst/tokenizer.model").read_text() == "damaged"
+    assert "its tokenizer is copied without being read" in caplog.text
+    assert not (tmp_path / "dst/tokenizer.json").exists()
 
 
 def test_refusals(tmp_path: Path) -> None:

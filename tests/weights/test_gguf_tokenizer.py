@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from mixtral.config_formats import read_config
 from mixtral.errors import MixtralError, UsageError
 from mixtral.tokenizer import Tokenizer, load_tokenizer
 from mixtral.weights import convert, save_hf
-from mixtral.weights.chat_templates import TEMPLATES
-from mixtral.weights.gguf_tokenizer import _rebuilt, read_template, read_tokenizer, tokenizer_metadata
+from mixtral.weights.chat_templates import TEMPLATES, folder_templates
+from mixtral.weights.gguf_tokenizer import _rebuilt, read_tokenizer, side_files, tokenizer_metadata
 from mixtral.weights.gguf_write import write_gguf
 from tests.tokenizer.conftest import tokenizer_named
+from tests.tokenizer.kinds import KINDS
 from tests.weights.weight_states import SPARSE, random_state
 
 TEXT = "def f(a):\n        return  a  # été 日本 🙂 [INST] [REFERENCE_DOC_3] <s>\n"
@@ -28,7 +30,7 @@ KEY = "tokenizer.ggml."
 @pytest.mark.parametrize("name", ["v1", "v3", "own"])
 def test_there_and_back(name: str) -> None:
     tokenizer = tokenizer_named(name)
-    metadata = tokenizer_metadata(tokenizer, tokenizer.vocab_size + 3, None)
+    metadata = tokenizer_metadata(tokenizer, tokenizer.vocab_size + 3)
     assert metadata[KEY + "model"] == "llama" and metadata[KEY + "tokens"][-1] == f"[PAD{tokenizer.vocab_size + 2}]"
     assert metadata[KEY + "token_type"][:3] == [2, 3, 3] and metadata[KEY + "token_type"][-1] == 5
     back = _rebuilt(metadata)
@@ -62,18 +64,15 @@ def test_a_template_goes_along(holder: str, tmp_path: Path) -> None:
         told = {"chat_template": several if holder == "several" else template}
         (tmp_path / "src/tokenizer_config.json").write_text(json.dumps(told))
     convert(tmp_path / "src", tmp_path / "a.gguf", "gguf")
-    assert read_template(tmp_path / "a.gguf") == template
+    assert folder_templates(side_files(tmp_path / "a.gguf"))["default"] == template
     convert(tmp_path / "a.gguf", tmp_path / "dst", "hf")
-    assert (tmp_path / "dst/chat_template.jinja").read_text() == template
+    assert folder_templates(side_files(tmp_path / "dst"))["default"] == template
 
 
 def test_no_tokenizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_gguf(random_state(SPARSE), SPARSE, tmp_path / "a.gguf")
     assert read_tokenizer(tmp_path / "a.gguf") is None and not caplog.text
-    assert read_tokenizer(tmp_path) is None and read_template(tmp_path) is None
-    (tmp_path / "tokenizer_config.json").write_text("[")
-    with pytest.raises(MixtralError, match=r"tokenizer_config\.json: not JSON"):
-        read_template(tmp_path)
+    assert read_tokenizer(tmp_path) is None and side_files(tmp_path) == {}
 
 
 def test_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -90,9 +89,9 @@ def test_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: p
 
 def test_what_cannot_be_written() -> None:
     with pytest.raises(UsageError, match="a tekken tokenizer cannot be written to GGUF; a sentencepiece model can"):
-        tokenizer_metadata(tokenizer_named("small-tekken"), 99_999, None)
+        tokenizer_metadata(tokenizer_named("small-tekken"), 99_999)
     with pytest.raises(UsageError, match="the tokenizer has 1000 pieces, more than the model's vocabulary of 999"):
-        tokenizer_metadata(tokenizer_named("own"), 999, None)
+        tokenizer_metadata(tokenizer_named("own"), 999)
 
 
 @pytest.mark.parametrize(
@@ -100,21 +99,64 @@ def test_what_cannot_be_written() -> None:
     [
         ({"scores": [0.5]}, "must be lists of one length"),
         ({"token_type": 3}, "must be lists of one length"),
-        ({"token_type": [9] * 1000}, "9 is not a valid Kind"),
+        ({"token_type": [9] * 1000}, "tokenizer.ggml.token_type\\[0\\] is 9, which is no kind"),
         ({"eos_token_id": 1000}, "must be ids of its 1000 tokens"),
-        ({"tokens": ["a"] * 1000}, "damaged"),  # one text twice: sentencepiece refuses
+        ({"bos_token_id": -1}, "must be ids of its 1000 tokens"),
+        ({"unknown_token_id": False}, "must be ids of its 1000 tokens"),
+        ({"eos_token_id": [2]}, "must be ids of its 1000 tokens"),
+        ({"tokens": 5}, "must be lists of one length"),
+        ({"tokens": [5] * 1000}, r"tokenizer.ggml.tokens\[0\] is 5, which is no text"),
+        ({"scores": ["x"] * 1000}, r"tokenizer.ggml.scores\[0\] is 'x', which is no score"),
+        ({"scores": [1e300] * 1000}, r"scores\[0\] is 1e\+300, which is no score"),
+        ({"scores": [float("nan")] * 1000}, r"scores\[0\] is nan, which is no score"),
+        ({"token_type": [1, 3, 3] + [6] * 997}, "damaged"),  # bytes that are not written as such
+        ({"add_bos_token": 1}, "tokenizer.ggml.add_bos_token must be true or false, not 1"),
+        ({"add_space_prefix": "no"}, "tokenizer.ggml.add_space_prefix must be true or false, not 'no'"),
+        ({"tokens": ["a"] * 1000}, r"tokenizer\.ggml\.tokens holds 'a' 1000 times"),
     ],
 )
 def test_damaged_vocabularies(change: dict[str, Any], message: str) -> None:
-    metadata = tokenizer_metadata(tokenizer_named("own"), 1000, None) | {KEY + key: v for key, v in change.items()}
+    metadata = tokenizer_metadata(tokenizer_named("own"), 1000) | {KEY + key: v for key, v in change.items()}
     with pytest.raises((MixtralError, ValueError), match=message):
         _rebuilt(metadata)
+
+
+@pytest.mark.parametrize(("bos", "eos"), [(True, False), (False, False), (True, True), (False, True)])
+def test_begin_and_end_travel_by_their_keys(bos: bool, eos: bool) -> None:
+    own = copy.copy(tokenizer_named("own"))
+    own.frame(bos, eos)
+    metadata = tokenizer_metadata(own, 1000)
+    assert (metadata[KEY + "add_bos_token"], metadata[KEY + "add_eos_token"]) == (bos, eos)
+    back = _rebuilt(metadata)
+    assert back.encode("a") == own.encode("a") == [1] * bos + own.encode("a", bos=False, eos=False) + [2] * eos
+    del metadata[KEY + "add_bos_token"], metadata[KEY + "add_eos_token"]
+    assert _rebuilt(metadata).prefix == (1,)  # as llama.cpp has it
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_the_keys_go_before_the_tokenizer_json(bos: bool, tmp_path: Path) -> None:
+    KINDS["added, tokenizer.json"].make(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    back = _rebuilt(tokenizer_metadata(tokenizer, 1002, side_files(tmp_path)) | {KEY + "add_bos_token": bos})
+    assert back.encode("a <tag>") == tokenizer.encode("a <tag>", bos=bos)
+    back.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").encode("a <tag>") == back.encode("a <tag>")
+
+
+def test_a_tokenizer_json_of_another_vocabulary_is_not_used(tmp_path: Path) -> None:
+    KINDS["llama style"].make(tmp_path)
+    document = (tmp_path / "tokenizer.json").read_text()
+    own = tokenizer_named("own")
+    back = _rebuilt(tokenizer_metadata(own, 1000) | {"tokenizer.huggingface.json": document})
+    assert back.encode(TEXT) == own.encode(TEXT)
+    with pytest.raises(ValueError, match=r"tokenizer\.huggingface\.json must be a text, not 5"):
+        _rebuilt(tokenizer_metadata(own, 1000) | {"tokenizer.huggingface.json": 5})
 
 
 def test_an_unknown_token_by_another_kind() -> None:
     """Files made from a tokenizer.json may call it a control token."""
     own = tokenizer_named("own")
-    metadata = tokenizer_metadata(own, 1000, None)
+    metadata = tokenizer_metadata(own, 1000)
     metadata[KEY + "token_type"][0] = 3
     assert _rebuilt(metadata).fingerprint == own.fingerprint
 
