@@ -169,17 +169,18 @@ class LM:
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, allow_nonfinite: bool = False) -> None:
         """Write a model folder that transformers reads too, tokenizer included; whole or not at all.
 
-        Raises UsageError when the folder exists and is not empty, and for a quantised model.
+        Raises UsageError when the folder exists and is not empty, and for a quantised model; WeightsError, naming the
+        tensor, for weights that are not finite unless `allow_nonfinite`.
         """
         check_free(folder)
         state = named_state(self.model)
         if any(name.endswith(PACKED) for name in state):
             raise UsageError("save: this model is quantised; copy its folder, or save the model it was made from")
         with atomic_folder(folder) as new:
-            write_hf(state, self.config, new)
+            write_hf(state, self.config, new, allow_nonfinite=allow_nonfinite)
             if self.tokenizer is not None:
                 self.tokenizer.save(new)
 

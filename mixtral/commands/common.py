@@ -25,6 +25,9 @@ DtypeOption = Annotated[
     str, typer.Option(metavar="NAME", help="bf16, fp32 or fp16; auto: the file's, or fp32 where bf16 is slow.")
 ]
 DeviceOption = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:N; auto: a GPU when there is one.")]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Write weights that are NaN or infinite, or become so when rounded.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead.")]
 
 

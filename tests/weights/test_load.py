@@ -199,6 +199,7 @@ PEAK = """
 import re, sys, torch
 from mixtral.config import ModelConfig
 from mixtral.weights import load_state, parameter_shapes, save_hf, save_mistral
+from mixtral.weights.finite import is_finite
 
 def peak():
     # MiB; getrusage would tell the peak of the process that started this one, when that is higher
@@ -206,7 +207,7 @@ def peak():
 
 # some 56 MiB in fp32; the largest tensor of a file has 4 MiB
 config = ModelConfig(vocab_size=1024, dim=1024, n_layers=3, n_heads=16, n_kv_heads=4, head_dim=64, ffn_dim=512)
-torch.ones(1024, 1024).to(torch.bfloat16)  # what torch sets up once
+is_finite(torch.ones(1024, 1024)), is_finite(torch.ones(1024, 1024).to(torch.bfloat16))  # what torch sets up once
 state = {name: torch.ones(shape) for name, shape in parameter_shapes(config).items()}
 before = peak()
 save_hf(state, config, sys.argv[1] + "/hf", shard_bytes=30 << 20)
