@@ -14,9 +14,9 @@ from mixtral.model.linear import Linear
 from mixtral.moe import Experts, FeedForward
 from mixtral.quant.layers import QuantExperts, QuantFeedForward, QuantLinear
 from mixtral.quant.recipe import PACKED, Recipe, stored_shapes
-from mixtral.weights.load import PACKED_FILE
 from mixtral.weights.names import fixed_dtype
 from mixtral.weights.safetensors_file import SafetensorsFile
+from mixtral.weights.shards import PACKED_FILE
 
 
 def load_quantised(

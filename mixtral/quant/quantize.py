@@ -18,10 +18,11 @@ from mixtral.files import atomic_folder
 from mixtral.quant.formats import Format, quantise
 from mixtral.quant.recipe import PACKED, Recipe, stored_shapes, theoretical_bytes
 from mixtral.weights.convert import copy_tokenizer
-from mixtral.weights.load import PACKED_FILE, StateReader
+from mixtral.weights.load import StateReader
 from mixtral.weights.progress import Progress, counter
 from mixtral.weights.safetensors_file import Entry, write_safetensors
 from mixtral.weights.save import check_free
+from mixtral.weights.shards import PACKED_FILE
 
 
 @dataclass(frozen=True)

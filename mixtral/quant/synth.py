@@ -25,11 +25,12 @@ from mixtral.quant.load import open_packed
 from mixtral.quant.quantize import write_quantised_config
 from mixtral.quant.recipe import BITS, PACKED, Recipe, stored_shapes
 from mixtral.weights.lazy import LazyState
-from mixtral.weights.load import PACKED_FILE, StateReader
+from mixtral.weights.load import StateReader
 from mixtral.weights.names import parameter_shapes
 from mixtral.weights.progress import Progress, counter
 from mixtral.weights.safetensors_file import Entry, write_safetensors
 from mixtral.weights.save import check_free, write_hf
+from mixtral.weights.shards import PACKED_FILE
 
 _SCALES = 2 * LANES  # bytes at the end of each group: an fp16 scale for each lane
 _SPREAD = (1e-4, 1e4)  # fp16 holds the scales that these give

@@ -6,60 +6,27 @@ one tensor (`.pt` shards are memory-mapped: their pages are the system's to recl
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import logging
+import re
 from functools import reduce
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mixtral.config import ModelConfig
-from mixtral.errors import UsageError, WeightsError
-from mixtral.weights.gguf_file import open_gguf
+from mixtral.errors import WeightsError
 from mixtral.weights.lazy import LazyState
 from mixtral.weights.names import Format, Slot, fixed_dtype, layouts, output_name, parameter_shapes, slots
 from mixtral.weights.progress import Progress, counter
-from mixtral.weights.safetensors_file import Header, SafetensorsFile
-from mixtral.weights.torch_file import TorchFile
+from mixtral.weights.safetensors_file import Header
+from mixtral.weights.shards import TensorFile, detect_format, open_files, some
+
+log = logging.getLogger(__name__)
 
 _FLOATS = "F64, F32, F16 or BF16"
-_SINGLE, _INDEX, _NATIVE = "model.safetensors", "model.safetensors.index.json", "consolidated.safetensors"
-PACKED_FILE = "packed.safetensors"  # what `mixtral quantize` writes; quant/load.py reads it
-
-
-class TensorFile(Protocol):
-    """A file of tensors that tells what it holds before it is read."""
-
-    path: Path
-    headers: dict[str, Header]
-
-    def stream(self) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor in turn, valid until the next is asked for."""
-
-    def read(self, name: str) -> Tensor:
-        """One tensor."""
-
-
-def detect_format(folder: str | Path) -> Format:
-    """Which weights a model folder holds; Hugging Face's when it holds both. A file that ends in .gguf is one too.
-
-    Raises UsageError when there is no such folder, WeightsError when it has no weights that we read.
-    """
-    folder = Path(folder)
-    if folder.suffix == ".gguf" and folder.is_file():
-        return "gguf"
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder; a model folder with its weights, or a .gguf file, is wanted")
-    if (folder / _SINGLE).is_file() or (folder / _INDEX).is_file():
-        return "hf"
-    if _native_files(folder):
-        return "mistral"
-    if (folder / PACKED_FILE).is_file():
-        raise WeightsError(f"{folder}: quantised weights, good for running alone; give the folder they were made from")
-    wanted = f"{_SINGLE}, {_INDEX}, {_NATIVE} or consolidated.NN.pt"
-    raise WeightsError(f"{folder}: no weights that can be read; {wanted} is wanted")
+# Rotary frequencies in old files; they follow from the configuration, which counts here as in transformers.
+_FREQUENCIES = {"hf": r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", "mistral": r"rope\.freqs"}
 
 
 def load_state(
@@ -81,6 +48,8 @@ def load_state(
     done = counter(progress, "reading", sum(header.nbytes for header in headers.values()))
     for file in files:
         for name, tensor in file.stream():
+            if name not in headers:  # rotary frequencies
+                continue
             done(headers[name].nbytes)
             if name == output:
                 copy_of_embedding = tensor.clone()  # compared below: the embedding itself may still be to come
@@ -131,58 +100,10 @@ def _open(
 ) -> tuple[list[TensorFile], dict[str, Header], dict[str, Slot], str | None]:
     """The files, what they hold, where each tensor belongs, and the name of a tied output matrix if there is one."""
     format = detect_format(folder)
-    files = _files(folder, format)
-    headers = _merge(files)
+    files = open_files(folder, format)
+    headers = _without_frequencies(_merge(files), files, config, format)
     found = _match(headers, config, format, folder)
     return files, headers, found, output_name(format) if config.tie_embeddings else None
-
-
-def _files(folder: Path, format: Format) -> list[TensorFile]:
-    if format == "gguf":
-        return [*open_gguf(folder)]
-    return _open_hf(folder) if format == "hf" else [_open_native(path) for path in _native_files(folder)]
-
-
-def _native_files(folder: Path) -> list[Path]:
-    single = folder / _NATIVE
-    return [single] if single.is_file() else sorted(
-        path for path in folder.glob("consolidated.[0-9]*") if path.suffix in (".pt", ".pth")
-    )
-
-
-def _open_native(path: Path) -> TensorFile:
-    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
-
-
-def _open_hf(folder: Path) -> list[TensorFile]:
-    if (folder / _SINGLE).is_file():
-        return [SafetensorsFile(folder / _SINGLE)]
-    shard_of = _read_index(folder / _INDEX)
-    files: list[TensorFile] = []
-    for shard in sorted(set(shard_of.values())):
-        if Path(shard).name != shard:
-            raise WeightsError(f"{folder / _INDEX}: a shard must be a file name, not {shard!r}")
-        if not (folder / shard).is_file():
-            raise WeightsError(f"{folder / _INDEX}: points at {shard}, which is not there")
-        file = SafetensorsFile(folder / shard)
-        promised = {name for name, where in shard_of.items() if where == shard}
-        if wrong := promised ^ file.headers.keys():
-            raise WeightsError(f"{file.path}: does not hold what {_INDEX} says: {_some(wrong)}")
-        files.append(file)
-    return files
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> shard file name."""
-    try:
-        shard_of = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if not shard_of or not all(isinstance(shard, str) for shard in shard_of.values()):
-            raise TypeError
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise WeightsError(f'{path}: not an index; {{"weight_map": {{tensor: file}}}} is wanted') from None
-    return dict(shard_of)
 
 
 # -- do they fit -------------------------------------------------------------------------------------------------------
@@ -192,9 +113,29 @@ def _merge(files: list[TensorFile]) -> dict[str, Header]:
     headers: dict[str, Header] = {}
     for file in files:
         if twice := headers.keys() & file.headers.keys():
-            raise WeightsError(f"{file.path}: tensors that an earlier shard holds too: {_some(twice)}")
+            raise WeightsError(f"{file.path}: tensors that an earlier shard holds too: {some(twice)}")
         headers |= file.headers
     return headers
+
+
+def _without_frequencies(
+    headers: dict[str, Header], files: list[TensorFile], config: ModelConfig, format: Format
+) -> dict[str, Header]:
+    """The headers of all but rotary frequencies. Says once that there are any, and which differ from rope_theta's."""
+    pattern, half = _FREQUENCIES.get(format, "(?!)"), config.head_dim // 2
+    names = [name for name, header in headers.items()
+             if re.fullmatch(pattern, name) and header.shape == (half,) and _readable(header.dtype, None)]  # fmt: skip
+    if not names:
+        return headers
+    exact = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    file_of = {name: file for file in files for name in file.headers}
+    # what is rounded to bf16 is off by 2^-9; another base is seen in the last frequency most
+    wrong = [n for n in names if not torch.allclose(file_of[n].read(n).double(), exact, rtol=2**-7, atol=1e-6)]
+    if wrong:
+        log.warning("%s: rotary frequencies that are not those of rope_theta %g, which counts: %s",
+                    file_of[wrong[0]].path, config.rope_theta, some(wrong))  # fmt: skip
+    log.info("%d tensors of rotary frequencies are not read: they follow from rope_theta", len(names))
+    return {name: header for name, header in headers.items() if name not in set(names)}
 
 
 def _match(headers: dict[str, Header], config: ModelConfig, format: Format, folder: Path) -> dict[str, Slot]:
@@ -204,19 +145,22 @@ def _match(headers: dict[str, Header], config: ModelConfig, format: Format, fold
     if config.tie_embeddings and output_name(format) not in headers:
         del found[output_name(format)]
     complaints = []
+    if lora := [name for name in headers.keys() - found.keys() if ".lora_" in name]:
+        what = f"{folder}: LoRA tensors that are not merged into the weights: {some(lora)}"
+        raise WeightsError(f"{what}; merge them first")
     if missing := found.keys() - headers.keys():
-        complaints.append(f"{len(missing)} missing: {_some(missing)}")
+        complaints.append(f"{len(missing)} missing: {some(missing)}")
     if unknown := headers.keys() - found.keys():
-        complaints.append(f"{len(unknown)} unknown: {_some(unknown)}")
+        complaints.append(f"{len(unknown)} unknown: {some(unknown)}")
     common = found.keys() & headers.keys()
     if misshapen := [name for name in common if headers[name].shape != found[name].shape]:
         first = min(misshapen)
         shapes = f"{list(headers[first].shape)} where the config asks for {list(found[first].shape)}"
-        complaints.append(f"{len(misshapen)} misshapen: {_some(misshapen)} ({first} is {shapes})")
+        complaints.append(f"{len(misshapen)} misshapen: {some(misshapen)} ({first} is {shapes})")
     if foreign := [name for name in common if not _readable(headers[name].dtype, fixed_dtype(found[name].ours))]:
         stored = ", ".join(sorted({headers[name].stored for name in foreign}))
         wanted = "I64" if all(fixed_dtype(found[name].ours) == torch.int64 for name in foreign) else _FLOATS
-        complaints.append(f"{len(foreign)} stored as {stored}, not as {wanted}: {_some(foreign)}")
+        complaints.append(f"{len(foreign)} stored as {stored}, not as {wanted}: {some(foreign)}")
     if complaints:
         raise WeightsError(f"{folder}: the tensors do not fit the config: {'; '.join(complaints)}")
     return found
@@ -227,12 +171,6 @@ def _readable(stored: torch.dtype | None, fixed: torch.dtype | None) -> bool:
     if stored is None:
         return False
     return stored == torch.int64 if fixed == torch.int64 else stored.is_floating_point
-
-
-def _some(names: set[str] | list[str], count: int = 3) -> str:
-    """The first few of many names."""
-    first = ", ".join(sorted(names)[:count])
-    return first if len(names) <= count else f"{first} and {len(names) - count} more"
 
 
 # -- filling -----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from torch import Tensor
 from mixtral.config import ModelConfig
 from mixtral.errors import UsageError, WeightsError
 from mixtral.weights import detect_format, load, load_state, save_hf, save_mistral
-from mixtral.weights.load import PACKED_FILE, StateReader
+from mixtral.weights.load import StateReader
+from mixtral.weights.shards import PACKED_FILE
 from tests.weights.weight_states import CONFIGS, DENSE, SPARSE, assert_same, random_state
 
 Q = "model.layers.0.self_attn.q_proj.weight"
