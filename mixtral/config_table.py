@@ -93,11 +93,13 @@ def _renamed(flat: dict[str, Any], kind: FileFormat) -> dict[str, Any]:
 
 def _refuse(flat: dict[str, Any], kind: FileFormat) -> None:
     """Raise for what would change the computation, report what is not known to."""
+    simple = {*kind.fields.values(), *kind.theta, *kind.neutral, *kind.repeated}
     for key, value in flat.items():
         if key in kind.neutral and value not in kind.neutral[key]:
             allowed = " or ".join(repr(v) for v in kind.neutral[key])
             raise ConfigError(f"{key} {value!r} is not implemented; only {allowed} is")
-        if key.startswith(kind.closed) and not is_known(key, kind):
+        inside = key.startswith(kind.closed) or key.split(".")[0] in simple  # an object where a value is wanted
+        if inside and not is_known(key, kind):
             raise ConfigError(f"{key} is not implemented")
         if key in kind.training_only and value:
             warn_once(f"config: {key} {value!r} is not applied")

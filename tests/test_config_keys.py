@@ -259,6 +259,8 @@ def test_keys_of_related_models() -> None:
     [
         ({"per_layer_config": {"0": {"num_local_experts": 4}}}, "per_layer_config.0.num_local_experts is not"),
         ({"pruned_heads": {"0": [1]}}, "pruned_heads.0 is not implemented"),
+        ({"sliding_window": {"a": 1}}, "sliding_window.a is not implemented"),
+        ({"hidden_act": {"a": "silu"}}, "hidden_act.a is not implemented"),
         ({"compression_config": {"format": "int-quantized"}}, "compression_config.format is not implemented"),
     ],
 )

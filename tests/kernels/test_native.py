@@ -283,6 +283,7 @@ def test_log_sum_exp(rows: int, n: int) -> None:
     torch.testing.assert_close(native.log_sum_exp(x_RN), x_RN.double().logsumexp(-1).float(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("place", [0, 5, 18])
 def test_log_sum_exp_of_what_is_not_finite(bad: float, place: int) -> None:
