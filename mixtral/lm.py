@@ -26,6 +26,7 @@ from mixtral.runtime import choose_device, choose_dtype
 from mixtral.shipped import model_folder
 from mixtral.tokenizer import Tokenizer
 from mixtral.weights import load_state
+from mixtral.weights.finite import require_range
 from mixtral.weights.gguf_tokenizer import read_tokenizer
 from mixtral.weights.names import fixed_dtype
 from mixtral.weights.save import check_free, write_hf
@@ -221,7 +222,9 @@ def _one_dtype(state: dict[str, Tensor]) -> dict[str, Tensor]:
         sizes[tensor.dtype] += tensor.numel()
     dtype = sizes.most_common(1)[0][0]
     for name in state:
-        state[name] = state[name].to(fixed_dtype(name) or dtype)
+        wanted = fixed_dtype(name) or dtype
+        require_range(name, state[name], wanted)
+        state[name] = state[name].to(wanted)
     return state
 
 

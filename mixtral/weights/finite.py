@@ -1,7 +1,8 @@
-"""Refusing to write weights that are not finite, or that the written type turns into infinity."""
+"""Refusing to write weights that are not finite, and to turn large ones into infinity by a cast."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mixtral.errors import WeightsError
@@ -25,6 +26,19 @@ def require_finite(name: str, source: Tensor, stored: Tensor, kind: str, larger:
     largest = float(source.abs().max())
     what = f"{name}: its largest weight, {largest:.4g}, is too large for {kind}; {larger}"
     raise WeightsError(f"{what}. As infinity or NaN {REMEDY}")
+
+
+def require_range(name: str, source: Tensor, dtype: torch.dtype) -> None:
+    """Raise WeightsError, naming the tensor, when finite numbers of `source` are infinite in `dtype`.
+
+    What is not finite already may be cast: a model is loaded as it is.
+    """
+    if not dtype.is_floating_point or torch.finfo(dtype).max >= torch.finfo(source.dtype).max or not source.numel():
+        return
+    ends = torch.stack(source.aminmax())
+    if ends.isfinite().all() and not ends.to(dtype).isfinite().all():
+        kind, largest = str(dtype).removeprefix("torch."), float(ends.abs().max())
+        raise WeightsError(f"{name}: its largest weight, {largest:.4g}, is too large for {kind}; bf16 and fp32 hold it")
 
 
 def is_finite(x: Tensor) -> bool:

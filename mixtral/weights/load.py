@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mixtral.config import ModelConfig
 from mixtral.errors import WeightsError
+from mixtral.weights.finite import require_range
 from mixtral.weights.lazy import LazyState
 from mixtral.weights.names import Format, Slot, fixed_dtype, layouts, output_name, parameter_shapes, slots
 from mixtral.weights.progress import Progress, counter
@@ -40,7 +41,8 @@ def load_state(
 
     A dtype of None keeps the file's; buffers have their own. `progress` is called after each tensor. Raises
     WeightsError when tensors are missing, unknown, of the wrong shape or of a kind that we do not read, naming them, or
-    when a file is damaged; nothing is allocated before that is known.
+    when a file is damaged; nothing is allocated before that is known. WeightsError too for a weight that is too large
+    for the dtype.
     """
     files, headers, found, output = _open(Path(folder), config)
     state = _allocate(headers, found, config, dtype, device)
@@ -55,6 +57,7 @@ def load_state(
                 copy_of_embedding = tensor.clone()  # compared below: the embedding itself may still be to come
                 continue
             view = found[name].view(state[found[name].ours])
+            require_range(name, tensor, view.dtype)
             view.copy_(tensor.reshape(view.shape))
     if copy_of_embedding is not None:
         _check_tied(state["embedding.weight"], copy_of_embedding, f"{folder}: {output}")

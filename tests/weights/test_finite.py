@@ -15,7 +15,7 @@ from torch import Tensor
 from mixtral.cli import main
 from mixtral.errors import UsageError, WeightsError
 from mixtral.kernels.packed import unpack
-from mixtral.lm import LM
+from mixtral.lm import LM, _one_dtype, load
 from mixtral.model import Mixtral
 from mixtral.quant.formats import INT4, INT8, quantise
 from mixtral.quant.quantize import quantise_folder
@@ -185,3 +185,37 @@ def test_random_weights_of_any_spread_are_refused_or_finite(tmp_path: Path) -> N
     for spread in (1e4, 1e-4):
         with np.errstate(all="raise", under="ignore"):
             write_random(CONFIG.replace(init_std=spread), tmp_path / f"{spread}", "4")
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+
+def test_loading_in_a_dtype_that_does_not_hold_a_weight(tmp_path: Path) -> None:
+    """One tensor of the file; and a tensor that is cast because most of the others are fp16."""
+    save_hf(state_with(1e5), CONFIG, tmp_path / "large")
+    assert load_state(tmp_path / "large", CONFIG, torch.bfloat16)[OURS][3, 5, 7].item() == 99840.0
+    with pytest.raises(WeightsError, match=rf"^{HF}: its largest weight, 1e\+05, is too large for float16; bf16 and fp32"):
+        load(tmp_path / "large", dtype="fp16", device="cpu")
+    state = {name: tensor.half() for name, tensor in random_state(CONFIG).items()}
+    state["norm.weight"] = torch.full((32,), 1e5)
+    save_hf(state, CONFIG, tmp_path / "mixed")
+    assert _one_dtype(dict(random_state(CONFIG)))["norm.weight"].dtype == torch.float32
+    with pytest.raises(WeightsError, match=r"^norm\.weight: its largest weight, 1e\+05, is too large for float16"):
+        _one_dtype(load_state(tmp_path / "mixed", CONFIG))
+
+
+def test_loading_a_quantised_model_in_fp16(tmp_path: Path) -> None:
+    state = random_state(CONFIG)
+    state["embedding.weight"][1, 2] = 1e5
+    save_hf(state, CONFIG, tmp_path / "source")
+    quantise_folder(tmp_path / "source", tmp_path / "q", Recipe.of("8"))
+    with pytest.raises(WeightsError, match=r"^embedding\.weight: its largest weight, 9\.984e\+04, is too large"):
+        load(tmp_path / "q", dtype="fp16", device="cpu")
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_loading_keeps_what_is_not_finite(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    save_hf(state_with(value), CONFIG, tmp_path / "source", allow_nonfinite=True)
+    got = load_state(tmp_path / "source", CONFIG, dtype)[OURS][3, 5, 7].item()
+    assert math.isnan(got) if math.isnan(value) else got == value
