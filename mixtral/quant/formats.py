@@ -82,7 +82,6 @@ def quantise(
         if not allow_nonfinite:
             what = "weights that are not finite, or too large for an fp16 scale, cannot be quantised"
             raise WeightsError(f"{what}; allow_nonfinite (--allow-nonfinite of quantize) makes their groups NaN")
-        q_ND = q_ND.masked_fill(bad_NG.repeat_interleave(GROUP, dim=1), 0)
         scale_NG = scale_NG.masked_fill(bad_NG, torch.nan)
     return packed.pack(q_ND, format.name, scale_NG)
 
