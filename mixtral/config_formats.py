@@ -7,6 +7,7 @@ table a format (config_table.py) says everything.
 from __future__ import annotations
 
 import json
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +217,8 @@ def _embedding_rows(folder: Path) -> int:
     readers: dict[str, type[SafetensorsFile] | type[TorchFile]]
     readers = {".safetensors": SafetensorsFile, ".pt": TorchFile, ".pth": TorchFile}
     for path in sorted(folder.glob("consolidated*")):
-        if (reader := readers.get(path.suffix)) and (header := reader(path).headers.get("tok_embeddings.weight")):
+        header = reader(path).headers.get("tok_embeddings.weight") if (reader := readers.get(path.suffix)) else None
+        if header and header.shape:
             warn_once(f"params.json with vocab_size -1: {header.shape[0]} taken, the rows of the embedding")
             return header.shape[0]
     raise ConfigError("vocab_size is -1, and beside it is no consolidated file with an embedding to take it from")
@@ -229,7 +231,7 @@ def _check_window(flat: dict[str, Any]) -> None:
     fits = isinstance(types, list) and len(types) == n_layers and all(kind in wanted for kind in types)
     if types is not None and not fits:
         only = f"only {wanted[0]!r} for each of {n_layers} layers is with sliding_window {window}"
-        raise ConfigError(f"layer_types {types!r} is not implemented; {only}")
+        raise ConfigError(f"layer_types {reprlib.repr(types)} is not implemented; {only}")
     if window is None:
         return
     for key, allowed in _WITH_WINDOW.items():
