@@ -57,7 +57,7 @@ def test_transformers_keys_are_in_the_table(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", THEIRS)
 def test_what_transformers_writes_is_read_without_a_remark(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="mixtral")
     written = json.loads(THEIRS[kind]().to_json_string(use_diff=False))
     config, theirs = from_hf(written), THEIRS[kind]()
     assert not caplog.records

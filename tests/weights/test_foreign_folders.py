@@ -58,7 +58,7 @@ def frequencies(theta: float, dtype: torch.dtype = torch.float32) -> Tensor:
 def test_rotary_frequencies_are_not_weights(
     format: str, names: list[str], dtype: torch.dtype, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="mixtral")
     (save_hf if format == "hf" else save_mistral)(STATE, SPARSE, tmp_path)
     (file,) = tmp_path.glob("*.safetensors")
     add(file, {name: frequencies(SPARSE.rope_theta, dtype) for name in names})
