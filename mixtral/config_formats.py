@@ -6,16 +6,16 @@ table a format (config_table.py) says everything.
 
 from __future__ import annotations
 
-import json
-import reprlib
+import os
 from pathlib import Path
 from typing import Any
 
 from mixtral.config import ModelConfig
 from mixtral.config_gguf import from_gguf
 from mixtral.config_table import RESEARCH, FileFormat, build, flatten, warn_once, written
-from mixtral.errors import ConfigError
+from mixtral.errors import ConfigError, shown
 from mixtral.gguf_header import read_gguf
+from mixtral.json_files import read_object
 
 # Keys of related models' files, and the values with which those compute what Mistral and Mixtral do.
 _NO, _ONE = (False, 0, None), (1, None)
@@ -62,19 +62,19 @@ _HF = FileFormat(
         "hidden_act": ("silu", "swish"),
         "attention_bias": (False, None),
         "mlp_bias": (False, None),
-        "rope_parameters": (None,),
-        "rope_scaling": (None,),
+        "rope_parameters": (None, {}),
+        "rope_scaling": (None, {}),
         "rope_parameters.rope_type": ("default",),
         "rope_parameters.type": ("default",),
         "rope_parameters.partial_rotary_factor": (1, None),
         "rope_scaling.rope_type": ("default",),
         "rope_scaling.type": ("default",),
         "partial_rotary_factor": (1, None),
-        "quantization_config": (None,),
-        "compression_config": (None,),
+        "quantization_config": (None, {}),
+        "compression_config": (None, {}),
         "is_encoder_decoder": (False, None),
-        "per_layer_config": (None,),
-        "pruned_heads": (None,),
+        "per_layer_config": (None, {}),
+        "pruned_heads": (None, {}),
         **_RELATIVES,
     },
     training_only=frozenset(
@@ -117,12 +117,12 @@ _MISTRAL = FileFormat(
         "use_biases": (False, None),
         "causal": (True, None),
         "model_type": ("transformer", None),
-        "rope_scaling": (None,),
-        "yarn": (None,),
-        "llama_4_scaling": (None,),
-        "quantization": (None,),
-        "vision_encoder": (None,),
-        "multimodal": (None,),
+        "rope_scaling": (None, {}),
+        "yarn": (None, {}),
+        "llama_4_scaling": (None, {}),
+        "quantization": (None, {}),
+        "vision_encoder": (None, {}),
+        "multimodal": (None, {}),
         "activation": ("silu", None),
         "q_lora_rank": (None,),
         "kv_lora_rank": (None,),
@@ -153,10 +153,11 @@ def read_config(path: str | Path) -> ModelConfig:
     WeightsError for a damaged GGUF file.
     """
     file = _config_file(Path(path))
+    headers = [header for _, header in read_gguf(file)] if file.suffix == ".gguf" else []
+    values = {} if headers else read_object(file)
     try:
-        if file.suffix == ".gguf":
-            return from_gguf([header for _, header in read_gguf(file)])
-        values = _read_json(file)
+        if headers:
+            return from_gguf(headers)
         if values.get("vocab_size") == -1:
             values["vocab_size"] = _embedding_rows(file.parent)
         return from_mistral(values) if {"dim", "n_layers"} <= values.keys() else from_hf(values)
@@ -172,7 +173,7 @@ def from_hf(values: dict[str, Any]) -> ModelConfig:
     """From the content of a `config.json` of model_type mixtral, mistral (transformers 4 or 5 keys) or ours."""
     kind = values.get("model_type")
     if kind not in ("mixtral", "mistral", _OURS):
-        raise ConfigError(f"model_type must be 'mixtral' or 'mistral', not {kind!r}")
+        raise ConfigError(f"model_type must be 'mixtral' or 'mistral', not {shown(kind)}")
     flat = flatten(values)
     if flat.get("quantization_config.quant_method") == QUANT_METHOD:
         flat = {key: value for key, value in flat.items() if not key.startswith("quantization_config.")}
@@ -205,7 +206,7 @@ def from_mistral(values: dict[str, Any]) -> ModelConfig:
 def _one_window(key: str, windows: list[Any]) -> Any:
     """Of the windows of layers that take turns; they must be one."""
     if any(window != windows[0] for window in windows):
-        raise ConfigError(f"{key} {windows} is not implemented; only one number, or null, for all layers is")
+        raise ConfigError(f"{key} {shown(windows)} is not implemented; only one number, or null, for all layers is")
     return windows[0] if windows else None
 
 
@@ -231,13 +232,13 @@ def _check_window(flat: dict[str, Any]) -> None:
     fits = isinstance(types, list) and len(types) == n_layers and all(kind in wanted for kind in types)
     if types is not None and not fits:
         only = f"only {wanted[0]!r} for each of {n_layers} layers is with sliding_window {window}"
-        raise ConfigError(f"layer_types {reprlib.repr(types)} is not implemented; {only}")
+        raise ConfigError(f"layer_types {shown(types)} is not implemented; {only}")
     if window is None:
         return
     for key, allowed in _WITH_WINDOW.items():
         if flat.get(key) not in allowed:
             said = " or ".join(map(repr, allowed))
-            raise ConfigError(f"{key} {flat[key]!r} with a sliding_window is not implemented; only {said} is")
+            raise ConfigError(f"{key} {shown(flat[key])} with a sliding_window is not implemented; only {said} is")
 
 
 # Which layers have the window, in files of related models: all.
@@ -246,31 +247,19 @@ _WITH_WINDOW = {"use_sliding_window": (True, None), "max_window_layers": (0, Non
 
 def _first_eos(ids: list[Any]) -> Any:
     if len(ids) > 1:
-        warn_once(f"config: of the end tokens {ids} only the first is used")
+        warn_once(f"config: of the end tokens {shown(ids)} only the first is used")
     return ids[0] if ids else None
 
 
 def _config_file(path: Path) -> Path:
-    if not path.exists():
+    if not os.path.exists(path):  # Path's own methods raise for names that are too long, or hold a zero
         raise ConfigError(f"{path}: no such file or folder; a model folder holds config.json or params.json")
-    if path.is_file():
+    if not path.is_dir():
         return path
     for name in ("config.json", "params.json"):
-        if (path / name).is_file():
+        if (path / name).exists():
             return path / name
     raise ConfigError(f"{path}: neither config.json nor params.json is there")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
-    except ValueError as error:  # broken JSON, or not UTF-8
-        raise ConfigError(f"{file}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file}: must hold a JSON object, not a {type(values).__name__}")
-    return values
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 
 from mixtral.config import ModelConfig
 from mixtral.config_table import FileFormat, build, warn_once, written
-from mixtral.errors import ConfigError
+from mixtral.errors import ConfigError, shown
 from mixtral.gguf_header import GgufHeader
 
 _ARCHITECTURE = "llama"
@@ -81,20 +81,23 @@ def from_gguf(headers: Sequence[GgufHeader]) -> ModelConfig:
     """From the headers of all parts of a model; the first's metadata count."""
     metadata = headers[0].metadata
     if (kind := metadata.get("general.architecture")) != _ARCHITECTURE:
-        raise ConfigError(f"general.architecture must be {_ARCHITECTURE!r}, as for Mistral and Mixtral, not {kind!r}")
+        wanted = f"{_ARCHITECTURE!r}, as for Mistral and Mixtral"
+        raise ConfigError(f"general.architecture must be {wanted}, not {shown(kind)}")
     if (what := metadata.get("general.type", "model")) != "model":
-        raise ConfigError(f"general.type must be 'model', not {what!r}; an adapter is merged into its model first")
+        raise ConfigError(f"general.type must be 'model', not {shown(what)}; merge an adapter into its model first")
     flat = {key: _shortest(value) for key, value in metadata.items() if key.startswith("llama.")}
     flat |= {key: metadata[key] for key in _IDS.values() if key in metadata}
     flat["tie_embeddings"] = not any("output.weight" in header.tensors for header in headers)
-    flat.setdefault("llama.vocab_size", len(metadata.get("tokenizer.ggml.tokens", ())) or None)
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    flat.setdefault("llama.vocab_size", len(tokens) if isinstance(tokens, list) and tokens else None)
     flat.setdefault("llama.attention.head_count_kv", flat.get("llama.attention.head_count"))
     if flat.get(_WINDOW) == 0:  # none
         del flat[_WINDOW]
     if _THETA not in flat:
         flat[_THETA] = _DEFAULT_THETA
         warn_once(f"GGUF without {_THETA}: {_DEFAULT_THETA:g} assumed, as llama.cpp does")
-    return build(flat, _GGUF, sparse=bool(flat.get("llama.expert_count")))
+    count = flat.get("llama.expert_count")
+    return build(flat, _GGUF, sparse=count is not None and (type(count) is not int or count != 0))
 
 
 def to_gguf(config: ModelConfig) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from mixtral.config import ModelConfig
-from mixtral.errors import ConfigError
+from mixtral.errors import ConfigError, one_line, shown
 
 log = logging.getLogger(__name__)
 
@@ -71,11 +72,14 @@ def build(flat: dict[str, Any], kind: FileFormat, sparse: bool) -> ModelConfig:
         fields["head_dim"] = _head_dim(fields["dim"], fields["n_heads"])
     fields["rope_theta"] = _theta(flat, kind)
     fields = {ours: value for ours, value in fields.items() if value is not None or ours in ("bos_id", "eos_id")}
-    config = ModelConfig(**_complete(fields, kind))
+    try:
+        config = ModelConfig(**_complete(fields, kind))
+    except ConfigError as error:
+        raise ConfigError(_in_terms_of(kind, str(error))) from None
     for key, ours in kind.repeated.items():
         if flat.get(key) is not None and flat[key] != getattr(config, ours):
             wanted = f"{getattr(config, ours)}, the {ours.replace('_', ' ')}"
-            raise ConfigError(f"{key} {flat[key]!r} is not implemented; only {wanted}, is")
+            raise ConfigError(f"{key} {shown(flat[key])} is not implemented; only {wanted}, is")
     return config
 
 
@@ -86,23 +90,31 @@ def _renamed(flat: dict[str, Any], kind: FileFormat) -> dict[str, Any]:
         value = flat.pop(old, None)
         if value is not None and flat.setdefault(new, value) != value:
             if flat[new] is not None:
-                raise ConfigError(f"{old} {value!r} and {new} {flat[new]!r} contradict each other")
+                raise ConfigError(f"{old} {shown(value)} and {new} {shown(flat[new])} contradict each other")
             flat[new] = value
     return flat
 
 
+def _in_terms_of(kind: FileFormat, message: str) -> str:
+    """A message about our fields as one about the keys of the file."""
+    keys = {**kind.fields, "rope_theta": kind.theta[0] if len(kind.theta) == 1 else "rope_theta"}
+    return re.sub(rf"\b({'|'.join(keys)})\b", lambda field: keys[field[1]], message)
+
+
 def _refuse(flat: dict[str, Any], kind: FileFormat) -> None:
     """Raise for what would change the computation, report what is not known to."""
-    simple = {*kind.fields.values(), *kind.theta, *kind.neutral, *kind.repeated}
+    plain = tuple(f"{key}." for key in (*kind.fields.values(), *kind.theta))
+    closed = (*kind.closed, *(f"{key}." for key in (*kind.neutral, *kind.repeated)))
     for key, value in flat.items():
         if key in kind.neutral and value not in kind.neutral[key]:
             allowed = " or ".join(repr(v) for v in kind.neutral[key])
-            raise ConfigError(f"{key} {value!r} is not implemented; only {allowed} is")
-        inside = key.startswith(kind.closed) or key.split(".")[0] in simple  # an object where a value is wanted
-        if inside and not is_known(key, kind):
+            raise ConfigError(f"{key} {shown(value)} is not implemented; only {allowed} is")
+        if key.startswith(closed) and not is_known(key, kind):
             raise ConfigError(f"{key} is not implemented")
+        if key.startswith(plain):
+            raise ConfigError(f"{key} is unknown, since {key.rpartition('.')[0]} is no object")
         if key in kind.training_only and value:
-            warn_once(f"config: {key} {value!r} is not applied")
+            warn_once(f"config: {key} {shown(value)} is not applied")
     if unknown := [key for key in flat if not is_known(key, kind)]:
         warn_once(f"config: ignored unknown {', '.join(sorted(unknown))}")
 
@@ -147,7 +159,7 @@ def _check_type(key: str, ours: str, value: object) -> None:
     elif ours == "router":
         want, name = str, "a text"
     if value is not None and (not isinstance(value, want) or (isinstance(value, bool) and ours not in _BOOLS)):
-        raise ConfigError(f"{key} must be {name}, not {value!r}")
+        raise ConfigError(f"{key} must be {name}, not {shown(value)}")
 
 
 def _head_dim(dim: int, n_heads: int) -> int:
@@ -160,14 +172,15 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"a": {"b": 1}}` to `{"a.b": 1}`."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        inner = isinstance(value, dict) and value  # an empty object stays one, for it says nothing of its kind
+        flat |= flatten(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
     return flat
 
 
 @functools.cache
 def warn_once(message: str) -> None:
     """Log a remark, the first time that it is made."""
-    log.warning(message)
+    log.warning("%s", one_line(message))
 
 
 def written(config: ModelConfig, kind: FileFormat) -> Iterable[tuple[str, str]]:

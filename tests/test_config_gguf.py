@@ -75,7 +75,7 @@ def test_there_and_back(name: str, tied: bool) -> None:
         (changed(llama__expert_used_count=None), "llama.expert_used_count is missing"),
         (changed(llama__block_count="32"), "llama.block_count must be an integer, not '32'"),
         (changed(llama__attention__head_count=[32, 8]), "llama.attention.head_count must be an integer"),
-        (changed(llama__attention__layer_norm_rms_epsilon=float("nan")), "norm_eps must be a positive number"),
+        (changed(llama__attention__layer_norm_rms_epsilon=float("nan")), "rms_epsilon must be a positive number"),
         (changed(llama__rope__scaling__type="yarn"), "llama.rope.scaling.type 'yarn' is not implemented; only 'none'"),
         (changed(llama__rope__scaling__factor=4.0), "llama.rope.scaling.factor 4.0 is not implemented"),
         (changed(llama__expert_shared_count=2), "llama.expert_shared_count 2 is not implemented; only 0 is"),

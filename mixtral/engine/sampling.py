@@ -9,8 +9,8 @@ Legend: B sequences, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixtral.errors import ConfigError, UsageError, did_you_mean
+from mixtral.errors import ConfigError, UsageError, did_you_mean, shown
+from mixtral.json_files import read_object
 
 _RECOMMENDED = ("temperature", "top_k", "top_p", "min_p")  # what a model's folder may say
 
@@ -58,7 +59,7 @@ class SamplingParams:
         known = [f.name for f in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
-                raise UsageError(f"sampling: unknown option {name!r}; {did_you_mean(name, known)}")
+                raise UsageError(f"sampling: unknown option {shown(name)}; {did_you_mean(name, known)}")
         return cls(**values)
 
 
@@ -68,24 +69,24 @@ def recommended(folder: str | Path) -> dict[str, Any]:
     Nothing, which is greedy, without that file or without `do_sample` in it. Raises ConfigError when it is damaged.
     """
     file = Path(folder) / "generation_config.json"
-    if not file.is_file():
+    if not os.path.isfile(file):
+        return {}
+    values = read_object(file)
+    if not values.get("do_sample"):
         return {}
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if not (isinstance(values, dict) and values.get("do_sample")):
-            return {}
         found = {"temperature": 1.0} | {n: values[n] for n in _RECOMMENDED if values.get(n) is not None}
         if found.get("top_k") == 0:  # as transformers writes "no such filter"
             del found["top_k"]
         SamplingParams(**found)
-    except (OSError, ValueError, UsageError) as error:
+    except UsageError as error:
         raise ConfigError(f"{file}: {error}") from None
     return found
 
 
 def _require(holds: bool, name: str, wanted: str, value: object) -> None:
     if not holds:
-        raise UsageError(f"sampling: {name} must be {wanted}, not {value!r}")
+        raise UsageError(f"sampling: {name} must be {wanted}, not {shown(value)}")
 
 
 def _is_int(value: object) -> bool:

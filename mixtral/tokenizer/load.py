@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
 from mixtral.errors import MixtralError, UsageError
+from mixtral.json_files import LARGE, read_object, read_regular
 from mixtral.tokenizer.base import Tokenizer
 from mixtral.tokenizer.mistral import SentencePieceTokenizer, TekkenTokenizer
 from mixtral.tokenizer.tokenizer_json import JsonTokenizer
@@ -23,19 +24,18 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     choice is not clear, MixtralError when the file is damaged.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = _choose(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UsageError(f"{path}: no such file or folder; expected a model folder or one of {WANTED}")
-    try:
-        data = path.read_bytes()
-        config = _read_config(path.with_name("tokenizer_config.json"))
-    except OSError as error:
-        raise MixtralError(f"{path}: cannot read the tokenizer: {error.strerror}") from error
+    data = read_regular(path, MixtralError, LARGE)
+    config = _read_config(path.with_name("tokenizer_config.json"))
     try:
         return _read(path.name, data, config)
     except MixtralError as error:  # the readers know the file by its name alone
         raise type(error)(f"{path.parent}/{error}") from error
+    except Exception as error:  # of the libraries below, which check little
+        raise MixtralError(f"{path}: damaged: {type(error).__name__}: {error}") from error
 
 
 def has_tokenizer(folder: Path | str) -> bool:
@@ -67,12 +67,4 @@ def _read(name: str, data: bytes, config: dict[str, Any]) -> Tokenizer:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """tokenizer_config.json, {} when there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MixtralError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise MixtralError(f"{path}: expected a JSON object, not {type(config).__name__}")
-    return config
+    return read_object(path, MixtralError) if os.path.isfile(path) else {}

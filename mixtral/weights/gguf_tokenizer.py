@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from mixtral.errors import MixtralError, UsageError
 from mixtral.gguf_header import read_gguf_header
+from mixtral.json_files import read_object
 from mixtral.tokenizer import Tokenizer, load_tokenizer
 from mixtral.tokenizer.load import has_tokenizer
 from mixtral.tokenizer.mistral import SentencePieceTokenizer
@@ -110,10 +110,7 @@ def read_template(source: str | Path) -> str | None:
     file = source / "tokenizer_config.json"
     if not file.is_file():
         return None
-    try:
-        template = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
-    except (ValueError, AttributeError):
-        raise MixtralError(f"{file}: not a JSON object") from None
+    template = read_object(file, MixtralError).get("chat_template")
     if isinstance(template, list):  # several, by name
         template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
     return template

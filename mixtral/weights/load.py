@@ -18,13 +18,15 @@ from mixtral.config import ModelConfig
 from mixtral.errors import WeightsError
 from mixtral.weights.finite import require_range
 from mixtral.weights.lazy import LazyState
-from mixtral.weights.names import Format, Slot, fixed_dtype, layouts, output_name, parameter_shapes, slots
+from mixtral.weights.names import Ffn, Format, Slot, fixed_dtype, layouts, output_name, parameter_shapes, slots
 from mixtral.weights.progress import Progress, counter
 from mixtral.weights.safetensors_file import Header
 from mixtral.weights.shards import TensorFile, detect_format, open_files, some
 
 log = logging.getLogger(__name__)
 
+_LISTED = 50_000  # tensors that are missing are told by name up to such a number: more than any model has
+_LONG = 250  # characters of complaints: beyond, each names one tensor alone
 _FLOATS = "F64, F32, F16 or BF16"
 # Rotary frequencies in old files; they follow from the configuration, which counts here as in transformers.
 _FREQUENCIES = {"hf": r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", "mistral": r"rope\.freqs"}
@@ -143,30 +145,54 @@ def _without_frequencies(
 
 def _match(headers: dict[str, Header], config: ModelConfig, format: Format, folder: Path) -> dict[str, Slot]:
     """The slots of the layout that the files are in; WeightsError unless each is filled by exactly one tensor."""
-    candidates = [slots(config, format, ffn) for ffn in layouts(config, format)]
+    candidates = [slots(config, format, ffn) for ffn in _possible(headers, config, format, folder)]
     found = max(candidates, key=lambda candidate: len(candidate.keys() & headers.keys()))
     if config.tie_embeddings and output_name(format) not in headers:
         del found[output_name(format)]
-    complaints = []
     if lora := [name for name in headers.keys() - found.keys() if ".lora_" in name]:
         what = f"{folder}: LoRA tensors that are not merged into the weights: {some(lora)}"
         raise WeightsError(f"{what}; merge them first")
+    if complaints := "; ".join(_complaints(headers, found, 3)):
+        if len(complaints) > _LONG:
+            complaints = "; ".join(_complaints(headers, found, 1))
+        raise WeightsError(f"{folder}: the tensors do not fit the config: {complaints}")
+    return found
+
+
+def _possible(headers: dict[str, Header], config: ModelConfig, format: Format, folder: Path) -> list[Ffn]:
+    """The layouts in which such files may hold such a model.
+
+    A configuration of a few bytes may ask for any number of tensors: before they are listed by name, their number is
+    held against that of the files.
+    """
+    least = {
+        ffn: config.n_layers * (3 * config.n_experts if ffn == "per-expert" else 6) for ffn in layouts(config, format)
+    }
+    possible = [ffn for ffn, count in least.items() if count <= _LISTED + 10 * len(headers)]
+    if not possible:
+        shape = f"{config.n_layers:,} layers of {config.n_experts:,} experts"
+        asked = f"the config asks for at least {min(least.values()):,} ({shape})"
+        raise WeightsError(f"{folder}: {len(headers):,} tensors, where {asked}")
+    return possible
+
+
+def _complaints(headers: dict[str, Header], found: dict[str, Slot], names: int) -> list[str]:
+    """What does not fit, with so many names each."""
+    complaints = []
     if missing := found.keys() - headers.keys():
-        complaints.append(f"{len(missing)} missing: {some(missing)}")
+        complaints.append(f"{len(missing)} missing: {some(missing, names)}")
     if unknown := headers.keys() - found.keys():
-        complaints.append(f"{len(unknown)} unknown: {some(unknown)}")
+        complaints.append(f"{len(unknown)} unknown: {some(unknown, names)}")
     common = found.keys() & headers.keys()
     if misshapen := [name for name in common if headers[name].shape != found[name].shape]:
         first = min(misshapen)
         shapes = f"{list(headers[first].shape)} where the config asks for {list(found[first].shape)}"
-        complaints.append(f"{len(misshapen)} misshapen: {some(misshapen)} ({first} is {shapes})")
+        complaints.append(f"{len(misshapen)} misshapen: {some(misshapen, names)} ({first} is {shapes})")
     if foreign := [name for name in common if not _readable(headers[name].dtype, fixed_dtype(found[name].ours))]:
         stored = ", ".join(sorted({headers[name].stored for name in foreign}))
         wanted = "I64" if all(fixed_dtype(found[name].ours) == torch.int64 for name in foreign) else _FLOATS
-        complaints.append(f"{len(foreign)} stored as {stored}, not as {wanted}: {some(foreign)}")
-    if complaints:
-        raise WeightsError(f"{folder}: the tensors do not fit the config: {'; '.join(complaints)}")
-    return found
+        complaints.append(f"{len(foreign)} stored as {stored}, not as {wanted}: {some(foreign, names)}")
+    return complaints
 
 
 def _readable(stored: torch.dtype | None, fixed: torch.dtype | None) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from mixtral.errors import UsageError, WeightsError
+from mixtral.errors import UsageError, WeightsError, shown
+from mixtral.json_files import LARGE, read_object
 from mixtral.weights.gguf_file import open_gguf
 from mixtral.weights.names import Format
 from mixtral.weights.safetensors_file import Header, SafetensorsFile
@@ -42,9 +43,9 @@ def detect_format(folder: str | Path) -> Format:
     Raises UsageError when there is no such folder, WeightsError when it has no weights that we read.
     """
     folder = Path(folder)
-    if folder.suffix == ".gguf" and folder.is_file():
+    if folder.suffix == ".gguf" and os.path.exists(folder) and not folder.is_dir():
         return "gguf"
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path's own method raises for a name that is too long
         raise UsageError(f"{folder}: no such folder; a model folder with its weights, or a .gguf file, is wanted")
     if (folder / _SINGLE).is_file() or (folder / _INDEX).is_file() or _counted(folder, "model"):
         return "hf"
@@ -73,7 +74,7 @@ def open_files(folder: Path, format: Format) -> list[TensorFile]:
 
 def some(names: set[str] | list[str], count: int = 3) -> str:
     """The first few of many names."""
-    first = ", ".join(sorted(names)[:count])
+    first = ", ".join(shown(name)[1:-1] for name in sorted(names)[:count])
     return first if len(names) <= count else f"{first} and {len(names) - count} more"
 
 
@@ -97,7 +98,7 @@ def _open_indexed(folder: Path) -> list[TensorFile]:
     for shard in sorted(set(shard_of.values())):
         if Path(shard).name != shard:
             raise WeightsError(f"{folder / _INDEX}: a shard must be a file name, not {shard!r}")
-        if not (folder / shard).is_file():
+        if not os.path.isfile(folder / shard):
             raise WeightsError(f"{folder / _INDEX}: points at {shard}, which is not there")
         file = SafetensorsFile(folder / shard)
         promised = {name for name, where in shard_of.items() if where == shard}
@@ -109,15 +110,10 @@ def _open_indexed(folder: Path) -> list[TensorFile]:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor name -> shard file name."""
-    try:
-        shard_of = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if not shard_of or not all(isinstance(shard, str) for shard in shard_of.values()):
-            raise TypeError
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise WeightsError(f'{path}: not an index; {{"weight_map": {{tensor: file}}}} is wanted') from None
-    return dict(shard_of)
+    shard_of = read_object(path, WeightsError, LARGE).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of or not all(isinstance(s, str) for s in shard_of.values()):
+        raise WeightsError(f'{path}: not an index; {{"weight_map": {{tensor: file}}}} is wanted')
+    return shard_of
 
 
 # -- shards that their own names count ---------------------------------------------------------------------------------
@@ -140,13 +136,13 @@ def _native_paths(folder: Path) -> list[Path]:
 
 def _numbered(folder: Path) -> list[Path]:
     """consolidated.00.pth, consolidated.01.pth, ..., in the order of their numbers."""
-    found = [(match, path) for path in folder.iterdir() if (match := _NUMBERED.fullmatch(path.name))]
+    found = [(match, path) for path in folder.glob("consolidated.*") if (match := _NUMBERED.fullmatch(path.name))]
     return [path for _, path in sorted(found, key=lambda pair: (int(pair[0]["number"]), pair[1].name))]
 
 
 def _counted(folder: Path, stem: str) -> list[Path]:
     """Files named STEM-00001-of-00002.safetensors, whether or not all of them are there."""
-    names = (_COUNTED.fullmatch(path.name) for path in folder.iterdir())
+    names = (_COUNTED.fullmatch(path.name) for path in folder.glob(f"{stem}-*"))
     return sorted(folder / match.string for match in names if match and match["stem"] == stem)
 
 

@@ -59,7 +59,7 @@ def test_messages_name_the_whole_path(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize(("text", "reason"), [("{", "not valid JSON"), ("[]", "expected a JSON object, not list")])
+@pytest.mark.parametrize(("text", "reason"), [("{", "not JSON"), ("[]", "must hold a JSON object, not a list")])
 def test_a_broken_tokenizer_config(own: Tokenizer, tmp_path: Path, text: str, reason: str) -> None:
     own.save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(text)
@@ -68,10 +68,10 @@ def test_a_broken_tokenizer_config(own: Tokenizer, tmp_path: Path, text: str, re
 
 
 def test_an_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: Path) -> bytes:
+    def refuse(*_: object) -> int:
         raise PermissionError(13, "Permission denied")
 
     (tmp_path / "tokenizer.json").write_text("{}")
-    monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(MixtralError, match=r"tokenizer.json: cannot read the tokenizer: Permission denied"):
+    monkeypatch.setattr("os.open", refuse)
+    with pytest.raises(MixtralError, match=r"tokenizer.json: cannot be read: Permission denied"):
         load_tokenizer(tmp_path)
