@@ -87,8 +87,8 @@ _HF = FileFormat(
         | {"output_hidden_states", "output_attentions", "return_dict", "chunk_size_feed_forward", "problem_type"}
         | {"id2label", "label2id", "num_labels", "finetuning_task", "task_specific_params", "tokenizer_class", "prefix"}
         | {"torchscript", "use_bfloat16", "pretraining_tp", "attn_implementation", "_attn_implementation_autoset"}
-        | {"use_sliding_window", "max_window_layers", "sliding_window_pattern", "layer_types"}  # _check_window
     ),
+    checked=frozenset({"use_sliding_window", "max_window_layers", "sliding_window_pattern", "layer_types"}),
     closed=("rope_parameters.", "rope_scaling.", "quantization_config.", "compression_config.", "per_layer_config.",
             "pruned_heads."),
     aliases={"num_experts": "num_local_experts", "num_experts_per_token": "num_experts_per_tok"},
@@ -134,6 +134,7 @@ _MISTRAL = FileFormat(
         "moe.num_expert_groups_per_tok": (1, None),
     },
     training_only=frozenset(),
+    checked=frozenset(),
     # "lora" says how the model was trained; tensors of it that are not merged are refused when weights are read
     harmless=frozenset(
         {"max_batch_size", "max_position_embeddings", "lora", "moe.expert_parallel", "moe.expert_model_parallel"}
@@ -199,15 +200,16 @@ def from_mistral(values: dict[str, Any]) -> ModelConfig:
         flat["max_seq_len"] = flat.get("max_position_embeddings")
     for key in ("sliding_window", "_sliding_window"):
         if isinstance(flat.get(key), list):
-            flat[key] = _one_window(key, flat[key])
+            flat[key] = _one_window(key, flat[key], flat.get("n_layers"))
     return build(flat, _MISTRAL, sparse=values.get("moe") is not None)
 
 
-def _one_window(key: str, windows: list[Any]) -> Any:
-    """Of the windows of layers that take turns; they must be one."""
-    if any(window != windows[0] for window in windows):
+def _one_window(key: str, windows: list[Any], n_layers: object) -> Any:
+    """Of the windows of layers that take turns, which must be one: a list whose length divides the layers."""
+    whole = type(n_layers) is int and windows and n_layers % len(windows) == 0
+    if not whole or any(window != windows[0] for window in windows):
         raise ConfigError(f"{key} {shown(windows)} is not implemented; only one number, or null, for all layers is")
-    return windows[0] if windows else None
+    return windows[0]
 
 
 def _embedding_rows(folder: Path) -> int:

@@ -66,6 +66,7 @@ _GGUF = FileFormat(
         "llama.rope.scale_linear": (0, 1),  # the older name of the factor
     },
     training_only=frozenset(),
+    checked=frozenset(),
     harmless=frozenset({"llama.tensor_data_layout", "llama.rope.scaling.finetuned"}),
     closed=("llama.",),  # all there is in it are hyper-parameters
     aliases={},

@@ -28,6 +28,7 @@ class FileFormat:
     theta: tuple[str, ...]  # keys that may hold the rotary base; all that are there must agree
     neutral: dict[str, tuple[object, ...]]  # key -> its values that ask for nothing we lack
     training_only: frozenset[str]  # change training alone; reported when set
+    checked: frozenset[str]  # keys that the format's reader holds against others
     harmless: frozenset[str]  # keys, or objects with all that is in them
     closed: tuple[str, ...]  # objects in which an unknown key is refused, since it changes the computation
     aliases: dict[str, str]  # older name -> key
@@ -121,8 +122,8 @@ def _refuse(flat: dict[str, Any], kind: FileFormat) -> None:
 
 def is_known(key: str, kind: FileFormat) -> bool:
     """Whether the table says what a key means."""
-    tables = (kind.fields.values(), kind.theta, kind.neutral, kind.training_only, kind.repeated, kind.harmless)
-    return any(key in table for table in tables) or key.split(".")[0] in kind.harmless
+    tables = (kind.fields.values(), kind.theta, kind.neutral, kind.training_only, kind.repeated)
+    return any(key in table for table in (*tables, kind.checked, kind.harmless)) or key.split(".")[0] in kind.harmless
 
 
 def _complete(fields: dict[str, Any], kind: FileFormat) -> dict[str, Any]:

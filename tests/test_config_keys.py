@@ -80,7 +80,7 @@ def changes(values: dict[str, Any], read: Any, want: ModelConfig) -> bool:
         return True
 
 
-SAYS_NOTHING = HF.harmless | HF.training_only
+SAYS_NOTHING = HF.harmless | HF.training_only | HF.checked  # the last are tested below
 
 
 @pytest.mark.parametrize("kind", THEIRS)
@@ -103,7 +103,7 @@ def test_a_strange_value_changes_what_is_read_or_is_refused(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", [HF, MISTRAL, _GGUF])
 def test_a_key_is_in_one_table(kind: FileFormat) -> None:
-    tables = [{*kind.fields.values()}, {*kind.theta}, {*kind.neutral}, kind.training_only, kind.harmless,
+    tables = [{*kind.fields.values()}, {*kind.theta}, {*kind.neutral}, kind.training_only, kind.harmless, kind.checked,
               {*kind.repeated}, {*kind.aliases}]  # fmt: skip
     both = {key for one in tables for other in tables if one is not other for key in one & other}
     assert not both
@@ -156,6 +156,8 @@ def test_gguf_keys_that_say_nothing_special() -> None:
         ({"v_head_dim": 64}, "v_head_dim 64 is not implemented"),
         ({"causal": False}, "causal False is not implemented"),
         ({"sliding_window": [4096, None]}, "sliding_window [4096, None] is not implemented; only one number, or null"),
+        ({"sliding_window": []}, "sliding_window [] is not implemented"),
+        ({"sliding_window": [77] * 3}, "sliding_window [77, 77, 77] is not implemented"),
         ({"_sliding_window": [4096, 1024]}, "_sliding_window [4096, 1024] is not implemented"),
         ({"sliding_window": 4096, "_sliding_window": 77}, "_sliding_window 77 and sliding_window 4096 contradict"),
     ],
@@ -171,9 +173,8 @@ def test_mistral_refusals(change: dict[str, Any], refused: str) -> None:
     [
         ({"sliding_window": [4096, 4096]}, "sliding_window", 4096),
         ({"sliding_window": [None]}, "sliding_window", None),
-        ({"sliding_window": []}, "sliding_window", None),
         ({"_sliding_window": 77}, "sliding_window", 77),
-        ({"_sliding_window": [77, 77, 77]}, "sliding_window", 77),
+        ({"_sliding_window": [77, 77, 77, 77]}, "sliding_window", 77),
         ({"tied_embeddings": True}, "tie_embeddings", True),
         ({"max_seq_len": None, "max_position_embeddings": 99}, "context", 99),
         ({"max_seq_len": 98, "max_position_embeddings": 99}, "context", 98),
