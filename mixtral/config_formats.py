@@ -20,6 +20,26 @@ from mixtral.generation_config import read_generation_config
 from mixtral.gguf_header import read_gguf
 from mixtral.json_files import read_object
 
+# Keys of related models' files, and the values with which those compute what Mistral and Mixtral do.
+_NO, _ONE = (False, 0, None), (1, None)
+_RELATIVES: dict[str, tuple[object, ...]] = {
+    "hidden_activation": ("silu", "swish", None), "activation_function": ("silu", "swish", None),
+    "qkv_bias": _NO, "use_bias": _NO, "use_qkv_bias": _NO, "use_qk_norm": _NO, "qk_norm": _NO, "qk_layernorm": _NO,
+    "clip_qkv": _NO, "alibi": _NO, "use_parallel_residual": _NO, "parallel_attn": _NO,
+    "attn_logit_softcapping": _NO, "router_logit_softcapping": _NO, "final_logit_softcapping": _NO,
+    "attention_multiplier": (None,), "embedding_multiplier": _ONE, "residual_multiplier": _ONE,
+    "logits_scaling": _ONE, "logit_scale": _ONE,
+    "attention_chunk_size": _NO, "attn_temperature_tuning": _NO, "no_rope_layers": ([], None),
+    "rotary_pct": _ONE, "rope_pct": _ONE, "rope_interleave": _NO, "rope_local_base_freq": (None,),
+    "position_embedding_type": ("rope", "rotary", None),
+    "norm_topk_prob": (True, None), "routed_scaling_factor": _ONE, "scoring_func": ("softmax", None),
+    "topk_method": ("greedy", None), "n_group": (*_ONE, 0), "topk_group": (*_ONE, 0),
+    "n_routed_experts": (None,), "n_shared_experts": _NO, "num_shared_experts": _NO,
+    "shared_expert_intermediate_size": _NO, "first_k_dense_replace": _NO, "decoder_sparse_step": _ONE,
+    "moe_layer_freq": _ONE, "interleave_moe_layer_step": _ONE, "mlp_only_layers": ([], None),
+    "num_nextn_predict_layers": _NO, "q_lora_rank": _NO, "kv_lora_rank": _NO, "add_cross_attention": _NO,
+}  # fmt: skip
+
 _HF = FileFormat(
     fields={
         "vocab_size": "vocab_size",
@@ -53,17 +73,32 @@ _HF = FileFormat(
         "rope_scaling.rope_type": ("default",),
         "rope_scaling.type": ("default",),
         "partial_rotary_factor": (1, None),
-        "layer_types": (None,),
         "quantization_config": (None, {}),
+        "compression_config": (None, {}),
+        "is_encoder_decoder": (False, None),
+        "per_layer_config": (None, {}),
+        "pruned_heads": (None, {}),
+        **_RELATIVES,
     },
-    training_only=frozenset({"attention_dropout", "router_jitter_noise"}),
+    training_only=frozenset(
+        {"attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "layerdrop"}
+        | {"router_jitter_noise", "jitter_noise", "router_z_loss_coef"}
+    ),
     harmless=frozenset(
         {"architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache"}
-        | {"unk_token_id", "output_router_logits", "router_aux_loss_coef"}
+        | {"pad_token_id", "unk_token_id", "sep_token_id", "output_router_logits", "router_aux_loss_coef", "auto_map"}
+        | {"output_hidden_states", "output_attentions", "return_dict", "chunk_size_feed_forward", "problem_type"}
+        | {"id2label", "label2id", "num_labels", "finetuning_task", "task_specific_params", "tokenizer_class", "prefix"}
+        | {"torchscript", "use_bfloat16", "pretraining_tp", "attn_implementation", "_attn_implementation_autoset"}
         | (GENERATION_KEYS - {"bos_token_id", "eos_token_id"})  # old files; engine/defaults.py reads them
     ),
-    closed=("rope_parameters.", "rope_scaling.", "quantization_config."),
-)
+    checked=frozenset({"use_sliding_window", "max_window_layers", "sliding_window_pattern", "layer_types"}),
+    closed=("rope_parameters.", "rope_scaling.", "quantization_config.", "compression_config.", "per_layer_config.",
+            "pruned_heads."),
+    aliases={"num_experts": "num_local_experts", "num_experts_per_token": "num_experts_per_tok"},
+    repeated={"query_pre_attn_scalar": "head_dim", "rotary_dim": "head_dim", "moe_intermediate_size": "ffn_dim",
+              "v_head_dim": "head_dim"},
+)  # fmt: skip
 
 _MISTRAL = FileFormat(
     fields={
@@ -90,16 +125,27 @@ _MISTRAL = FileFormat(
         "yarn": (None, {}),
         "llama_4_scaling": (None, {}),
         "quantization": (None, {}),
-        "lora": (None, {}),
         "vision_encoder": (None, {}),
+        "multimodal": (None, {}),
+        "activation": ("silu", None),
+        "q_lora_rank": (None,),
+        "kv_lora_rank": (None,),
         "moe.num_shared_experts": (0, None),
         "moe.first_k_dense_replace": (0, None),
         "moe.route_every_n": (1, None),
         "moe.routed_scale": (1, None),
+        "moe.num_expert_groups": (1, None),
+        "moe.num_expert_groups_per_tok": (1, None),
     },
     training_only=frozenset(),
-    harmless=frozenset({"moe", "max_batch_size", "moe.expert_parallel"}),
-    closed=("rope_scaling.", "yarn.", "llama_4_scaling.", "quantization.", "lora.", "vision_encoder."),
+    checked=frozenset(),
+    # "lora" says how the model was trained; tensors of it that are not merged are refused when weights are read
+    harmless=frozenset(
+        {"max_batch_size", "max_position_embeddings", "lora", "moe.expert_parallel", "moe.expert_model_parallel"}
+    ),
+    closed=("rope_scaling.", "yarn.", "llama_4_scaling.", "quantization.", "vision_encoder.", "multimodal.", "moe."),
+    aliases={"_sliding_window": "sliding_window"},
+    repeated={"moe.expert_hidden_dim": "ffn_dim", "v_head_dim": "head_dim", "qk_rope_head_dim": "head_dim"},
 )
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -119,6 +165,8 @@ def read_config(path: str | Path) -> ModelConfig:
     try:
         if headers:
             return from_gguf(headers)
+        if values.get("vocab_size") == -1:
+            values["vocab_size"] = _embedding_rows(file.parent)
         config = from_mistral(values) if {"dim", "n_layers"} <= values.keys() else from_hf(values)
     except ConfigError as error:
         raise ConfigError(f"{file}: {str(error).removeprefix('config: ')}") from None
@@ -140,14 +188,68 @@ def from_hf(values: dict[str, Any]) -> ModelConfig:
     if kind == "mistral" and "sliding_window" not in flat:
         flat["sliding_window"] = 4096
         warn_once("config.json of a mistral model without sliding_window: 4096 assumed, as transformers does")
+    _check_window(flat)
     if flat.get("num_key_value_heads", 0) is None:
         flat["num_key_value_heads"] = flat.get("num_attention_heads")
+    if kind == "mistral" and any(flat.get(key) not in (None, 0, 1) for key in ("num_local_experts", "num_experts")):
+        raise ConfigError("num_local_experts: a model of model_type 'mistral' has none; that of 'mixtral' has")
     return build(flat, _HF, sparse=kind != "mistral")
 
 
 def from_mistral(values: dict[str, Any]) -> ModelConfig:
     """From the content of a `params.json`; with a `moe` object the model is sparse."""
-    return build(flatten(values), _MISTRAL, sparse=values.get("moe") is not None)
+    flat = flatten(values)
+    if flat.get("moe", 0) is None:
+        del flat["moe"]
+    if flat.get("max_seq_len") is None:
+        flat["max_seq_len"] = flat.get("max_position_embeddings")
+    for key in ("sliding_window", "_sliding_window"):
+        if isinstance(flat.get(key), list):
+            flat[key] = _one_window(key, flat[key], flat.get("n_layers"))
+    return build(flat, _MISTRAL, sparse=values.get("moe") is not None)
+
+
+def _one_window(key: str, windows: list[Any], n_layers: object) -> Any:
+    """Of the windows of layers that take turns, which must be one: a list whose length divides the layers."""
+    whole = type(n_layers) is int and windows and n_layers % len(windows) == 0
+    if not whole or any(window != windows[0] for window in windows):
+        raise ConfigError(f"{key} {shown(windows)} is not implemented; only one number, or null, for all layers is")
+    return windows[0]
+
+
+def _embedding_rows(folder: Path) -> int:
+    """The vocabulary of a params.json that leaves it to the tokenizer: as many tokens as the embedding has rows."""
+    from mixtral.weights.safetensors_file import SafetensorsFile  # not at the top: their package imports this file
+    from mixtral.weights.torch_file import TorchFile
+
+    readers: dict[str, type[SafetensorsFile] | type[TorchFile]]
+    readers = {".safetensors": SafetensorsFile, ".pt": TorchFile, ".pth": TorchFile}
+    for path in sorted(folder.glob("consolidated*")):
+        header = reader(path).headers.get("tok_embeddings.weight") if (reader := readers.get(path.suffix)) else None
+        if header and header.shape:
+            warn_once(f"params.json with vocab_size -1: {header.shape[0]} taken, the rows of the embedding")
+            return header.shape[0]
+    raise ConfigError("vocab_size is -1, and beside it is no consolidated file with an embedding to take it from")
+
+
+def _check_window(flat: dict[str, Any]) -> None:
+    """Refuse keys that let some layers have another window than sliding_window says."""
+    window, n_layers, types = flat.get("sliding_window"), flat.get("num_hidden_layers"), flat.get("layer_types")
+    wanted = ("full_attention", "attention") if window is None else ("sliding_attention",)
+    fits = isinstance(types, list) and len(types) == n_layers and all(kind in wanted for kind in types)
+    if types is not None and not fits:
+        only = f"only {wanted[0]!r} for each of {n_layers} layers is with sliding_window {window}"
+        raise ConfigError(f"layer_types {shown(types)} is not implemented; {only}")
+    if window is None:
+        return
+    for key, allowed in _WITH_WINDOW.items():
+        if flat.get(key) not in allowed:
+            said = " or ".join(map(repr, allowed))
+            raise ConfigError(f"{key} {shown(flat[key])} with a sliding_window is not implemented; only {said} is")
+
+
+# Which layers have the window, in files of related models: all.
+_WITH_WINDOW = {"use_sliding_window": (True, None), "max_window_layers": (0, None), "sliding_window_pattern": (None,)}
 
 
 def _with_end_tokens(config: ModelConfig, folder: Path) -> ModelConfig:

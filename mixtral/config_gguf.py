@@ -12,6 +12,7 @@ from mixtral.errors import ConfigError, shown
 from mixtral.gguf_header import GgufHeader
 
 _ARCHITECTURE = "llama"
+_WINDOW = "llama.attention.sliding_window"
 _HEAD_DIM, _THETA = "llama.attention.key_length", "llama.rope.freq_base"
 _IDS = {"bos_id": "tokenizer.ggml.bos_token_id", "eos_id": "tokenizer.ggml.eos_token_id"}
 _ENDS = (_IDS["eos_id"], "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")  # of text, turn and message
@@ -29,7 +30,7 @@ _GGUF = FileFormat(
         "n_experts": "llama.expert_count",
         "experts_per_token": "llama.expert_used_count",
         "context": "llama.context_length",
-        "sliding_window": "llama.attention.sliding_window",
+        "sliding_window": _WINDOW,
         "norm_eps": "llama.attention.layer_norm_rms_epsilon",
         "tie_embeddings": "tie_embeddings",  # no key of the file: it has an output matrix or not
         **_IDS,
@@ -41,18 +42,40 @@ _GGUF = FileFormat(
         "llama.expert_shared_count": (0,),
         "llama.expert_weights_norm": (True,),
         "llama.expert_weights_scale": (0, 1),
+        "llama.expert_group_count": (0, 1),
+        "llama.expert_group_used_count": (0, 1),
+        "llama.expert_shared_feed_forward_length": (0,),
         "llama.leading_dense_block_count": (0,),
+        "llama.moe_every_n_layers": (0, 1),
+        "llama.interleave_moe_layer_step": (0, 1),
+        "llama.nextn_predict_layers": (0,),
+        "llama.use_parallel_residual": (False,),
+        "llama.logit_scale": (0, 1),
+        "llama.embedding_scale": (0, 1),
+        "llama.residual_scale": (0, 1),
+        "llama.attn_logit_softcapping": (0,),
+        "llama.router_logit_softcapping": (0,),
+        "llama.final_logit_softcapping": (0,),
+        "llama.attention.scale": (0,),
+        "llama.attention.output_scale": (0, 1),
+        "llama.attention.clamp_kqv": (0,),
+        "llama.attention.max_alibi_bias": (0,),
+        "llama.attention.shared_kv_layers": (0,),
         "llama.rope.scaling.type": ("none",),
+        "llama.rope.scaling.factor": (0, 1),
+        "llama.rope.scaling.attn_factor": (0, 1),
+        "llama.rope.scale_linear": (0, 1),  # the older name of the factor
     },
     training_only=frozenset(),
-    harmless=frozenset({"llama.tensor_data_layout"}),
-    closed=("llama.rope.scaling.",),
-)
-# Keys that repeat what another says in the models we have: (key, the field that it must equal).
-_REPEATED = (
-    ("llama.attention.value_length", "head_dim"),
-    ("llama.rope.dimension_count", "head_dim"),
-    ("llama.expert_feed_forward_length", "ffn_dim"),
+    checked=frozenset(),
+    harmless=frozenset({"llama.tensor_data_layout", "llama.rope.scaling.finetuned"}),
+    closed=("llama.",),  # all there is in it are hyper-parameters
+    aliases={},
+    repeated={
+        "llama.attention.value_length": "head_dim",
+        "llama.rope.dimension_count": "head_dim",
+        "llama.expert_feed_forward_length": "ffn_dim",
+    },
 )
 
 
@@ -62,23 +85,21 @@ def from_gguf(headers: Sequence[GgufHeader]) -> ModelConfig:
     if (kind := metadata.get("general.architecture")) != _ARCHITECTURE:
         wanted = f"{_ARCHITECTURE!r}, as for Mistral and Mixtral"
         raise ConfigError(f"general.architecture must be {wanted}, not {shown(kind)}")
+    if (what := metadata.get("general.type", "model")) != "model":
+        raise ConfigError(f"general.type must be 'model', not {shown(what)}; merge an adapter into its model first")
     flat = {key: _shortest(value) for key, value in metadata.items() if key.startswith("llama.")}
     flat |= {key: metadata[key] for key in _IDS.values() if key in metadata} | _end_tokens(metadata)
     flat["tie_embeddings"] = not any("output.weight" in header.tensors for header in headers)
     tokens = metadata.get("tokenizer.ggml.tokens")
     flat.setdefault("llama.vocab_size", len(tokens) if isinstance(tokens, list) and tokens else None)
     flat.setdefault("llama.attention.head_count_kv", flat.get("llama.attention.head_count"))
+    if flat.get(_WINDOW) == 0:  # none
+        del flat[_WINDOW]
     if _THETA not in flat:
         flat[_THETA] = _DEFAULT_THETA
         warn_once(f"GGUF without {_THETA}: {_DEFAULT_THETA:g} assumed, as llama.cpp does")
-    repeated = {key: flat.pop(key) for key, _ in _REPEATED if key in flat}
     count = flat.get("llama.expert_count")
-    config = build(flat, _GGUF, sparse=count is not None and (type(count) is not int or count != 0))
-    for key, field in _REPEATED:
-        if key in repeated and repeated[key] != getattr(config, field):
-            wanted = f"{getattr(config, field)}, the {field.replace('_', ' ')}"
-            raise ConfigError(f"{key} {shown(repeated[key])} is not implemented; only {wanted}, is")
-    return config
+    return build(flat, _GGUF, sparse=count is not None and (type(count) is not int or count != 0))
 
 
 def to_gguf(config: ModelConfig, text_end: int | None = None) -> dict[str, Any]:
@@ -94,7 +115,7 @@ def to_gguf(config: ModelConfig, text_end: int | None = None) -> dict[str, Any]:
     if config.sliding_window is not None:
         warn_once(f"llama.cpp will not apply the sliding window of {config.sliding_window} tokens")
     metadata = {key: getattr(config, field) for field, key in written(config, _GGUF) if field != "tie_embeddings"}
-    metadata |= {key: config.head_dim for key, field in _REPEATED if field == "head_dim"}
+    metadata |= {key: config.head_dim for key, field in _GGUF.repeated.items() if field == "head_dim"}
     metadata[_THETA] = float(config.rope_theta)
     ends = sorted(config.eos_ids, key=lambda token_id: token_id != text_end)
     metadata |= dict(zip(_ENDS, ends, strict=False))

@@ -28,8 +28,11 @@ class FileFormat:
     theta: tuple[str, ...]  # keys that may hold the rotary base; all that are there must agree
     neutral: dict[str, tuple[object, ...]]  # key -> its values that ask for nothing we lack
     training_only: frozenset[str]  # change training alone; reported when set
-    harmless: frozenset[str]
+    checked: frozenset[str]  # keys that the format's reader holds against others
+    harmless: frozenset[str]  # keys, or objects with all that is in them
     closed: tuple[str, ...]  # objects in which an unknown key is refused, since it changes the computation
+    aliases: dict[str, str]  # older name -> key
+    repeated: dict[str, str]  # key -> the field of ModelConfig that it must equal, where it is there
 
 
 RESEARCH = {"router": "router", "shared_experts": "shared_experts"}  # ours alone; not in files of plain models
@@ -56,6 +59,7 @@ _KNOWN: dict[tuple[int | None, ...], tuple[str, float, int]] = {  # -> name, rop
 
 def build(flat: dict[str, Any], kind: FileFormat, sparse: bool) -> ModelConfig:
     """From a file's keys and values; raises ConfigError for what is missing, of the wrong type, or not implemented."""
+    flat = _renamed(flat, kind)
     _refuse(flat, kind)
     fields = {ours: flat[key] for ours, key in kind.fields.items() if key in flat and (sparse or ours not in EXPERTS)}
     for ours in _REQUIRED + (EXPERTS if sparse else ()):
@@ -70,9 +74,26 @@ def build(flat: dict[str, Any], kind: FileFormat, sparse: bool) -> ModelConfig:
     fields["rope_theta"] = _theta(flat, kind)
     fields = {ours: value for ours, value in fields.items() if value is not None or ours in ("bos_id", "eos_id")}
     try:
-        return ModelConfig(**_complete(fields, kind))
+        config = ModelConfig(**_complete(fields, kind))
     except ConfigError as error:
         raise ConfigError(_in_terms_of(kind, str(error))) from None
+    for key, ours in kind.repeated.items():
+        if flat.get(key) is not None and flat[key] != getattr(config, ours):
+            wanted = f"{getattr(config, ours)}, the {ours.replace('_', ' ')}"
+            raise ConfigError(f"{key} {shown(flat[key])} is not implemented; only {wanted}, is")
+    return config
+
+
+def _renamed(flat: dict[str, Any], kind: FileFormat) -> dict[str, Any]:
+    """With the values of older names under today's. Both may be there and agree."""
+    flat = dict(flat)
+    for old, new in kind.aliases.items():
+        value = flat.pop(old, None)
+        if value is not None and flat.setdefault(new, value) != value:
+            if flat[new] is not None:
+                raise ConfigError(f"{old} {shown(value)} and {new} {shown(flat[new])} contradict each other")
+            flat[new] = value
+    return flat
 
 
 def _in_terms_of(kind: FileFormat, message: str) -> str:
@@ -84,19 +105,25 @@ def _in_terms_of(kind: FileFormat, message: str) -> str:
 def _refuse(flat: dict[str, Any], kind: FileFormat) -> None:
     """Raise for what would change the computation, report what is not known to."""
     plain = tuple(f"{key}." for key in (*kind.fields.values(), *kind.theta))
+    closed = (*kind.closed, *(f"{key}." for key in (*kind.neutral, *kind.repeated)))
     for key, value in flat.items():
         if key in kind.neutral and value not in kind.neutral[key]:
             allowed = " or ".join(repr(v) for v in kind.neutral[key])
             raise ConfigError(f"{key} {shown(value)} is not implemented; only {allowed} is")
-        if key.startswith(kind.closed) and key not in kind.neutral and key not in kind.theta:
+        if key.startswith(closed) and not is_known(key, kind):
             raise ConfigError(f"{key} is not implemented")
         if key.startswith(plain):
             raise ConfigError(f"{key} is unknown, since {key.rpartition('.')[0]} is no object")
         if key in kind.training_only and value:
             warn_once(f"config: {key} {shown(value)} is not applied")
-    unknown = flat.keys() - set(kind.fields.values()) - set(kind.theta) - kind.neutral.keys()
-    if unknown := unknown - kind.training_only - kind.harmless:
+    if unknown := [key for key in flat if not is_known(key, kind)]:
         warn_once(f"config: ignored unknown {', '.join(sorted(unknown))}")
+
+
+def is_known(key: str, kind: FileFormat) -> bool:
+    """Whether the table says what a key means."""
+    tables = (kind.fields.values(), kind.theta, kind.neutral, kind.training_only, kind.repeated)
+    return any(key in table for table in (*tables, kind.checked, kind.harmless)) or key.split(".")[0] in kind.harmless
 
 
 def _complete(fields: dict[str, Any], kind: FileFormat) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from mixtral.shipped import model_folder
 from mixtral.tokenizer import Tokenizer
 from mixtral.weights import load_state
 from mixtral.weights.convert import with_token_ids
+from mixtral.weights.finite import require_range
 from mixtral.weights.gguf_tokenizer import read_tokenizer, side_files
 from mixtral.weights.names import fixed_dtype
 from mixtral.weights.save import check_free, write_hf
@@ -182,17 +183,18 @@ class LM:
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, allow_nonfinite: bool = False) -> None:
         """Write a model folder that transformers reads too, tokenizer included; whole or not at all.
 
-        Raises UsageError when the folder exists and is not empty, and for a quantised model.
+        Raises UsageError when the folder exists and is not empty, and for a quantised model; WeightsError, naming the
+        tensor, for weights that are not finite unless `allow_nonfinite`.
         """
         check_free(folder)
         state = named_state(self.model)
         if any(name.endswith(PACKED) for name in state):
             raise UsageError("save: this model is quantised; copy its folder, or save the model it was made from")
         with atomic_folder(folder) as new:
-            write_hf(state, self.config, new)
+            write_hf(state, self.config, new, allow_nonfinite=allow_nonfinite)
             for name, content in self.side_files.items():
                 atomic_write(new / name, content)
             if self.tokenizer is not None:
@@ -236,7 +238,9 @@ def _one_dtype(state: dict[str, Tensor]) -> dict[str, Tensor]:
         sizes[tensor.dtype] += tensor.numel()
     dtype = sizes.most_common(1)[0][0]
     for name in state:
-        state[name] = state[name].to(fixed_dtype(name) or dtype)
+        wanted = fixed_dtype(name) or dtype
+        require_range(name, state[name], wanted)
+        state[name] = state[name].to(wanted)
     return state
 
 

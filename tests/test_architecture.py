@@ -18,6 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROWS = {
     "errors files hardware runtime shipped specs router_options": 0,
     "config config_table config_formats config_gguf generation_config gguf_header json_files": 0,
+    "weights/safetensors_file weights/torch_file weights/finite": 0,
     "kernels tokenizer": 1,
     "moe quant/formats": 2,
     "model quant/layers": 3,

@@ -181,7 +181,7 @@ def test_hf_refusals(change: dict, message: str, tmp_path: Path) -> None:
         ({"moe": {**MISTRAL_8X7B["moe"], "num_shared_experts": 1}}, "moe.num_shared_experts 1 is not implemented"),
         ({"use_biases": True}, "use_biases True is not implemented"),
         ({"yarn": {"factor": 2}}, "yarn.factor is not implemented"),
-        ({"sliding_window": [4096, None]}, "sliding_window must be an integer, not [4096, None]"),
+        ({"sliding_window": [4096, None]}, "sliding_window [4096, None] is not implemented; only one number, or null"),
         ({"n_kv_heads": None}, "n_kv_heads is missing"),
     ],
 )

@@ -108,7 +108,7 @@ def test_there_and_back(name: str, tied: bool) -> None:
         (changed(tokenizer__ggml__eot_token_id=[7]), "tokenizer.ggml.eot_token_id must be a token id, not .7."),
         (changed(tokenizer__ggml__eos_token_id="2"), "tokenizer.ggml.eos_token_id must be a token id, not '2'"),
         (changed(llama__rope__scaling__type="yarn"), "llama.rope.scaling.type 'yarn' is not implemented; only 'none'"),
-        (changed(llama__rope__scaling__factor=4.0), "llama.rope.scaling.factor is not implemented"),
+        (changed(llama__rope__scaling__factor=4.0), "llama.rope.scaling.factor 4.0 is not implemented"),
         (changed(llama__expert_shared_count=2), "llama.expert_shared_count 2 is not implemented; only 0 is"),
         (changed(llama__rope__dimension_count=64), "llama.rope.dimension_count 64 .*; only 128, the head dim, is"),
         (changed(llama__attention__value_length=64), "llama.attention.value_length 64 is not implemented"),

@@ -49,7 +49,7 @@ def test_what_is_refused(tmp_path: Path, name: str) -> None:
         read_object(file, DataError, 1 << 24)
     message = str(caught.value)
     assert message.startswith(f"{file}: ") and reason in message
-    assert len(message) < 400 and message.isprintable()
+    assert len(message) < 600 and message.isprintable()
 
 
 def test_what_is_taken() -> None:
@@ -83,5 +83,5 @@ def test_only_regular_files_of_bounded_size(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(ConfigError, match=reason) as caught:
             read_object(path)
-        assert len(str(caught.value)) < 400
+        assert len(str(caught.value)) < 600
     assert time.perf_counter() - start < 2

@@ -51,4 +51,4 @@ def test_absurd_values_are_refused_in_one_short_line(value: str) -> None:
     for option in ("share", "most", "layers"):
         with pytest.raises(ConfigError, match=f"thing rich.*{option}=.*: expected ") as caught:
             parse_spec(f"rich?{option}={value}", TABLE, "thing")
-        assert len(str(caught.value)) < 400
+        assert len(str(caught.value)) < 600

@@ -30,6 +30,9 @@ BosOption = Annotated[
     bool | None,
     typer.Option("--bos/--no-bos", help="Begin with <s>, or not; otherwise as the tokenizer's files decide."),
 ]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Write weights that are NaN or infinite, or become so when rounded.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead.")]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mixtral.commands.common import bytes_text, stages_bar
+from mixtral.commands.common import AllowNonfinite, bytes_text, stages_bar
 
 
 def convert(
@@ -27,11 +27,13 @@ def convert(
     fused: Annotated[
         bool, typer.Option("--fused", help="One tensor a layer for all experts, as transformers 5 holds them; hf only.")
     ] = False,
+    allow_nonfinite: AllowNonfinite = False,
 ) -> None:
     """Rewrite a model for Hugging Face's, Mistral's or llama.cpp's tools.
 
     The weights keep their dtype unless told otherwise (what GGUF had quantised becomes bf16), and the tokenizer goes
-    along. Folder or file appear whole or not at all.
+    along. Folder or file appear whole or not at all; weights that are not finite, or too large for the type that is
+    written, are refused by name.
 
     Examples:
     mixtral convert Mixtral-8x7B-v0.1 mixtral-native --to mistral
@@ -44,6 +46,6 @@ def convert(
 
     written = None if dtype == "auto" else choose_dtype(dtype, "cpu")
     with stages_bar(in_bytes=True) as progress:
-        weights.convert(model_folder(source), target, to, written, fused, progress, type)
+        weights.convert(model_folder(source), target, to, written, fused, progress, type, allow_nonfinite)
     for file in [Path(target)] if to == "gguf" else sorted(Path(target).iterdir()):
         print(f"{file}  {bytes_text(file.stat().st_size)}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixtral.commands.common import JsonOption, bytes_text, console, stages_bar
+from mixtral.commands.common import AllowNonfinite, JsonOption, bytes_text, console, stages_bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,7 @@ def quantize(
         str | None, typer.Option(metavar="SOURCE", help="Text to compare with the unquantised model on.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Read at most this many tokens of each text.")] = 8192,
+    allow_nonfinite: AllowNonfinite = False,
     as_json: JsonOption = False,
 ) -> None:
     """Quantise a model: attention, experts and output to 8.5 or 4.5 bits a weight.
@@ -57,7 +58,7 @@ def quantize(
         if calibrate is not None:
             importance, facts = _calibrated(source, calibrate, tokens, progress)
             recipe = Recipe.of(bits, facts)
-        size = quantise_folder(source, target, recipe, importance, progress)
+        size = quantise_folder(source, target, recipe, importance, progress, allow_nonfinite)
         comparison = None if to_compare is None else _compared(source, target, to_compare, progress)
     if as_json:
         print(json.dumps(_figures(size, recipe, comparison), indent=2))

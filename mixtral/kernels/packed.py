@@ -119,7 +119,7 @@ def packed_linear(x_TD: Tensor, packed: Tensor, name: str, n: int) -> Tensor:
         x_TD, w_ND = x_TD.to(torch.bfloat16).float(), values_ND.float()
         for d in sorted(range(x_TD.shape[1]), key=lambda d: (d // 2, -d)):  # pairs ascend; the second of each first
             acc_TN = fma(x_TD[:, d, None], w_ND[:, d], acc_TN)
-        return acc_TN
+        return acc_TN + 0.0 if x_TD.shape[1] % GROUP else acc_TN  # padding adds zeros, with which -0 becomes 0
     qx_TD, sx_TG = quantise_rows(x_TD)
     for g in range(sx_TG.shape[1]):
         inputs = slice(g * GROUP, (g + 1) * GROUP)

@@ -59,14 +59,18 @@ def find_format(name: str) -> Format:
     return FORMATS[name]
 
 
-def quantise(w_ND: Tensor, format: Format, importance: Tensor | None = None) -> Tensor:
+def quantise(
+    w_ND: Tensor, format: Format, importance: Tensor | None = None, allow_nonfinite: bool = False
+) -> Tensor:
     """Round and pack one matrix -> uint8 [blocks, bytes of a block].
 
     Args:
         importance: [D], how much an error in each input's weights counts; all alike by default. Or [D, D], the mean of
             x x^T over inputs x: rounding is then done with feedback.
+        allow_nonfinite: a weight that is not finite, or too large for the scale of its group, makes its group NaN
+            (with feedback, and the groups after it in that row) instead of an error.
 
-    Raises WeightsError when a weight or the importance is not finite, or a weight too large for the scale of its group.
+    Raises WeightsError for such a weight otherwise, and when the importance is not finite.
     """
     if importance is not None and not importance.isfinite().all():
         raise WeightsError("the calibration text gives it inputs that are not finite; is a weight before it so?")
@@ -74,8 +78,11 @@ def quantise(w_ND: Tensor, format: Format, importance: Tensor | None = None) -> 
         q_ND, scale_NG = _round_with_feedback(w_ND, format, importance)
     else:
         q_ND, scale_NG = round_weights(w_ND, format, importance)
-    if not scale_NG.isfinite().all():
-        raise WeightsError("weights that are not finite, or too large for an fp16 scale, cannot be quantised")
+    if (bad_NG := ~scale_NG.isfinite()).any():
+        if not allow_nonfinite:
+            what = "weights that are not finite, or too large for an fp16 scale, cannot be quantised"
+            raise WeightsError(f"{what}; allow_nonfinite (--allow-nonfinite of quantize) makes their groups NaN")
+        scale_NG = scale_NG.masked_fill(bad_NG, torch.nan)
     return packed.pack(q_ND, format.name, scale_NG)
 
 

@@ -14,9 +14,10 @@ from mixtral.model.linear import Linear
 from mixtral.moe import Experts, FeedForward
 from mixtral.quant.layers import QuantExperts, QuantFeedForward, QuantLinear
 from mixtral.quant.recipe import PACKED, Recipe, stored_shapes
-from mixtral.weights.load import PACKED_FILE
+from mixtral.weights.finite import require_range
 from mixtral.weights.names import fixed_dtype
 from mixtral.weights.safetensors_file import SafetensorsFile
+from mixtral.weights.shards import PACKED_FILE
 
 
 def load_quantised(
@@ -31,11 +32,14 @@ def load_quantised(
     """
     file = open_packed(folder, config, recipe)
     dtype = dtype or file.headers["embedding.weight"].dtype
+    assert dtype is not None  # open_packed refused the others
     state = {}
     for name, raw_bytes in file.mapped().items():
         packed = name.endswith(PACKED)
         tensor = _tensor(file, name, raw_bytes) if packed else _tensor(file, name, raw_bytes.clone())
-        state[name] = tensor.to(device) if packed else tensor.to(device, fixed_dtype(name) or dtype)
+        wanted = tensor.dtype if packed else fixed_dtype(name) or dtype
+        require_range(name, tensor, wanted)
+        state[name] = tensor.to(device, wanted)
     model = empty_quantised(config, recipe)
     model.load_state_dict(state, assign=True)
     return model

@@ -18,10 +18,11 @@ from mixtral.files import atomic_folder
 from mixtral.quant.formats import Format, quantise
 from mixtral.quant.recipe import PACKED, Recipe, stored_shapes, theoretical_bytes
 from mixtral.weights.convert import copy_tokenizer
-from mixtral.weights.load import PACKED_FILE, StateReader
+from mixtral.weights.load import StateReader
 from mixtral.weights.progress import Progress, counter
 from mixtral.weights.safetensors_file import Entry, write_safetensors
 from mixtral.weights.save import check_free
+from mixtral.weights.shards import PACKED_FILE
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Size:
 
 def quantise_folder(
     src: str | Path, dst: str | Path, recipe: Recipe, importance: Mapping[str, Tensor] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | None = None, allow_nonfinite: bool = False,
 ) -> Size:  # fmt: skip
     """Write the model of the folder `src` to the new folder `dst`, quantised; `mixtral.load` reads it with no flag.
 
@@ -44,6 +45,7 @@ def quantise_folder(
             a stack, or [E, D] for each expert's; [D, D], the mean of x x^T, for a matrix that is in no stack. What is
             not named is rounded with all inputs alike.
         progress: called after each matrix with the bytes that were packed.
+        allow_nonfinite: write weights that are not finite; `quantise` says what becomes of them.
 
     The folder appears whole or not at all. Raises UsageError when `dst` is there and not empty, ConfigError and
     WeightsError as reading does, WeightsError for weights that cannot be quantised.
@@ -51,9 +53,9 @@ def quantise_folder(
     check_free(dst)
     config = read_config(src)
     reader = StateReader(src, config)
-    entries = _entries(reader, config, recipe, importance or {}, progress)
+    entries = _entries(reader, config, recipe, importance or {}, progress, allow_nonfinite)
     with atomic_folder(dst) as new:
-        write_safetensors(new / PACKED_FILE, entries)
+        write_safetensors(new / PACKED_FILE, entries, allow_nonfinite=allow_nonfinite)
         write_quantised_config(config, recipe, new)
         copy_tokenizer(src, new)
     written = sum(entry.nbytes for entry in entries)
@@ -68,7 +70,7 @@ def write_quantised_config(config: ModelConfig, recipe: Recipe, folder: Path) ->
 
 def _entries(
     reader: StateReader, config: ModelConfig, recipe: Recipe, importance: Mapping[str, Tensor],
-    progress: Progress | None,
+    progress: Progress | None, allow_nonfinite: bool,
 ) -> list[Entry]:  # fmt: skip
     shapes = stored_shapes(config, recipe)
     total = sum(torch.Size(shape).numel() for name, shape in shapes.items() if name.endswith(PACKED))
@@ -78,7 +80,7 @@ def _entries(
         name = stored.removesuffix(PACKED)
         fmt = recipe.format(name)
         if fmt is not None:
-            make = partial(_pack, reader, name, fmt, shape, importance.get(name), done)
+            make = partial(_pack, reader, name, fmt, shape, importance.get(name), done, allow_nonfinite)
             entries.append(Entry(stored, torch.uint8, shape, make))
         else:
             dtype = torch.bfloat16 if name == "embedding.weight" else reader.dtype(name)
@@ -88,7 +90,7 @@ def _entries(
 
 def _pack(
     reader: StateReader, name: str, fmt: Format, shape: tuple[int, ...], importance: Tensor | None,
-    done: Callable[[int], None],
+    done: Callable[[int], None], allow_nonfinite: bool,
 ) -> Tensor:  # fmt: skip
     """All matrices of one parameter, packed one after the other -> uint8 [..., blocks, bytes of a block]."""
     w = reader.read(name)
@@ -97,7 +99,7 @@ def _pack(
     matrices = zip(w.view(-1, *w.shape[-2:]), packed.view(-1, *shape[-2:]), each, strict=True)
     for w_ND, packed_ND, importance_D in matrices:
         try:
-            packed_ND.copy_(quantise(w_ND, fmt, importance_D))
+            packed_ND.copy_(quantise(w_ND, fmt, importance_D, allow_nonfinite))
         except WeightsError as error:
             raise WeightsError(f"{name}: {error}") from None
         done(packed_ND.numel())

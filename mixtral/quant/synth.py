@@ -25,13 +25,15 @@ from mixtral.quant.load import open_packed
 from mixtral.quant.quantize import write_quantised_config
 from mixtral.quant.recipe import BITS, PACKED, Recipe, stored_shapes
 from mixtral.weights.lazy import LazyState
-from mixtral.weights.load import PACKED_FILE, StateReader
+from mixtral.weights.load import StateReader
 from mixtral.weights.names import parameter_shapes
 from mixtral.weights.progress import Progress, counter
 from mixtral.weights.safetensors_file import Entry, write_safetensors
 from mixtral.weights.save import check_free, write_hf
+from mixtral.weights.shards import PACKED_FILE
 
 _SCALES = 2 * LANES  # bytes at the end of each group: an fp16 scale for each lane
+_SPREAD = (1e-4, 1e4)  # fp16 holds the scales that these give
 
 
 def write_random(
@@ -40,11 +42,13 @@ def write_random(
     """Write a random model to the new folder `dst`: Hugging Face's format at "16", else as `mixtral quantize` does.
 
     `bits` is "16", or one of a Recipe's. Each tensor hangs on seed and name alone. Headers and sizes are checked
-    afterwards; the folder appears whole or not at all. Raises UsageError for other bits, and when `dst` is there and
-    not empty; MixtralError when the disk has too little room.
+    afterwards; the folder appears whole or not at all. Raises UsageError for other bits, for a spread that fp16
+    scales do not hold, and when `dst` is there and not empty; MixtralError when the disk has too little room.
     """
     if bits not in (choices := ("16", *BITS)):
         raise UsageError(f"bits: unknown choice {bits!r}; {did_you_mean(bits, choices)}")
+    if not _SPREAD[0] <= config.init_std <= _SPREAD[1]:
+        raise UsageError(f"init_std {config.init_std:g}: random weights have a spread of {_SPREAD[0]} to {_SPREAD[1]}")
     recipe = None if bits == "16" else Recipe.of(bits)
     check_free(dst)
     state = _RandomState(config, seed)

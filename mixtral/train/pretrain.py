@@ -23,7 +23,7 @@ from mixtral.data.readers import BadInput
 from mixtral.data.shards import prepare
 from mixtral.data.sources import Source, documents
 from mixtral.data.store import TokenData
-from mixtral.errors import ConfigError, DataError, UsageError, shown
+from mixtral.errors import ConfigError, DataError, UsageError, WeightsError, shown
 from mixtral.files import atomic_folder, atomic_write, remove_folder
 from mixtral.json_files import read_object
 from mixtral.kernels import use_backend
@@ -119,10 +119,16 @@ def pretrain(out: Path, view: View) -> Trained:
 
 
 def save_final(run: Run, tokenizer: Tokenizer) -> Path:
-    """Write the model, its tokenizer and its configuration to OUT/final, as transformers reads them."""
+    """Write the model, its tokenizer and its configuration to OUT/final, as transformers reads them.
+
+    Raises WeightsError, naming the tensor, for weights that are not finite.
+    """
     final = run.folder / "final"
     with atomic_folder(final) as folder:
-        write_hf({n: p.detach() for n, p in run.optimizer.weights.items()}, run.model.config, folder)
+        try:
+            write_hf({n: p.detach() for n, p in run.optimizer.weights.items()}, run.model.config, folder)
+        except WeightsError as error:
+            raise WeightsError(f"{final}: not written; the run's checkpoints are as they were. {error}") from None
         tokenizer.save(folder)
         atomic_write(folder / "training.json", (run.folder / "config.json").read_text())
     return final

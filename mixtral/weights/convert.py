@@ -36,6 +36,7 @@ def convert(
     fused: bool = False,
     progress: Progress | None = None,
     type: str | None = None,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Write the model in `src`, a folder or a GGUF file, to `dst`: a new folder ("hf", "mistral") or file ("gguf").
 
@@ -44,9 +45,11 @@ def convert(
         fused: experts as transformers 5 holds them, one tensor a layer; "hf" alone has that layout.
         progress: called after each tensor that is written.
         type: of the matrices of a GGUF file: "bf16" (None), "q8_0" or "q4_0"; such a file takes no dtype.
+        allow_nonfinite: write weights that are NaN or infinite, or become so in the type that is written.
 
     Raises UsageError for an unknown format, what the format has not, a missing source, or a destination that is there
-    and not empty; ConfigError and WeightsError as reading does; MixtralError for a damaged tokenizer.
+    and not empty; ConfigError and WeightsError as reading does, WeightsError for weights that would not be finite;
+    MixtralError for a damaged tokenizer.
     """
     _check(to, dtype, fused, type)
     if to == "gguf":
@@ -58,13 +61,15 @@ def convert(
         to_mistral(config)  # raises before the weights are looked at
     state = StateReader(src, config)
     if to == "gguf":
-        write_gguf(state, config, dst, type or "bf16", read_tokenizer(src), side_files(src), progress)
+        write_gguf(
+            state, config, dst, type or "bf16", read_tokenizer(src), side_files(src), progress, allow_nonfinite
+        )
         return
     with atomic_folder(dst) as new:
         if to == "hf":
-            write_hf(state, config, new, dtype, fused, progress=progress)
+            write_hf(state, config, new, dtype, fused, progress=progress, allow_nonfinite=allow_nonfinite)
         else:
-            write_mistral(state, config, new, dtype, progress=progress)
+            write_mistral(state, config, new, dtype, progress, allow_nonfinite)
         copy_tokenizer(src, new)
         if to == "mistral":
             write_end_tokens(config, new)  # the copied file may name none

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,7 +55,8 @@ class GgufFile:
         rows = max(1, _CHUNK // row)
         for part in out.split(rows):
             raw = self._bytes(file, part.numel() // info.type.block * info.type.nbytes)
-            part.copy_(torch.from_numpy(gguf.quants.dequantize(raw.view(len(part), -1).numpy(), kind)))
+            with np.errstate(all="ignore"):  # a scale may be infinite or NaN, and then its block is
+                part.copy_(torch.from_numpy(gguf.quants.dequantize(raw.view(len(part), -1).numpy(), kind)))
         return out.view(info.shape)
 
     def _bytes(self, file: BinaryIO, count: int) -> Tensor:

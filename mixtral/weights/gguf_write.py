@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mixtral.errors import UsageError, did_you_mean
 from mixtral.files import atomic_file
 from mixtral.gguf_header import TYPES
 from mixtral.tokenizer import Tokenizer
+from mixtral.weights.finite import require_finite
 from mixtral.weights.gguf_file import gguf_package
 from mixtral.weights.gguf_tokenizer import tokenizer_metadata
 from mixtral.weights.names import Slot, layouts, output_name, slots
@@ -41,6 +43,7 @@ def write_gguf(
     tokenizer: Tokenizer | None = None,
     files: Mapping[str, bytes] | None = None,
     progress: Progress | None = None,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Write a model as one GGUF file, whole or not at all.
 
@@ -48,10 +51,11 @@ def write_gguf(
         type: of the matrices: "bf16", "q8_0" (8.5 bits a weight) or "q4_0" (4.5).
         files: the small files of the model's folder: chat templates, generation defaults (tokenizer/beside.py).
         progress: called after each tensor.
+        allow_nonfinite: write weights that are not finite, and blocks whose scale is too large for fp16.
 
     Raises UsageError for an unknown type, a name that does not end in .gguf, a file that exists, a tokenizer that GGUF
     cannot hold, or where the gguf package is missing; ConfigError for a model that is not plain Mistral or Mixtral;
-    WeightsError when the state is not this config's.
+    WeightsError when the state is not this config's, and, naming the tensor, for weights that are not finite.
     """
     check_target(path, type)
     gguf = gguf_package()
@@ -64,8 +68,7 @@ def write_gguf(
     stored = {name: _stored(slot, type) for name, slot in found.items()}
     sizes = {name: _nbytes(slot.shape, stored[name]) for name, slot in found.items()}
     done = counter(progress, "writing", sum(sizes.values()))
-    with atomic_file(path) as new:
-        writer = gguf.GGUFWriter(new, "llama")
+    with atomic_file(path) as new, closing(gguf.GGUFWriter(new, "llama")) as writer:
         _add_metadata(writer, metadata | {"general.file_type": _FILE_TYPES[type], "general.quantization_version": 2})
         for name, slot in found.items():
             kind = gguf.GGMLQuantizationType[stored[name]]
@@ -74,9 +77,12 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, slot in found.items():
-            writer.write_tensor_data(_rounded(taken(state, slot), stored[name]))
+            tensor = taken(state, slot)
+            rounded = _rounded(tensor, stored[name])
+            if not allow_nonfinite:
+                require_finite(name, tensor, _scales(rounded, stored[name]), stored[name], "bf16 holds larger ones")
+            writer.write_tensor_data(rounded)
             done(sizes[name])
-        writer.close()
 
 
 def check_target(path: str | Path, type: str) -> None:
@@ -124,5 +130,16 @@ def _rounded(tensor: Tensor, stored: str) -> np.ndarray:
     step = max(1, _CHUNK // rows.shape[1])
     for begin in range(0, len(rows), step):
         part = rows[begin : begin + step].float().contiguous().numpy()
-        out[begin : begin + step] = gguf.quants.quantize(part, gguf.GGMLQuantizationType[stored])
+        with np.errstate(all="ignore"):  # what is not finite is told by `require_finite`, or allowed
+            out[begin : begin + step] = gguf.quants.quantize(part, gguf.GGMLQuantizationType[stored])
     return out
+
+
+def _scales(rounded: np.ndarray, stored: str) -> Tensor:
+    """What of a written tensor may not be finite: the numbers themselves, or the fp16 that each block begins with."""
+    if stored == "F32":
+        return torch.from_numpy(rounded)
+    if stored == "BF16":
+        return torch.from_numpy(rounded).view(torch.bfloat16)
+    blocks = torch.from_numpy(rounded).view(-1, _SIZES[stored].nbytes)
+    return blocks[:, :2].contiguous().view(torch.float16)

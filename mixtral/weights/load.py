@@ -6,63 +6,30 @@ one tensor (`.pt` shards are memory-mapped: their pages are the system's to recl
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+import logging
+import re
 from functools import reduce
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mixtral.config import ModelConfig
-from mixtral.errors import UsageError, WeightsError, shown
-from mixtral.json_files import LARGE, read_object
-from mixtral.weights.gguf_file import open_gguf
+from mixtral.errors import WeightsError
+from mixtral.weights.finite import require_range
 from mixtral.weights.lazy import LazyState
 from mixtral.weights.names import Ffn, Format, Slot, fixed_dtype, layouts, output_name, parameter_shapes, slots
 from mixtral.weights.progress import Progress, counter
-from mixtral.weights.safetensors_file import Header, SafetensorsFile
-from mixtral.weights.torch_file import TorchFile
+from mixtral.weights.safetensors_file import Header
+from mixtral.weights.shards import TensorFile, detect_format, open_files, some
+
+log = logging.getLogger(__name__)
 
 _LISTED = 50_000  # tensors that are missing are told by name up to such a number: more than any model has
 _LONG = 250  # characters of complaints: beyond, each names one tensor alone
 _FLOATS = "F64, F32, F16 or BF16"
-_SINGLE, _INDEX, _NATIVE = "model.safetensors", "model.safetensors.index.json", "consolidated.safetensors"
-PACKED_FILE = "packed.safetensors"  # what `mixtral quantize` writes; quant/load.py reads it
-
-
-class TensorFile(Protocol):
-    """A file of tensors that tells what it holds before it is read."""
-
-    path: Path
-    headers: dict[str, Header]
-
-    def stream(self) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor in turn, valid until the next is asked for."""
-
-    def read(self, name: str) -> Tensor:
-        """One tensor."""
-
-
-def detect_format(folder: str | Path) -> Format:
-    """Which weights a model folder holds; Hugging Face's when it holds both. A file that ends in .gguf is one too.
-
-    Raises UsageError when there is no such folder, WeightsError when it has no weights that we read.
-    """
-    folder = Path(folder)
-    if folder.suffix == ".gguf" and os.path.exists(folder) and not folder.is_dir():
-        return "gguf"
-    if not os.path.isdir(folder):  # Path's own method raises for a name that is too long
-        raise UsageError(f"{folder}: no such folder; a model folder with its weights, or a .gguf file, is wanted")
-    if (folder / _SINGLE).is_file() or (folder / _INDEX).is_file():
-        return "hf"
-    if _native_files(folder):
-        return "mistral"
-    if (folder / PACKED_FILE).is_file():
-        raise WeightsError(f"{folder}: quantised weights, good for running alone; give the folder they were made from")
-    wanted = f"{_SINGLE}, {_INDEX}, {_NATIVE} or consolidated.NN.pt"
-    raise WeightsError(f"{folder}: no weights that can be read; {wanted} is wanted")
+# Rotary frequencies in old files; they follow from the configuration, which counts here as in transformers.
+_FREQUENCIES = {"hf": r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", "mistral": r"rope\.freqs"}
 
 
 def load_state(
@@ -76,7 +43,8 @@ def load_state(
 
     A dtype of None keeps the file's; buffers have their own. `progress` is called after each tensor. Raises
     WeightsError when tensors are missing, unknown, of the wrong shape or of a kind that we do not read, naming them, or
-    when a file is damaged; nothing is allocated before that is known.
+    when a file is damaged; nothing is allocated before that is known. WeightsError too for a weight that is too large
+    for the dtype.
     """
     files, headers, found, output = _open(Path(folder), config)
     state = _allocate(headers, found, config, dtype, device)
@@ -84,11 +52,14 @@ def load_state(
     done = counter(progress, "reading", sum(header.nbytes for header in headers.values()))
     for file in files:
         for name, tensor in file.stream():
+            if name not in headers:  # rotary frequencies
+                continue
             done(headers[name].nbytes)
             if name == output:
                 copy_of_embedding = tensor.clone()  # compared below: the embedding itself may still be to come
                 continue
             view = found[name].view(state[found[name].ours])
+            require_range(name, tensor, view.dtype)
             view.copy_(tensor.reshape(view.shape))
     if copy_of_embedding is not None:
         _check_tied(state["embedding.weight"], copy_of_embedding, f"{folder}: {output}")
@@ -134,53 +105,10 @@ def _open(
 ) -> tuple[list[TensorFile], dict[str, Header], dict[str, Slot], str | None]:
     """The files, what they hold, where each tensor belongs, and the name of a tied output matrix if there is one."""
     format = detect_format(folder)
-    files = _files(folder, format)
-    headers = _merge(files)
+    files = open_files(folder, format)
+    headers = _without_frequencies(_merge(files), files, config, format)
     found = _match(headers, config, format, folder)
     return files, headers, found, output_name(format) if config.tie_embeddings else None
-
-
-def _files(folder: Path, format: Format) -> list[TensorFile]:
-    if format == "gguf":
-        return [*open_gguf(folder)]
-    return _open_hf(folder) if format == "hf" else [_open_native(path) for path in _native_files(folder)]
-
-
-def _native_files(folder: Path) -> list[Path]:
-    single = folder / _NATIVE
-    return [single] if single.is_file() else sorted(
-        path for path in folder.glob("consolidated.[0-9]*") if path.suffix in (".pt", ".pth")
-    )
-
-
-def _open_native(path: Path) -> TensorFile:
-    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
-
-
-def _open_hf(folder: Path) -> list[TensorFile]:
-    if (folder / _SINGLE).is_file():
-        return [SafetensorsFile(folder / _SINGLE)]
-    shard_of = _read_index(folder / _INDEX)
-    files: list[TensorFile] = []
-    for shard in sorted(set(shard_of.values())):
-        if Path(shard).name != shard:
-            raise WeightsError(f"{folder / _INDEX}: a shard must be a file name, not {shard!r}")
-        if not os.path.isfile(folder / shard):
-            raise WeightsError(f"{folder / _INDEX}: points at {shard}, which is not there")
-        file = SafetensorsFile(folder / shard)
-        promised = {name for name, where in shard_of.items() if where == shard}
-        if wrong := promised ^ file.headers.keys():
-            raise WeightsError(f"{file.path}: does not hold what {_INDEX} says: {_some(wrong)}")
-        files.append(file)
-    return files
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> shard file name."""
-    shard_of = read_object(path, WeightsError, LARGE).get("weight_map")
-    if not isinstance(shard_of, dict) or not shard_of or not all(isinstance(s, str) for s in shard_of.values()):
-        raise WeightsError(f'{path}: not an index; {{"weight_map": {{tensor: file}}}} is wanted')
-    return shard_of
 
 
 # -- do they fit -------------------------------------------------------------------------------------------------------
@@ -190,9 +118,29 @@ def _merge(files: list[TensorFile]) -> dict[str, Header]:
     headers: dict[str, Header] = {}
     for file in files:
         if twice := headers.keys() & file.headers.keys():
-            raise WeightsError(f"{file.path}: tensors that an earlier shard holds too: {_some(twice)}")
+            raise WeightsError(f"{file.path}: tensors that an earlier shard holds too: {some(twice)}")
         headers |= file.headers
     return headers
+
+
+def _without_frequencies(
+    headers: dict[str, Header], files: list[TensorFile], config: ModelConfig, format: Format
+) -> dict[str, Header]:
+    """The headers of all but rotary frequencies. Says once that there are any, and which differ from rope_theta's."""
+    pattern, half = _FREQUENCIES.get(format, "(?!)"), config.head_dim // 2
+    names = [name for name, header in headers.items()
+             if re.fullmatch(pattern, name) and header.shape == (half,) and _readable(header.dtype, None)]  # fmt: skip
+    if not names:
+        return headers
+    exact = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    file_of = {name: file for file in files for name in file.headers}
+    # what is rounded to bf16 is off by 2^-9; another base is seen in the last frequency most
+    wrong = [n for n in names if not torch.allclose(file_of[n].read(n).double(), exact, rtol=2**-7, atol=1e-6)]
+    if wrong:
+        log.warning("%s: rotary frequencies that are not those of rope_theta %g, which counts: %s",
+                    file_of[wrong[0]].path, config.rope_theta, some(wrong))  # fmt: skip
+    log.info("%d tensors of rotary frequencies are not read: they follow from rope_theta", len(names))
+    return {name: header for name, header in headers.items() if name not in set(names)}
 
 
 def _match(headers: dict[str, Header], config: ModelConfig, format: Format, folder: Path) -> dict[str, Slot]:
@@ -201,6 +149,9 @@ def _match(headers: dict[str, Header], config: ModelConfig, format: Format, fold
     found = max(candidates, key=lambda candidate: len(candidate.keys() & headers.keys()))
     if config.tie_embeddings and output_name(format) not in headers:
         del found[output_name(format)]
+    if lora := [name for name in headers.keys() - found.keys() if ".lora_" in name]:
+        what = f"{folder}: LoRA tensors that are not merged into the weights: {some(lora)}"
+        raise WeightsError(f"{what}; merge them first")
     if complaints := "; ".join(_complaints(headers, found, 3)):
         if len(complaints) > _LONG:
             complaints = "; ".join(_complaints(headers, found, 1))
@@ -229,18 +180,18 @@ def _complaints(headers: dict[str, Header], found: dict[str, Slot], names: int) 
     """What does not fit, with so many names each."""
     complaints = []
     if missing := found.keys() - headers.keys():
-        complaints.append(f"{len(missing)} missing: {_some(missing, names)}")
+        complaints.append(f"{len(missing)} missing: {some(missing, names)}")
     if unknown := headers.keys() - found.keys():
-        complaints.append(f"{len(unknown)} unknown: {_some(unknown, names)}")
+        complaints.append(f"{len(unknown)} unknown: {some(unknown, names)}")
     common = found.keys() & headers.keys()
     if misshapen := [name for name in common if headers[name].shape != found[name].shape]:
         first = min(misshapen)
         shapes = f"{list(headers[first].shape)} where the config asks for {list(found[first].shape)}"
-        complaints.append(f"{len(misshapen)} misshapen: {_some(misshapen, names)} ({first} is {shapes})")
+        complaints.append(f"{len(misshapen)} misshapen: {some(misshapen, names)} ({first} is {shapes})")
     if foreign := [name for name in common if not _readable(headers[name].dtype, fixed_dtype(found[name].ours))]:
         stored = ", ".join(sorted({headers[name].stored for name in foreign}))
         wanted = "I64" if all(fixed_dtype(found[name].ours) == torch.int64 for name in foreign) else _FLOATS
-        complaints.append(f"{len(foreign)} stored as {stored}, not as {wanted}: {_some(foreign, names)}")
+        complaints.append(f"{len(foreign)} stored as {stored}, not as {wanted}: {some(foreign, names)}")
     return complaints
 
 
@@ -249,12 +200,6 @@ def _readable(stored: torch.dtype | None, fixed: torch.dtype | None) -> bool:
     if stored is None:
         return False
     return stored == torch.int64 if fixed == torch.int64 else stored.is_floating_point
-
-
-def _some(names: set[str] | list[str], count: int = 3) -> str:
-    """The first few of many names."""
-    first = ", ".join(shown(name)[1:-1] for name in sorted(names)[:count])
-    return first if len(names) <= count else f"{first} and {len(names) - count} more"
 
 
 # -- filling -----------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from torch import Tensor
 from mixtral.errors import WeightsError, shown
 from mixtral.files import open_regular
 from mixtral.json_files import parse_object
+from mixtral.weights.finite import require_finite
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -133,8 +134,14 @@ class SafetensorsFile:
         return {name: raw[self._start + first : self._start + last] for name, (_, first, last) in self._ranges.items()}
 
 
-def write_safetensors(path: Path, entries: Iterable[Entry], done: Callable[[int], None] = lambda _: None) -> None:
-    """Write tensors to a new file, one in memory at a time; `done` is told the bytes of each."""
+def write_safetensors(
+    path: Path, entries: Iterable[Entry], done: Callable[[int], None] = lambda _: None, allow_nonfinite: bool = False
+) -> None:
+    """Write tensors to a new file, one in memory at a time; `done` is told the bytes of each.
+
+    Raises WeightsError, naming the tensor, for numbers that are not finite or not in the dtype to be written, unless
+    `allow_nonfinite`.
+    """
     entries = list(entries)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # what transformers looks for
     end = 0
@@ -147,12 +154,16 @@ def write_safetensors(path: Path, entries: Iterable[Entry], done: Callable[[int]
     with path.open("xb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for entry in entries:
-            file.write(_bytes(entry))
+            file.write(_bytes(entry, allow_nonfinite))
             done(entry.nbytes)
 
 
-def _bytes(entry: Entry) -> memoryview:
-    tensor = entry.make().to("cpu", entry.dtype).contiguous()
+def _bytes(entry: Entry, allow_nonfinite: bool) -> memoryview:
+    source = entry.make()
+    tensor = source.to("cpu", entry.dtype).contiguous()
+    if tensor.is_floating_point() and not allow_nonfinite:
+        kind = str(entry.dtype).removeprefix("torch.")
+        require_finite(entry.name, source, tensor, kind, "bf16 and fp32 hold larger ones")
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 

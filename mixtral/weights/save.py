@@ -35,26 +35,33 @@ def save_hf(
     dtype: torch.dtype | None = None,
     fused: bool = False,
     shard_bytes: int = 5_000_000_000,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Write `config.json` and safetensors shards of at most `shard_bytes` (a larger tensor gets a shard of its own).
 
     Expert by expert, which every tool reads, or `fused` as transformers 5 holds them (it reads both). A dtype of None
     keeps each tensor's. Raises UsageError when the folder exists and is not empty, WeightsError when the state is not
-    this config's.
+    this config's, and for weights that are not finite in the written dtype unless `allow_nonfinite`.
     """
     check_free(folder)
     with atomic_folder(folder) as new:
-        write_hf(state, config, new, dtype, fused, shard_bytes)
+        write_hf(state, config, new, dtype, fused, shard_bytes, allow_nonfinite=allow_nonfinite)
 
 
-def save_mistral(state: State, config: ModelConfig, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+def save_mistral(
+    state: State,
+    config: ModelConfig,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    allow_nonfinite: bool = False,
+) -> None:
     """Write `params.json` and `consolidated.safetensors`; dtype and errors as for `save_hf`.
 
     Raises ConfigError too, for a model that is not plain Mistral or Mixtral.
     """
     check_free(folder)
     with atomic_folder(folder) as new:
-        write_mistral(state, config, new, dtype)
+        write_mistral(state, config, new, dtype, allow_nonfinite=allow_nonfinite)
 
 
 def check_free(folder: str | Path) -> None:
@@ -72,6 +79,7 @@ def write_hf(
     fused: bool = False,
     shard_bytes: int = 5_000_000_000,
     progress: Progress | None = None,
+    allow_nonfinite: bool = False,
 ) -> None:
     """`save_hf` into a folder that is there; `progress` is called after each tensor."""
     layout: Ffn = "fused" if fused and config.is_sparse else layouts(config, "hf")[0]
@@ -82,7 +90,7 @@ def write_hf(
     index: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        write_safetensors(folder / name, shard, done)
+        write_safetensors(folder / name, shard, done, allow_nonfinite)
         index |= {entry.name: name for entry in shard}
     if len(shards) > 1:
         _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
@@ -96,12 +104,13 @@ def write_mistral(
     folder: Path,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
+    allow_nonfinite: bool = False,
 ) -> None:
     """`save_mistral` into a folder that is there; `progress` is called after each tensor."""
     params = to_mistral(config)
     entries = _entries(state, config, "mistral", layouts(config, "mistral")[0], dtype)
     done = counter(progress, "writing", sum(entry.nbytes for entry in entries))
-    write_safetensors(folder / "consolidated.safetensors", entries, done)
+    write_safetensors(folder / "consolidated.safetensors", entries, done, allow_nonfinite)
     _write_json(folder / "params.json", params)
     write_end_tokens(config, folder)
 

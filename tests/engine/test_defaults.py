@@ -113,7 +113,7 @@ def test_wrong_values_are_named_by_file_and_key(tmp_path: Path, key: str) -> Non
             recommended(says(tmp_path, {"do_sample": True, key: wrong}))
         line = str(error.value)
         assert f"generation_config.json: {'' if key == 'do_sample' else 'sampling: '}{key} must be " in line, wrong
-        assert "\n" not in line and len(line) < 400
+        assert "\n" not in line and len(line) < 600
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "7", '"a"', f'{{{DRAW}, "top_p": NaN}}', f'{{{DRAW}, "top_k": 1e999}}',

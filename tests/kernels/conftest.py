@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-from mixtral.kernels import products
+from mixtral.kernels import native, products
+from tests.kernels.native_oracle import usable
 
 
 @pytest.fixture(params=["fp32", "bf16", "bf16 through fp32"])
@@ -16,3 +19,11 @@ def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> to
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=usable())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that this machine has, set for the test."""
+    native.set_instruction_set(request.param)
+    yield request.param
+    native.set_instruction_set(None)

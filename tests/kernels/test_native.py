@@ -20,25 +20,11 @@ from mixtral import kernels
 from mixtral.errors import UsageError
 from mixtral.kernels import native, packed
 from mixtral.kernels.packed import GROUP, pack
+from tests.kernels.native_oracle import assert_same_bits, oracle
 
 pytestmark = pytest.mark.skipif(bool(native.available()), reason=native.available())
 
 FORMATS = list(packed.GROUP_BYTES)
-
-
-def usable() -> list[str]:
-    if native.available():
-        return []
-    found = [s for s in ("portable", "avx2", "avx512") if not native.library().mx_set_isa(s.encode())]
-    native.set_instruction_set(None)
-    return found
-
-
-@pytest.fixture(params=usable())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    native.set_instruction_set(request.param)
-    yield request.param
-    native.set_instruction_set(None)
 
 
 @pytest.fixture
@@ -60,14 +46,7 @@ def weight(name: str, n: int, d: int) -> Tensor:
 
 
 def check(x_TD: Tensor, w: Tensor, name: str, n: int, isa: str) -> None:
-    """Equal bits; VDPBF16PS may differ by a rounding of each of the two sums of every pair."""
-    got, want = native.packed_linear(x_TD, w, name, n), packed.packed_linear(x_TD, w, name, n)
-    if (name, isa) != ("bf16", "avx512"):
-        assert torch.equal(got, want)
-        return
-    values, _ = packed.unpack(w, name, n, x_TD.shape[1])
-    sizes = x_TD.abs().double() @ values.abs().double().T
-    assert ((got.double() - want.double()).abs() <= 2 * (x_TD.shape[1] + 1) * 2.0**-24 * sizes).all()
+    assert_same_bits(native.packed_linear(x_TD, w, name, n), oracle(x_TD, w, name, n, isa))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -304,6 +283,7 @@ def test_log_sum_exp(rows: int, n: int) -> None:
     torch.testing.assert_close(native.log_sum_exp(x_RN), x_RN.double().logsumexp(-1).float(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("place", [0, 5, 18])
 def test_log_sum_exp_of_what_is_not_finite(bad: float, place: int) -> None:

@@ -12,14 +12,6 @@ from mixtral.kernels import native
 pytestmark = pytest.mark.skipif(bool(native.available()), reason=native.available())
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if native.library().mx_set_isa(request.param.encode()):
-        pytest.skip(f"no {request.param} here")
-    yield request.param
-    native.set_instruction_set(None)
-
-
 @pytest.fixture(params=[1, 3])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()

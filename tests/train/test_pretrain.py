@@ -7,18 +7,19 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import mixtral
-from mixtral.errors import ConfigError, DataError, MixtralError, UsageError
+from mixtral.errors import ConfigError, DataError, MixtralError, UsageError, WeightsError
 from mixtral.train import pretrain as module
 from mixtral.train.checkpoint import checkpoints
 from mixtral.train.config import TrainConfig
 from mixtral.train.metrics import MatrixRate, read_lines
-from mixtral.train.pretrain import Trained, begin, pretrain, recorded_config
+from mixtral.train.pretrain import Trained, begin, pretrain, recorded_config, save_final
 from tests.train.tiny_run import Killed, Watching, kill_after, texts, train_config
 
 
@@ -42,6 +43,15 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
         patch.setattr(MatrixRate, "measure", lambda *_: MatrixRate(1e12, "float32"))
         begin(config_of(corpus), out)
         return pretrain(out, Watching())
+
+
+def test_final_weights_that_are_not_finite(trained: Trained, tmp_path: Path) -> None:
+    weights = {name: p.detach().clone() for name, p in trained.run.optimizer.weights.items()}
+    weights["layers.0.attention.wo.weight"][1, 2] = float("nan")
+    run: Any = SimpleNamespace(folder=tmp_path, optimizer=SimpleNamespace(weights=weights), model=trained.run.model)
+    with pytest.raises(WeightsError, match=r"final: not written; .* model\.layers\.0\.self_attn\.o_proj\.weight: 1 of"):
+        save_final(run, None)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_files_of_a_run(trained: Trained, corpus: Path) -> None:

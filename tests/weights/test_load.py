@@ -17,7 +17,8 @@ from torch import Tensor
 from mixtral.config import LIMITS, ModelConfig
 from mixtral.errors import UsageError, WeightsError
 from mixtral.weights import detect_format, load, load_state, save_hf, save_mistral
-from mixtral.weights.load import PACKED_FILE, StateReader
+from mixtral.weights.load import StateReader
+from mixtral.weights.shards import PACKED_FILE
 from tests.weights.weight_states import CONFIGS, DENSE, SPARSE, assert_same, random_state
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -212,6 +213,7 @@ PEAK = """
 import re, sys, torch
 from mixtral.config import LIMITS, ModelConfig
 from mixtral.weights import load_state, parameter_shapes, save_hf, save_mistral
+from mixtral.weights.finite import is_finite
 
 def peak():
     # MiB; getrusage would tell the peak of the process that started this one, when that is higher
@@ -219,7 +221,7 @@ def peak():
 
 # some 56 MiB in fp32; the largest tensor of a file has 4 MiB
 config = ModelConfig(vocab_size=1024, dim=1024, n_layers=3, n_heads=16, n_kv_heads=4, head_dim=64, ffn_dim=512)
-torch.ones(1024, 1024).to(torch.bfloat16)  # what torch sets up once
+is_finite(torch.ones(1024, 1024)), is_finite(torch.ones(1024, 1024).to(torch.bfloat16))  # what torch sets up once
 state = {name: torch.ones(shape) for name, shape in parameter_shapes(config).items()}
 before = peak()
 save_hf(state, config, sys.argv[1] + "/hf", shard_bytes=30 << 20)

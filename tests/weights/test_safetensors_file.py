@@ -169,7 +169,7 @@ def test_a_header_that_is_no_plain_json(tmp_path: Path) -> None:
         (tmp_path / "x").write_bytes(pack(header, 8))
         with pytest.raises(WeightsError) as error:
             SafetensorsFile(tmp_path / "x")
-        assert message in str(error.value) and len(str(error.value)) < 400
+        assert message in str(error.value) and len(str(error.value)) < 600
 
 
 def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:

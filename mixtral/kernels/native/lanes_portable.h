@@ -92,10 +92,22 @@ Pair splat_pair(const uint8_t *from) {
   return pair;
 }
 
-// A product of two bf16 numbers is exact in fp32, so that a product and a sum are as good as fma.
-Floats dot_pairs(Floats acc, const Pair &w, const Pair &x) {
-  for (int i = 0; i < kWidth; ++i) acc.v[i] = acc.v[i] + w.second[i] * x.second[i] + w.first[i] * x.first[i];
+// acc + w * x, rounded once. Where fma is slow, in fp64: a product of two bf16 numbers is exact there, and the sum's two
+// roundings are as one. A sum can only lie halfway between two fp32 numbers when one term reaches down to half a step of
+// the other. Both then lie within 53 bits (16 of the product, 24 of acc), and the sum is exact. A product rounded to fp32
+// by itself would do for most numbers, not for subnormal products and those beyond the largest number.
+Floats add_product(Floats acc, const float *w, const float *x) {
+  for (int i = 0; i < kWidth; ++i)
+#if defined(__FP_FAST_FMAF)
+    acc.v[i] = __builtin_fmaf(w[i], x[i], acc.v[i]);
+#else
+    acc.v[i] = static_cast<float>(static_cast<double>(w[i]) * x[i] + acc.v[i]);
+#endif
   return acc;
+}
+
+Floats dot_pairs(Floats acc, const Pair &w, const Pair &x) {
+  return add_product(add_product(acc, w.second, x.second), w.first, x.first);
 }
 
 // -- int8 and int4: the offset is taken from each weight ---------------------------------------------------------------
