@@ -143,7 +143,7 @@ def test_fields_of_a_run(tmp_path: Path, field: str) -> None:
     for value in WRONG[kind]:
         (tmp_path / "config.json").write_bytes(dumped({"train": {**record, field: value}}))
         message = refusal(field, lambda: recorded_config(tmp_path))
-        assert message.startswith(f"{tmp_path / 'config.json'}: ")
+        assert message.startswith(f"{tmp_path / 'config.json'}")
         if value not in ("@deep@", "@wide@") and field != "model":
             refusal(field, partial(TrainConfig, **{"model": preset("tiny"), field: value}))
 
