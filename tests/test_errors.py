@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 
 import pytest
 
@@ -27,7 +28,9 @@ def test_did_you_mean_names_the_nearest_or_all() -> None:
 
 
 def test_a_key_of_any_length_is_looked_up_at_once() -> None:
+    start = time.process_time()
     assert did_you_mean("k" * 4_000_000, ["tiny", "small"]) == "known: small, tiny"
+    assert time.process_time() - start < 0.2
 
 
 def test_a_message_is_one_short_line_whatever_it_quotes() -> None:

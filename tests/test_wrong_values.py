@@ -25,6 +25,7 @@ from mixtral.gguf_header import GgufHeader
 from mixtral.presets import preset
 from mixtral.quant.recipe import Recipe
 from mixtral.specs import check_value
+from mixtral.train import checkpoint
 from mixtral.train.checkpoint import load_checkpoint
 from mixtral.train.config import TrainConfig
 from mixtral.train.loop import Progress
@@ -143,7 +144,7 @@ def test_fields_of_a_run(tmp_path: Path, field: str) -> None:
     for value in WRONG[kind]:
         (tmp_path / "config.json").write_bytes(dumped({"train": {**record, field: value}}))
         message = refusal(field, lambda: recorded_config(tmp_path))
-        assert message.startswith(f"{tmp_path / 'config.json'}: ")
+        assert message.startswith(f"{tmp_path / 'config.json'}")
         if value not in ("@deep@", "@wide@") and field != "model":
             refusal(field, partial(TrainConfig, **{"model": preset("tiny"), field: value}))
 
@@ -178,7 +179,7 @@ def test_metrics(tmp_path: Path, key: str) -> None:
 @pytest.mark.parametrize("key", ["dtype", "shape", "data_offsets"])
 def test_headers_of_safetensors(tmp_path: Path, key: str) -> None:
     entry: dict[str, Any] = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-    wrong = [7, True, {}, [[]], [True], [-1], [1.5], [10**30], ["a"], [1] * 1000, "@deep@", *NO_FINITE, None]
+    wrong = [7, True, {}, [[]], [True], [-1], [1.5], [10**30], ["a"], [2, *[1] * 1000], "@deep@", *NO_FINITE, None]
     for value in wrong + (["x" * 5000] if key != "dtype" else []):
         header = dumped({"weight": {**entry, key: value}})
         (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
@@ -219,6 +220,14 @@ def test_states_of_checkpoints(tmp_path: Path, key: str) -> None:
         assert message.startswith(f"checkpoint {tmp_path} cannot be read (")
     with pytest.raises(ConfigError, match="progress: best_loss must be a number, not 'a'"):
         Progress.from_dict({"step": 1, "best_step": None, "best_loss": "a", "start_loss": None})
+
+
+def test_tensors_of_a_checkpoint_that_its_file_has_not(tmp_path: Path) -> None:
+    """torch's reader would allocate what the header claims."""
+    header = dumped({"w": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 4]}})
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(WeightsError, match="the byte range of w does not fit its shape"):
+        checkpoint._read(tmp_path)
 
 
 @pytest.mark.parametrize("key", [f.name for f in dataclasses.fields(Index)])

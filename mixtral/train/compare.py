@@ -54,7 +54,7 @@ def summarise(folder: Path) -> RunSummary:
         tokens=last["tokens"],
         cross_entropy=last.get("cross_entropy"),
         val_cross_entropy=validations[-1]["val_cross_entropy"] if validations else None,
-        val_bits_per_byte=validations[-1]["val_bits_per_byte"] if validations else None,
+        val_bits_per_byte=validations[-1].get("val_bits_per_byte") if validations else None,
         best_val_cross_entropy=best.get("val_cross_entropy"),
         best_val_bits_per_byte=best.get("val_bits_per_byte"),
         max_over_mean=max(layer["max_over_mean"] for layer in layers) if layers else None,

@@ -174,7 +174,8 @@ class Run:
     def _logged_validation(self) -> Validation:
         """The last validation in the log: what a run that was finished already has to show."""
         path = self.folder / "metrics.jsonl"
-        line = next((x for x in reversed(read_lines(path)) if {"val_cross_entropy", "val_loads"} <= x.keys()), None)
+        wanted = {"val_cross_entropy", "val_bits_per_byte", "val_loads"}
+        line = next((line for line in reversed(read_lines(path)) if wanted <= line.keys()), None)
         if line is None:
             raise MixtralError(f"{path}: no validation is in it, though the run is finished")
         return Validation(line["val_cross_entropy"], line["val_bits_per_byte"], line["val_loads"])

@@ -95,13 +95,12 @@ class MetricsLog:
             self.trackers.log(line["step"], flatten(line, "timing" if name == "timings" else ""))
 
 
-# What is read back: key -> type. Other keys may hold anything; those of a line of a kind come together.
+# What is read back: key -> type. Other keys may hold anything.
 _KINDS: dict[str, Any] = {
     "step": int, "tokens": int, "cross_entropy": float, "layers": list[dict[str, Any]],
     "val_cross_entropy": float, "val_bits_per_byte": float, "val_loads": list[list[float]],
     "tokens_per_second": float, "seconds": float, "matrix_share": float, "memory_bytes": int,
 }  # fmt: skip
-_TOGETHER = {"cross_entropy": ("tokens",), "val_cross_entropy": ("val_bits_per_byte",)}
 _LAYER: dict[str, Any] = {"max_over_mean": float, "gini": float, "dead": int}
 
 
@@ -127,7 +126,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def _checked(line: Any) -> dict[str, Any]:
     if not isinstance(line, dict):
         raise ConfigError(f"a JSON object is wanted, not {shown(line)}")
-    needed = {"step", *(name for key, names in _TOGETHER.items() if key in line for name in names)}
+    needed = {"step", "tokens"} if "cross_entropy" in line else {"step"}
     if missing := sorted(needed - line.keys()):
         raise ConfigError(f"missing {', '.join(missing)}")
     for key in line.keys() & _KINDS.keys():

@@ -25,7 +25,7 @@ from mixtral.data.sources import Source, documents
 from mixtral.data.store import TokenData
 from mixtral.errors import ConfigError, DataError, UsageError, WeightsError, shown
 from mixtral.files import atomic_folder, atomic_write, remove_folder
-from mixtral.json_files import read_object
+from mixtral.json_files import SMALL, parse_object, read_regular
 from mixtral.kernels import use_backend
 from mixtral.kernels.memory import keep_freed_memory
 from mixtral.model import Mixtral, initialise
@@ -86,9 +86,10 @@ def recorded_config(out: Path) -> TrainConfig:
     path = out / "config.json"
     if not os.path.isfile(path):
         raise UsageError(f"{out} is not a training run: it has no config.json")
-    values = read_object(path).get("train")
+    what = f"{path} is not a training configuration"
+    values = parse_object(read_regular(path, ConfigError, SMALL), what).get("train")
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} is not a training configuration: train must be an object, not {shown(values)}")
+        raise ConfigError(f"{what}: train must be an object, not {shown(values)}")
     try:
         return TrainConfig.from_dict(values)
     except ConfigError as error:

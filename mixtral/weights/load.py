@@ -187,7 +187,8 @@ def _complaints(headers: dict[str, Header], found: dict[str, Slot], names: int) 
     if misshapen := [name for name in common if headers[name].shape != found[name].shape]:
         first = min(misshapen)
         shapes = f"{list(headers[first].shape)} where the config asks for {list(found[first].shape)}"
-        complaints.append(f"{len(misshapen)} misshapen: {some(misshapen, names)} ({first} is {shapes})")
+        which = first if names > 1 else "it"
+        complaints.append(f"{len(misshapen)} misshapen: {some(misshapen, names)} ({which} is {shapes})")
     if foreign := [name for name in common if not _readable(headers[name].dtype, fixed_dtype(found[name].ours))]:
         stored = ", ".join(sorted({headers[name].stored for name in foreign}))
         wanted = "I64" if all(fixed_dtype(found[name].ours) == torch.int64 for name in foreign) else _FLOATS
