@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mixtral.config import ModelConfig
 from mixtral.config_formats import to_hf, to_mistral
-from mixtral.errors import UsageError, WeightsError
-from mixtral.files import atomic_folder
+from mixtral.errors import MixtralError, UsageError, WeightsError
+from mixtral.files import atomic_folder, check_writable
 from mixtral.weights.lazy import LazyState
 from mixtral.weights.names import Ffn, Format, Slot, fixed_dtype, layouts, output_name, parameter_shapes, slots
 from mixtral.weights.progress import Progress, counter
@@ -56,10 +56,16 @@ def save_mistral(state: State, config: ModelConfig, folder: str | Path, dtype: t
 
 
 def check_free(folder: str | Path) -> None:
-    """Raise UsageError unless a new folder can be put here without overwriting anything."""
+    """Raise UsageError unless a new folder can be put here without overwriting anything; MixtralError when the system
+    refuses."""
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    try:
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as error:  # it may not be looked into
+        raise MixtralError(f"{folder}: {error.strerror}; a new or empty folder is wanted") from error
+    if taken:
         raise UsageError(f"{folder}: exists already; a new or empty folder is wanted")
+    check_writable(folder)
 
 
 def write_hf(
