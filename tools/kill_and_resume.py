@@ -232,6 +232,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
+        if any(work.iterdir()):
+            parser.error(f"--work {work}: an empty folder is wanted")
         try:
             return 1 if compare_runs(work, options.kills, options.dtype, options.seed, steps) else 0
         except Failed as error:

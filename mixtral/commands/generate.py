@@ -23,6 +23,7 @@ from mixtral.commands.common import (
     show_routing,
     shown,
 )
+from mixtral.commands.streams import text_input
 from mixtral.shipped import SHIPPED
 
 if TYPE_CHECKING:
@@ -162,9 +163,5 @@ class Speed:
 
 def read_stdin() -> str:
     """All of standard input, as UTF-8 text, without the line end that `echo` adds."""
-    from mixtral.errors import UsageError
-
-    try:
-        return sys.stdin.read().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"standard input: not UTF-8 text at byte {error.start}; the prompt must be text") from None
+    with text_input() as lines:
+        return lines.read().removesuffix("\n")

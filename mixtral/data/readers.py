@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 from collections.abc import Iterator
@@ -22,6 +23,13 @@ SUFFIXES = TEXT_SUFFIXES | JSON_SUFFIXES | {".parquet"}  # what a folder is sear
 # A plain file is not always one document: a whole book or a whole corpus comes as one file. Cut into pieces of at most
 # this many characters, it can be shuffled, and a part of it can be held out.
 PIECE_CHARS = 65_536
+
+# Marks at the beginning of a file that say how its characters are written. UTF-8's own is removed; of the others the
+# longer ones come first, as UTF-32's begins with UTF-16's.
+_OTHER_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}  # fmt: skip
 
 SHOWN = 5  # skipped inputs that are logged one by one; the rest are only counted
 
@@ -57,14 +65,26 @@ def read_texts(path: Path, field: str, bad: BadInput) -> Iterator[str]:
 
 
 def _read_plain(path: Path, bad: BadInput) -> Iterator[str]:
-    data = path.read_bytes()
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    if encoding := other_encoding(data):
+        bad(str(path), encoding)
+        return
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         bad(f"{path}, line {line}", f"not UTF-8 (byte 0x{data[error.start]:02x}); convert the file to UTF-8")
         return
+    if not text:
+        bad(str(path), "the file is empty")
+        return
     yield from pieces(text)
+
+
+def other_encoding(data: bytes) -> str | None:
+    """What a text that begins so is, when its byte-order mark is that of another encoding than UTF-8."""
+    found = next((name for mark, name in _OTHER_MARKS.items() if data.startswith(mark)), None)
+    return found and f"{found} text, as its byte-order mark says; convert it to UTF-8"
 
 
 def pieces(text: str, limit: int = PIECE_CHARS) -> Iterator[str]:
@@ -86,6 +106,11 @@ def pieces(text: str, limit: int = PIECE_CHARS) -> Iterator[str]:
 def _read_json_lines(path: Path, field: str, bad: BadInput) -> Iterator[str]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
+            if number == 1:
+                if encoding := other_encoding(line):
+                    bad(str(path), encoding)
+                    return
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             where = f"{path}, line {number}"

@@ -13,7 +13,7 @@ BYTES_PER_PARAMETER = 12  # fp32 weight, its gradient, and one moment: the least
 
 
 def least_bytes(config: TrainConfig) -> int:
-    """Bytes that a run takes at the least: weights, gradients, moments, and each layer's input for the tokens of a part.
+    """The least that a run takes: weights, gradients, moments, and each layer's input for the tokens of a part.
 
     An under-estimate, so that no run that fits is refused: what a layer computes inside comes on top.
     """
@@ -28,6 +28,6 @@ def check_memory(config: TrainConfig) -> None:
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory_bytes()
     if (needed := least_bytes(config)) > free:
         raise MixtralError(
-            f"train: {needed / 2**30:,.1f} GiB of memory are needed at the least, and {free / 2**30:,.1f} GiB are free; "
-            "choose a smaller model, or fewer rows or a larger accumulation"
+            f"train: {needed / 2**30:,.1f} GiB of memory are needed at the least, and {free / 2**30:,.1f} GiB are "
+            "free; choose a smaller model, or fewer rows or a larger accumulation"
         )

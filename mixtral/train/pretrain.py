@@ -1,6 +1,6 @@
 """Pretraining from text to a finished model folder.
 
-    OUT/config.json      the resolved configuration, versions and hardware; written first, it marks the folder as a run's
+    OUT/config.json      the resolved configuration, versions and hardware; written first: it marks a run's folder
     OUT/tokenizer/       trained on the corpus, or a copy of the one given
     OUT/data/            token shards
     OUT/metrics.jsonl    results by step (OUT/timings.jsonl: times)

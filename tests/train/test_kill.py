@@ -95,12 +95,12 @@ def test_what_differs_and_what_is_left_over_is_told(tmp_path: Path) -> None:
     save_file({"weight": torch.tensor([-0.0])}, runs[1] / "checkpoints/step_000002/model.safetensors")
     save_file({}, runs[0] / "other.safetensors")
     (runs[1] / "metrics.jsonl").write_text('{"step": 2}\n')
-    (runs[1] / "checkpoints/.step_000004.1-0.tmp").mkdir()
+    (runs[1] / "checkpoints/.step_000004.mixtral-0123abcd.tmp").mkdir()
     assert differences(*runs) == [
         "other.safetensors is not in both",
         "checkpoints/step_000002/model.safetensors differs",
         "metrics.jsonl differs",
-        f"{runs[1]}/checkpoints/.step_000004.1-0.tmp is left over",
+        f"{runs[1]}/checkpoints/.step_000004.mixtral-0123abcd.tmp is left over",
     ]
 
 

@@ -1,0 +1,92 @@
+"""Standard input, output and error as a process finds them: closed, full, without a reader, or in another encoding."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO, cast
+
+from mixtral.data.readers import other_encoding
+from mixtral.errors import MixtralError, UsageError
+
+
+def prepare_streams() -> None:
+    """Make the standard streams safe to write; MixtralError when standard output is closed.
+
+    A file that is opened later must not get the number of a closed stream, or what libraries print would land in it.
+    A failing standard output is one MixtralError, a failing standard error no reason to stop: remarks go to it alone.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        raise MixtralError("standard output is closed; send it to a file, or to /dev/null")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a console that lacks a character gets "?" for it, not a failure
+    if sys.stdout is sys.__stdout__:  # not what a test put in its place
+        sys.stdout = cast(TextIO, _Stream(sys.stdout, needed=True))
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = cast(TextIO, _Stream(sys.stderr, needed=False))
+
+
+def discard_output() -> None:
+    """Send what is still to be written to standard output nowhere, so that the process ends without failing at it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def text_input() -> Iterator[TextIO]:
+    """Standard input as UTF-8, whatever the locale says, without a byte-order mark.
+
+    Raises UsageError when it is closed, and for what is not UTF-8 when that is read inside the block.
+    """
+    if sys.stdin is None or sys.stdin.closed:
+        raise UsageError("standard input is closed; the text is wanted there")
+    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
+    try:
+        yield sys.stdin
+    except UnicodeDecodeError as error:
+        what = other_encoding(error.object) or f"not UTF-8 text at byte {error.start}; convert it to UTF-8"
+        raise UsageError(f"standard input: {what}") from None
+
+
+class _Stream:
+    """A standard stream; when a write to it fails, it goes nowhere from then on.
+
+    Of a `needed` one that is told, and a reader that has left is still a BrokenPipeError.
+    """
+
+    def __init__(self, stream: TextIO, needed: bool) -> None:
+        self._stream, self._needed = stream, needed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._failed(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._failed(error)
+
+    def _failed(self, error: OSError) -> None:
+        if self._needed and isinstance(error, BrokenPipeError):
+            raise error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        if self._needed:
+            raise MixtralError(f"cannot write standard output: {error.strerror}") from error
