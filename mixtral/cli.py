@@ -152,5 +152,6 @@ def _fail(message: str, exit_code: int) -> int:
         sys.stdout.flush()  # what was printed before comes first
     except (BrokenPipeError, MixtralError):
         discard_output()
-    print("mixtral: " + " ".join(message.split()), file=sys.stderr)
+    line = " ".join(message.split()).encode(errors="backslashreplace").decode()  # a file's name may be no text
+    print(f"mixtral: {line}", file=sys.stderr)
     return exit_code

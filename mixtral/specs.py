@@ -53,10 +53,12 @@ def parse_value(name: str, text: str, kind: Any) -> Any:
         return text
     try:
         value = json.loads(text.lower())
-    except json.JSONDecodeError:
+    except ValueError:  # no JSON, or a number of thousands of digits
         value = text
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)  # 1e6 steps
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{name}: {text} is too large; a number of at most 64 bits is wanted")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not kind:

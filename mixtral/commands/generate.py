@@ -15,6 +15,7 @@ from mixtral.commands.common import (
     DeviceOption,
     DtypeOption,
     ModelOption,
+    bytes_text,
     console,
     drawing,
     load_model,
@@ -74,6 +75,7 @@ def generate(
     if routing and not lm.config.is_sparse:
         raise UsageError("--routing: this model is dense (one expert); only sparse models route their tokens")
     ids = tokenizer.encode(prompt)
+    _check_memory(lm, len(ids), n)
     speed = Speed(len(ids))
     if as_json:
         samples = _continue(lm, ids, params, n, k, speed, show=False)
@@ -87,6 +89,18 @@ def generate(
     say(speed.text())
     for sample in samples if routing else ():
         show_routing(lm, [*ids, *sample.tokens], k)
+
+
+def _check_memory(lm: LM, prompt_tokens: int, n: int) -> None:
+    """Raise UsageError when already the caches of the prompt, and the logits of a token, do not fit the memory."""
+    from mixtral.errors import UsageError
+    from mixtral.hardware import free_memory_bytes
+
+    bits = 8 * lm.dtype.itemsize
+    needed = n * (lm.config.kv_bytes(prompt_tokens, bits) + lm.config.vocab_size * lm.dtype.itemsize)
+    if needed > (free := free_memory_bytes(lm.device)):
+        room = f"at least {bytes_text(needed)} of memory are needed, and {bytes_text(free)} are free"
+        raise UsageError(f"--n {n}: {room}; continue the prompt fewer times")
 
 
 def _continue(
@@ -163,5 +177,5 @@ class Speed:
 
 def read_stdin() -> str:
     """All of standard input, as UTF-8 text, without the line end that `echo` adds."""
-    with text_input() as lines:
+    with text_input(whole=True) as lines:
         return lines.read().removesuffix("\n")

@@ -32,9 +32,9 @@ def prepare_streams() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a console that lacks a character gets "?" for it, not a failure
     if sys.stdout is sys.__stdout__:  # not what a test put in its place
-        sys.stdout = cast(TextIO, _Stream(sys.stdout, needed=True))
+        sys.stdout = cast(TextIO, _Stream(sys.__stdout__, needed=True))
     if sys.stderr is sys.__stderr__:
-        sys.stderr = cast(TextIO, _Stream(sys.stderr, needed=False))
+        sys.stderr = cast(TextIO, _Stream(sys.__stderr__, needed=False))
 
 
 def discard_output() -> None:
@@ -43,10 +43,11 @@ def discard_output() -> None:
 
 
 @contextmanager
-def text_input() -> Iterator[TextIO]:
+def text_input(whole: bool = False) -> Iterator[TextIO]:
     """Standard input as UTF-8, whatever the locale says, without a byte-order mark.
 
-    Raises UsageError when it is closed, and for what is not UTF-8 when that is read inside the block.
+    Raises UsageError when it is closed, and for what is not UTF-8 when that is read inside the block: read `whole`, the
+    position of the fault is known.
     """
     if sys.stdin is None or sys.stdin.closed:
         raise UsageError("standard input is closed; the text is wanted there")
@@ -55,7 +56,8 @@ def text_input() -> Iterator[TextIO]:
     try:
         yield sys.stdin
     except UnicodeDecodeError as error:
-        what = other_encoding(error.object) or f"not UTF-8 text at byte {error.start}; convert it to UTF-8"
+        at = f" at byte {error.start}" if whole else f" (byte 0x{error.object[error.start]:02x})"
+        what = other_encoding(error.object) or f"not UTF-8 text{at}; convert it to UTF-8"
         raise UsageError(f"standard input: {what}") from None
 
 
@@ -65,7 +67,8 @@ class _Stream:
     Of a `needed` one that is told, and a reader that has left is still a BrokenPipeError.
     """
 
-    def __init__(self, stream: TextIO, needed: bool) -> None:
+    def __init__(self, stream: TextIO | None, needed: bool) -> None:
+        assert stream is not None
         self._stream, self._needed = stream, needed
 
     def __getattr__(self, name: str) -> Any:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from mixtral.errors import MixtralError
-from mixtral.hardware import available_memory_bytes
+from mixtral.hardware import free_memory_bytes
 from mixtral.runtime import choose_device
 from mixtral.train.config import TrainConfig
 
@@ -24,8 +22,7 @@ def least_bytes(config: TrainConfig) -> int:
 
 def check_memory(config: TrainConfig) -> None:
     """Raise MixtralError, with both numbers, when the device has less memory than the run takes at the least."""
-    device = choose_device(config.device)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory_bytes()
+    free = free_memory_bytes(choose_device(config.device))
     if (needed := least_bytes(config)) > free:
         raise MixtralError(
             f"train: {needed / 2**30:,.1f} GiB of memory are needed at the least, and {free / 2**30:,.1f} GiB are "
