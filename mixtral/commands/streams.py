@@ -40,6 +40,8 @@ def prepare_streams() -> None:
 def discard_output() -> None:
     """Send what is still to be written to standard output nowhere, so that the process ends without failing at it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(sys.stdout, _Stream):
+        sys.stdout = sys.stdout.stream
 
 
 @contextmanager
@@ -64,32 +66,37 @@ def text_input(whole: bool = False) -> Iterator[TextIO]:
 class _Stream:
     """A standard stream; when a write to it fails, it goes nowhere from then on.
 
-    Of a `needed` one that is told, and a reader that has left is still a BrokenPipeError.
+    Of a `needed` one that is told, again and again: libraries try a stream out and swallow what that raises. A reader
+    that has left is a BrokenPipeError still.
     """
 
     def __init__(self, stream: TextIO | None, needed: bool) -> None:
         assert stream is not None
-        self._stream, self._needed = stream, needed
+        self.stream, self._needed = stream, needed
+        self._failure: MixtralError | None = None
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except OSError as error:
-            self._failed(error)
+        with self._watched():
+            self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError as error:
-            self._failed(error)
+        with self._watched():
+            self.stream.flush()
 
-    def _failed(self, error: OSError) -> None:
-        if self._needed and isinstance(error, BrokenPipeError):
-            raise error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-        if self._needed:
-            raise MixtralError(f"cannot write standard output: {error.strerror}") from error
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        if self._failure:
+            raise self._failure
+        try:
+            yield
+        except OSError as error:
+            if self._needed and isinstance(error, BrokenPipeError):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if self._needed:
+                self._failure = MixtralError(f"cannot write standard output: {error.strerror}")
+                raise self._failure from error

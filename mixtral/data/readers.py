@@ -52,12 +52,16 @@ class BadInput:
 def read_texts(path: Path, field: str, bad: BadInput) -> Iterator[str]:
     """The texts of one file, in order; `field` is the key (JSON lines) or the column (Parquet) that holds them."""
     try:
-        if path.stat().st_size == 0:
+        with path.open("rb") as file:
+            start = file.read(4)
+        if start in (b"", codecs.BOM_UTF8):
             bad(str(path), "the file is empty")
-        elif path.suffix in JSON_SUFFIXES:
-            yield from _read_json_lines(path, field, bad)
         elif path.suffix == ".parquet":
             yield from _read_parquet(path, field, bad)
+        elif encoding := other_encoding(start):
+            bad(str(path), encoding)
+        elif path.suffix in JSON_SUFFIXES:
+            yield from _read_json_lines(path, field, bad)
         else:
             yield from _read_plain(path, bad)
     except OSError as error:
@@ -66,17 +70,11 @@ def read_texts(path: Path, field: str, bad: BadInput) -> Iterator[str]:
 
 def _read_plain(path: Path, bad: BadInput) -> Iterator[str]:
     data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    if encoding := other_encoding(data):
-        bad(str(path), encoding)
-        return
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         bad(f"{path}, line {line}", f"not UTF-8 (byte 0x{data[error.start]:02x}); convert the file to UTF-8")
-        return
-    if not text:
-        bad(str(path), "the file is empty")
         return
     yield from pieces(text)
 
@@ -107,9 +105,6 @@ def _read_json_lines(path: Path, field: str, bad: BadInput) -> Iterator[str]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if number == 1:
-                if encoding := other_encoding(line):
-                    bad(str(path), encoding)
-                    return
                 line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue

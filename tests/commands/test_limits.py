@@ -12,9 +12,6 @@ import pytest
 from typer.models import OptionInfo
 
 from mixtral import cli
-from mixtral.presets import preset
-from mixtral.train import pretrain
-from mixtral.train.config import TrainConfig
 from tests.commands.conftest import Outcome, Run
 from tests.commands.examples import BASE
 
@@ -40,13 +37,6 @@ def valued() -> list[tuple[str, str, bool]]:
 
 VALUED = [(command, option) for command, option, _ in valued()]
 NUMBERS = [(command, option) for command, option, number in valued() if number]
-
-
-@pytest.fixture(scope="session")
-def a_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    pretrain.begin(TrainConfig(model=preset("tiny")), folder)
-    return folder
 
 
 @pytest.fixture

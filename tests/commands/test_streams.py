@@ -12,9 +12,6 @@ from typing import NamedTuple
 
 import pytest
 
-from mixtral.presets import preset
-from mixtral.train.config import TrainConfig
-from mixtral.train.pretrain import begin
 from tests.commands.conftest import Outcome, Run
 from tests.commands.examples import BASE
 
@@ -35,16 +32,15 @@ KINDS = [
 
 
 @pytest.fixture(scope="module")
-def outcomes(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, Kind], Outcome]:
+def outcomes(folder: Path, a_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, Kind], Outcome]:
     """Every command with every kind of stream, all in one process that forks."""
     top = tmp_path_factory.mktemp("streams")
-    begin(TrainConfig(model=preset("tiny")), top / "run")
     commands = {name: [name, *words] for name, words in BASE.items()}
     commands["prompt"] = ["generate", "--model", "{model}", "--max-tokens", "2", "--prompt", "-"]
     names = [(name, kind) for name in commands for kind in KINDS]
     cases = []
     for number, (name, kind) in enumerate(names):
-        places = {"model": folder, "run": top / "run", "new": top / f"new{number}"}
+        places = {"model": folder, "run": a_run, "new": top / f"new{number}"}
         words = [word.format(**places) for word in commands[name]]
         cases.append([words, {kind.stream: kind.is_what}, "To be\n"])
     done = subprocess.run([sys.executable, "-m", "tests.commands.forked_commands"], input=json.dumps(cases),

@@ -135,3 +135,13 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
     assert [outcome([]), outcome(["metrics.jsonl differs"]), outcome(Failed("it hangs"))] == [0, 1, 1]
     assert capsys.readouterr().out == "failed: it hangs\n"
+
+
+def test_the_command_keeps_what_lies_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "0.txt").write_text("precious")
+    monkeypatch.setattr("sys.argv", ["kill_and_resume.py", "--work", str(tmp_path)])
+    monkeypatch.setattr(kill_and_resume, "compare_runs", lambda *_: pytest.fail("it would write there"))
+    with pytest.raises(SystemExit) as caught:
+        kill_and_resume.main()
+    assert caught.value.code == 2
