@@ -18,7 +18,8 @@ from mixtral.train.optim import Optimizer
 from tests.train.tiny_run import train_config
 
 ABSURD = ("1e30", "1" + 400 * "0", 5000 * "9", "-1e30", "nan", "infinity", "1e400", "many", "[]", "")
-FIELDS = [f"{of}{f.name}" for of, kind in (("", TrainConfig), ("model.", ModelConfig)) for f in dataclasses.fields(kind)]
+KINDS = {"": TrainConfig, "model.": ModelConfig}
+FIELDS = [f"{prefix}{f.name}" for prefix, kind in KINDS.items() for f in dataclasses.fields(kind)]
 # What costs no memory by itself: texts, rates, which training judges, and tokens of a text, which has only so many.
 FREE = {
     "data", "tokenizer", "lr", "weight_decay", "clip", "balance", "trackers", "model.rope_theta", "model.norm_eps",
