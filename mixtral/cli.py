@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """What to tell of an error that nothing below has put into words."""
+    """The message for an error that has none of ours."""
     if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
         return f"not enough memory: {str(error).splitlines()[0] if str(error) else 'the system gives no more'}"
     if isinstance(error, OSError) and error.filename is not None:

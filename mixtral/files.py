@@ -51,7 +51,7 @@ def atomic_folder(path: Path | str, replace: bool = False) -> Iterator[Path]:
 
     There must be nothing at `path` by then but an empty folder. With `replace` the files of an old folder give way to
     the new ones of the same names, all at once, and what else lies in it is kept; a kill in the instant between the two
-    renames leaves it under the name `.NAME.mixtral-RANDOM.old`, and the next write of the same path puts it back first.
+    renames leaves it under the name `.NAME.mixtral-RANDOM.old`, and the next write of the same path goes on from there.
 
     Raises MixtralError when writing fails, or there is something; the old folder is then intact and nothing is left
     over. Any other error inside the block passes through, with the same clean-up.
@@ -234,9 +234,6 @@ def _lock(path: Path) -> int:
 
 def _swap(new: Path, path: Path) -> None:
     """Rename the folder `new` to `path`, where one is that is not empty: it steps aside first."""
-    for other in path.iterdir():
-        if not os.path.lexists(new / other.name):
-            _link(other, new / other.name)
     old = _beside(path, "old")
     os.replace(path, old)
     try:
@@ -244,29 +241,22 @@ def _swap(new: Path, path: Path) -> None:
     except OSError:
         os.replace(old, path)
         raise
+    _take_over(old, path)
+
+
+def _take_over(old: Path, path: Path) -> None:
+    """Move to `path` what only the replaced folder `old` holds, and remove the rest; after a kill it is done again."""
+    for other in old.iterdir():
+        if not os.path.lexists(path / other.name):
+            os.replace(other, path / other.name)
     _remove(old)
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same files under another name: by hard links, or copies where the file system has none."""
-
-    def link(file: str, new: str) -> None:
-        try:
-            os.link(file, new, follow_symlinks=False)
-        except OSError:
-            shutil.copy2(file, new, follow_symlinks=False)
-
-    if source.is_dir() and not source.is_symlink():
-        shutil.copytree(source, target, symlinks=True, copy_function=link)
-    else:
-        link(str(source), str(target))
 
 
 def _tidy(path: Path) -> None:
     """Clear up after a process that was killed while it wrote `path`."""
     for old in _siblings(path.parent, path.name, "old"):
         if path.exists():
-            _remove(old)
+            _take_over(old, path)
         else:
             os.replace(old, path)
     clear_leftovers(path.parent, path.name)

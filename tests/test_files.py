@@ -205,6 +205,18 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["one"]
 
 
+def test_a_kill_before_all_is_taken_over_loses_nothing(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / "model" / name).mkdir(parents=True)
+    code = "from itertools import count; n = count(1); rename = os.replace\n"
+    code += "def die(a, b):\n if next(n) == 4: DIE\n rename(a, b)\nos.replace = die\n"
+    killed_in(tmp_path, code + "with atomic_folder(here / 'model', replace=True) as new: (new / 'own').mkdir()")
+    assert len(names(tmp_path / "model")) == 2
+    with pytest.raises(ValueError), atomic_folder(tmp_path / "model", replace=True):
+        raise ValueError
+    assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["a", "b", "c", "own"]
+
+
 def test_only_names_of_ours_are_cleared_up(tmp_path: Path) -> None:
     """Whatever a user's files are called, also like the one that is written."""
     gone = [".a.mixtral-0123abcd.tmp", ".b.txt.mixtral-89abcdef.tmp"]

@@ -92,7 +92,7 @@ def generate(
 
 
 def _check_memory(lm: LM, prompt_tokens: int, n: int) -> None:
-    """Raise UsageError when already the caches of the prompt, and the logits of a token, do not fit the memory."""
+    """Raise UsageError when `n` caches of the prompt and the logits of one token each need more memory than is free."""
     from mixtral.errors import UsageError
     from mixtral.hardware import free_memory_bytes
 

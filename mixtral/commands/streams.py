@@ -16,8 +16,8 @@ from mixtral.errors import MixtralError, UsageError
 def prepare_streams() -> None:
     """Make the standard streams safe to write; MixtralError when standard output is closed.
 
-    A file that is opened later must not get the number of a closed stream, or what libraries print would land in it.
-    A failing standard output is one MixtralError, a failing standard error no reason to stop: remarks go to it alone.
+    A file that is opened later must not get the descriptor of a closed stream, or what libraries print would land in it.
+    A write to standard output that fails raises MixtralError; one to standard error, where only remarks go, is ignored.
     """
     for descriptor in range(3):
         try:
@@ -48,8 +48,8 @@ def discard_output() -> None:
 def text_input(whole: bool = False) -> Iterator[TextIO]:
     """Standard input as UTF-8, whatever the locale says, without a byte-order mark.
 
-    Raises UsageError when it is closed, and for what is not UTF-8 when that is read inside the block: read `whole`, the
-    position of the fault is known.
+    Raises UsageError when it is closed, and when what is read inside the block is not UTF-8. The message gives the
+    position of the fault only if the block reads the `whole` input at once; line by line it is not known.
     """
     if sys.stdin is None or sys.stdin.closed:
         raise UsageError("standard input is closed; the text is wanted there")
@@ -64,10 +64,10 @@ def text_input(whole: bool = False) -> Iterator[TextIO]:
 
 
 class _Stream:
-    """A standard stream; when a write to it fails, it goes nowhere from then on.
+    """A standard stream; after a write to it has failed, its output is discarded.
 
-    Of a `needed` one that is told, again and again: libraries try a stream out and swallow what that raises. A reader
-    that has left is a BrokenPipeError still.
+    If it is `needed`, that write and all later ones raise MixtralError: libraries probe a stream and swallow what that
+    raises. A reader that has left still raises BrokenPipeError.
     """
 
     def __init__(self, stream: TextIO | None, needed: bool) -> None:

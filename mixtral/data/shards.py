@@ -80,7 +80,7 @@ def _check_index(path: Path) -> None:
     """Raise UsageError when there is an index.json that no version of this program wrote: it would be overwritten."""
     try:
         ours = {"format", "inputs", "shards"} <= json.loads(path.read_bytes()).keys()
-    except (FileNotFoundError, NotADirectoryError):  # of the second one the writing tells
+    except (FileNotFoundError, NotADirectoryError):  # the second one will fail when writing
         return
     except (OSError, ValueError, AttributeError):
         ours = False

@@ -1,4 +1,4 @@
-"""Whether a run's memory is there, asked before any of it is taken: a system that runs out kills without a word."""
+"""Whether the memory suffices for a run, checked before any is allocated: a system that runs out kills silently."""
 
 from __future__ import annotations
 
