@@ -16,7 +16,7 @@ from mixtral.errors import MixtralError, UsageError
 def prepare_streams() -> None:
     """Make the standard streams safe to write; MixtralError when standard output is closed.
 
-    A file that is opened later must not get the descriptor of a closed stream, or what libraries print would land in it.
+    No file that is opened later may get the descriptor of a closed stream, or what libraries print would land in it.
     A write to standard output that fails raises MixtralError; one to standard error, where only remarks go, is ignored.
     """
     for descriptor in range(3):
