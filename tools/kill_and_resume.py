@@ -104,6 +104,8 @@ def torture(run: Path, arguments: list[str], kills: int, steps: int, draw: rando
         process = start(arguments, log)
         try:
             wait_for(reached, process, log)
+            if kind != "preparing":  # on a busy machine the save of step 0 may outlast some steps
+                wait_for(lambda: latest_step(run) is not None, process, log)
             if kind == "saving":
                 wait_for(in_a_save(run, older), process, log)
             time.sleep(draw.uniform(0, DELAY[kind]))
