@@ -17,7 +17,7 @@ from tests.commands.examples import BASE
 
 Attempt = Callable[..., Outcome]
 HUGE = str(10**30)
-ABSURD = [HUGE, f"-{HUGE}", "0", "nan", "-1", "9" * 5000]
+ABSURD = [HUGE, "0", "nan", "-1", "9" * 5000]
 
 
 def valued() -> list[tuple[str, str, bool]]:
@@ -35,7 +35,7 @@ def valued() -> list[tuple[str, str, bool]]:
     return found
 
 
-VALUED = [(command, option) for command, option, _ in valued()]
+TEXTS = [(command, option) for command, option, number in valued() if not number]
 NUMBERS = [(command, option) for command, option, number in valued() if number]
 
 
@@ -66,8 +66,8 @@ def test_every_command_has_its_arguments_here() -> None:
 
 
 def test_every_command_has_options_here() -> None:
-    assert {("generate", "--n"), ("info", "--k"), ("chat", "--dtype"), ("train", "--set")} < set(VALUED)
-    assert ("generate", "--n") in NUMBERS and ("generate", "--top-p") in NUMBERS and ("chat", "--stop") not in NUMBERS
+    assert {("chat", "--dtype"), ("train", "--set"), ("runs", "--plot"), ("chat", "--stop")} < set(TEXTS)
+    assert {("generate", "--n"), ("generate", "--top-p"), ("info", "--k"), ("train", "--max-steps")} < set(NUMBERS)
 
 
 @pytest.mark.parametrize(("name", "option"), NUMBERS)
@@ -77,7 +77,7 @@ def test_numbers(attempt: Attempt, name: str, option: str) -> None:
     assert attempt(name, f"{option}=many").code == 2
 
 
-@pytest.mark.parametrize(("name", "option"), VALUED)
+@pytest.mark.parametrize(("name", "option"), TEXTS)
 def test_texts(attempt: Attempt, name: str, option: str) -> None:
-    for value in (HUGE, "", ".", "\udce9", "x" * 300):
+    for value in (HUGE, "", "\udce9", "x" * 300):
         attempt(name, f"{option}={value}")
