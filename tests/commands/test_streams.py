@@ -74,7 +74,8 @@ def test_from_a_shell(redirection: str, code: int, err: str) -> None:
 
 def test_a_file_never_gets_the_descriptor_of_a_closed_stream() -> None:
     """What a library prints to standard error would land in it."""
-    code = "import os; from mixtral.commands.streams import prepare_streams as p; p(); print(os.open(os.devnull, 0) > 2)"
+    code = "import os; from mixtral.commands.streams import prepare_streams; prepare_streams(); "
+    code += "print(os.open(os.devnull, 0) > 2)"
     done = subprocess.run(["bash", "-c", f"'{sys.executable}' -c '{code}' <&- 2>&-"], capture_output=True, text=True,
                           check=False)  # fmt: skip
     assert done.stdout == "True\n"
