@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from mixtral.files import atomic_write
 from mixtral.hardware import hardware_name, measure_matmul
 from mixtral.runtime import environment
 
@@ -110,7 +111,6 @@ def publish(topic: str, result: dict[str, Any], keep: bool, device: str = "cpu")
     if not keep:
         return None
     hardware = re.sub(r"[^a-z0-9]+", "-", hardware_name(device).lower()).strip("-")
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{topic}_{hardware}_{now.date()}.json"
-    path.write_text(json.dumps(whole, indent=1) + "\n")
+    atomic_write(path, json.dumps(whole, indent=1) + "\n")
     return path

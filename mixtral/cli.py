@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-import io
 import logging
 import os
 import sys
@@ -27,6 +25,7 @@ from mixtral.commands.generate import generate
 from mixtral.commands.info import info
 from mixtral.commands.quantize import quantize
 from mixtral.commands.runs import runs
+from mixtral.commands.streams import discard_output, prepare_streams
 from mixtral.commands.synth import synth
 from mixtral.commands.train import train
 from mixtral.errors import MixtralError, one_line
@@ -118,9 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Whatever goes wrong is told in one line on standard error.
     """
     _log.setLevel(logging.WARNING)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a console that lacks a character gets "?" for it, not a failure
     try:
+        prepare_streams()
         code = typer.main.get_command(app).main(arguments, prog_name="mixtral", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
@@ -131,19 +129,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader has left, as `head` does: nobody is there to be told
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return 1
-    except OSError as error:  # what no reader or writer foresaw, such as a name that is too long
-        return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 1)
     except Exception as error:
         if _is_verbose():
             traceback.print_exc()
-        kind = type(error).__name__
-        return _fail(f"internal error: {kind}: {error}; `mixtral --verbose COMMAND ...` shows where", 1)
+        return _fail(_reason(error), 1)
+
+
+def _reason(error: Exception) -> str:
+    """The message for an error that has none of ours."""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
+        return f"not enough memory: {str(error).splitlines()[0] if str(error) else 'the system gives no more'}"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    kind = type(error).__name__
+    return f"internal error: {kind}: {error}; `mixtral --verbose COMMAND ...` shows where"
 
 
 def _fail(message: str, exit_code: int) -> int:
-    with contextlib.suppress(BrokenPipeError):
+    try:
         sys.stdout.flush()  # what was printed before comes first
+    except (BrokenPipeError, MixtralError):
+        discard_output()
     print("mixtral: " + one_line(" ".join(message.split())), file=sys.stderr)
     return exit_code

@@ -1,24 +1,28 @@
-"""Writing so that what is on disk is always whole: into a temporary sibling first, then renamed into place.
+"""Writing so that what is on disk is always whole, and that nothing is destroyed which was not written here.
 
-And opening what is to be read: regular files alone, as a pipe or a device might never end.
+New content goes into a temporary sibling, `.NAME.mixtral-RANDOM.tmp`, which takes its name at the end. Its process
+holds a lock on it, which the system gives back when the process ends: a sibling of that form that nobody holds was left
+by a process that was killed, and may be removed.
+
+What is to be read is opened here too: regular files alone, as a pipe or a device might never end.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import os
+import re
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from mixtral.errors import MixtralError
+from mixtral.errors import MixtralError, UsageError
 
-_serial = itertools.count()  # two threads writing the same path must not share a temporary name
-_in_use: set[str] = set()  # temporary names; others with this process's id were left by an earlier one with that id
+_locked: dict[Path, int | None] = {}  # folders that this process holds, and the descriptor that holds the lock
 
 
 def atomic_write(path: Path | str, data: bytes | str) -> None:
@@ -26,39 +30,60 @@ def atomic_write(path: Path | str, data: bytes | str) -> None:
 
     Raises MixtralError when that fails (disk full, no permission): the old file is then intact, and nothing left over.
     """
-    with atomic_file(path) as temporary:
+    with atomic_file(path, replace=True) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path | str) -> Iterator[Path]:
-    """Yield the name of a temporary file to write; it takes the place of `path` when the block ends without an error.
+def atomic_file(path: Path | str, replace: bool = False) -> Iterator[Path]:
+    """Yield the name of an empty temporary file to write; it becomes `path` when the block ends without an error.
 
-    Raises MixtralError when writing fails; any other error inside the block passes through. In both cases an old file
-    is intact, and nothing left over.
+    What is at `path` already is kept, and MixtralError raised, unless `replace`. Raises MixtralError when writing fails
+    too; any other error inside the block passes through. In all cases an old file is intact, and nothing left over.
     """
-    with _replacing(Path(path)) as temporary:
+    with _replacing(Path(path), folder=False) as (temporary, target):
         yield temporary
         sync(temporary)
+        if not replace and target.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        os.replace(temporary, target)
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path | str) -> Iterator[Path]:
-    """Yield an empty temporary folder to fill; it takes the place of `path` when the block ends without an error.
+def atomic_folder(path: Path | str, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary folder to fill; it becomes `path` when the block ends without an error.
 
-    An old folder at `path` is replaced as a whole: renamed aside, then removed. A kill in the instant between the two
-    renames leaves it under the name `.NAME.old`, and the next atomic_folder for the same path puts it back first.
-    Raises MixtralError when writing fails; the old folder is then intact and nothing is left over. Any other error
-    inside the block passes through, with the same clean-up.
+    There must be nothing at `path` by then but an empty folder. With `replace` the files of an old folder give way to
+    the new ones of the same names, all at once, and what else lies in it is kept; a kill in the instant between the two
+    renames leaves it under the name `.NAME.mixtral-RANDOM.old`, and the next write of the same path goes on from there.
+
+    Raises MixtralError when writing fails, or there is something; the old folder is then intact and nothing is left
+    over. Any other error inside the block passes through, with the same clean-up.
     """
-    path = Path(path)
-    with _replacing(path) as temporary:
-        temporary.mkdir()
+    with _replacing(Path(path), folder=True) as (temporary, target):
         yield temporary
         for folder, _, names in os.walk(temporary):
             for name in names:
                 sync(Path(folder) / name)
             sync(Path(folder))
+        if replace and target.is_dir() and any(target.iterdir()):
+            _swap(temporary, target)
+        else:
+            os.replace(temporary, target)  # which the system refuses over a folder that is not empty
+
+
+def check_writable(path: Path) -> None:
+    """Raise MixtralError unless a file or folder can be made at `path`; to be asked before long work."""
+    target = Path(os.path.realpath(path))
+    try:
+        parent = next(folder for folder in target.parents if folder.exists())
+        temporary, descriptor = _make(parent / target.name, folder=False)
+        _remove(temporary)
+        _close(descriptor)
+    except OSError as error:
+        raise MixtralError(f"cannot write {path}: {_one_line(error)}") from error
+    if target.is_dir() and os.path.ismount(target):
+        raise UsageError(f"{path}: is a mount point, which no folder can take the place of; name a new folder in it")
 
 
 def remove_folder(path: Path) -> None:
@@ -67,7 +92,7 @@ def remove_folder(path: Path) -> None:
     Raises MixtralError when the system refuses, and leaves it whole then.
     """
     clear_leftovers(path.parent, path.name)
-    temporary = _temporary(path)
+    temporary = _beside(path, "tmp")
     try:
         os.replace(path, temporary)
     except OSError as error:
@@ -75,40 +100,44 @@ def remove_folder(path: Path) -> None:
     _remove(temporary)
 
 
-def clear_leftovers(folder: Path, name: str = "*") -> None:
-    """Remove what processes that were killed left half-written or half-removed of `name` in `folder`."""
-    for left in folder.glob(f".{name}.*-*.tmp"):
-        pid = left.name.removesuffix(".tmp").rpartition(".")[2].partition("-")[0]
-        gone = left.name not in _in_use if pid == str(os.getpid()) else pid.isdigit() and not _alive(int(pid))
-        if gone:
+def clear_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what processes that were killed left half-written or half-removed of `name` in `folder`; None: of all."""
+    for left in _siblings(folder, name, "tmp"):
+        with contextlib.suppress(OSError):  # it is held, or gone meanwhile, or there are no locks on this file system
+            descriptor = _lock(left)
             _remove(left)
+            os.close(descriptor)
 
 
-def _temporary(path: Path) -> Path:
-    """A name beside `path` that only this process uses, and that tells whose it is."""
-    return path.parent / f".{path.name}.{os.getpid()}-{next(_serial)}.tmp"
+def is_temporary(name: str) -> bool:
+    """Whether a file or folder of this name is one that a kill may have left, and that writing again clears up."""
+    return _NAME.fullmatch(name) is not None
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed over it if the block succeeds and removed if not."""
-    temporary = _temporary(path)
+def lock_folder(folder: Path) -> None:
+    """Keep other processes out of a folder, which is made when missing, until unlock_folder or the process's end.
+
+    Raises UsageError when another process has locked it, MixtralError when it cannot be made. Where the file system
+    knows no locks, nothing is kept out.
+    """
+    key = Path(os.path.realpath(folder))
+    if key in _locked:
+        return
     try:
-        new_folders = [folder for folder in path.parents if not folder.exists()]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _tidy(path)
-        _in_use.add(temporary.name)  # only now: a killed process with our id may have left the same name
-        yield temporary
-        _swap_in(temporary, path)
-        for folder in (path.parent, *(new.parent for new in new_folders)):
-            sync(folder)
-    except Exception as error:
-        if is_write_failure(error):
-            raise MixtralError(f"cannot write {path}: {_one_line(error)}") from error
-        raise
-    finally:
-        _remove(temporary)
-        _in_use.discard(temporary.name)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MixtralError(f"cannot write {folder}: {_one_line(error)}") from error
+    try:
+        _locked[key] = _lock(folder)
+    except BlockingIOError:
+        raise UsageError(f"{folder}: another process works in it; wait for its end, or name another folder") from None
+    except OSError:
+        _locked[key] = None
+
+
+def unlock_folder(folder: Path) -> None:
+    """Let others in again; nothing happens when this process has not locked it."""
+    _close(_locked.pop(Path(os.path.realpath(folder)), None))
 
 
 def is_write_failure(error: Exception) -> bool:
@@ -119,49 +148,6 @@ def is_write_failure(error: Exception) -> bool:
     return isinstance(error, OSError) or any(text in str(error) for text in wrapped)
 
 
-def _one_line(error: Exception) -> str:
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-
-
-def _swap_in(new: Path, path: Path) -> None:
-    """Rename `new` to `path`. A folder cannot be renamed over a filled one, so an old one steps aside first."""
-    if not (new.is_dir() and path.is_dir()):
-        os.replace(new, path)
-        return
-    old = _old(path)
-    os.replace(path, old)
-    try:
-        os.replace(new, path)
-    except OSError:
-        os.replace(old, path)
-        raise
-    _remove(old)
-
-
-def _old(path: Path) -> Path:
-    return path.parent / f".{path.name}.old"
-
-
-def _tidy(path: Path) -> None:
-    """Clear up after a process that was killed while it wrote `path`."""
-    if _old(path).exists():
-        if path.exists():
-            _remove(_old(path))
-        else:
-            os.replace(_old(path), path)
-    clear_leftovers(path.parent, path.name)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it lives, and belongs to someone else
-        return True
-    return True
-
-
 def sync(path: Path) -> None:
     """Wait until the file, or the folder's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -169,6 +155,124 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# -- temporary siblings ------------------------------------------------------------------------------------------------
+
+_NAME = re.compile(r"\.(?P<of>.+)\.mixtral-[0-9a-f]{8}\.(?P<kind>tmp|old)", re.DOTALL)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.parent / f".{path.name}.mixtral-{secrets.token_hex(4)}.{kind}"
+
+
+def _siblings(folder: Path, name: str | None, kind: str) -> list[Path]:
+    """What lies in `folder` under names that `_beside` gives, for `name` or for all names."""
+    try:
+        found = [(path, _NAME.fullmatch(path.name)) for path in folder.iterdir()]
+    except OSError:
+        return []
+    return [path for path, match in found if match and match["kind"] == kind and name in (None, match["of"])]
+
+
+@contextlib.contextmanager
+def _replacing(path: Path, folder: bool) -> Iterator[tuple[Path, Path]]:
+    """(a temporary file or folder, where it is to be renamed to): beside `path`, or beside what a link there points to.
+
+    The temporary one is removed when the block did not rename it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            target = Path(os.path.realpath(path))
+            new_folders = [parent for parent in target.parents if not parent.exists()]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _tidy(target)
+            temporary, descriptor = _make(target, folder)
+            stack.callback(_close, descriptor)
+            stack.callback(_remove, temporary)
+            yield temporary, target
+            for changed in (target.parent, *(new.parent for new in new_folders)):
+                sync(changed)
+        except Exception as error:
+            if is_write_failure(error):
+                raise MixtralError(f"cannot write {path}: {_one_line(error)}") from error
+            raise
+
+
+def _make(path: Path, folder: bool) -> tuple[Path, int | None]:
+    """An empty temporary file or folder beside `path`, and the descriptor that holds it (None: there are no locks)."""
+    while True:
+        temporary = _beside(path, "tmp")
+        if folder:
+            temporary.mkdir()
+        else:
+            temporary.touch(exist_ok=False)
+        try:
+            descriptor = _lock(temporary)
+        except BlockingIOError:  # another process has found it before it was held, and is about to remove it
+            continue
+        except OSError:
+            return temporary, None
+        if temporary.exists():
+            return temporary, descriptor
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> int:
+    """A descriptor that holds the lock of a file or folder; BlockingIOError when another holds it.
+
+    Two descriptors of one process exclude each other too. Any other OSError: there are no locks here.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)) from None
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Rename the folder `new` to `path`, where one is that is not empty: it steps aside first."""
+    old = _beside(path, "old")
+    os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except OSError:
+        os.replace(old, path)
+        raise
+    _take_over(old, path)
+
+
+def _take_over(old: Path, path: Path) -> None:
+    """Move to `path` what only the replaced folder `old` holds, and remove the rest; after a kill it is done again."""
+    for other in old.iterdir():
+        if not os.path.lexists(path / other.name):
+            os.replace(other, path / other.name)
+    _remove(old)
+
+
+def _tidy(path: Path) -> None:
+    """Clear up after a process that was killed while it wrote `path`."""
+    for old in _siblings(path.parent, path.name, "old"):
+        if path.exists():
+            _take_over(old, path)
+        else:
+            os.replace(old, path)
+    clear_leftovers(path.parent, path.name)
+
+
+def _close(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def _one_line(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
 
 
 def _remove(path: Path) -> None:

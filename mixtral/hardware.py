@@ -49,6 +49,11 @@ def available_memory_bytes(root: Path = Path("/")) -> int:
     return int(best) if best < math.inf else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def free_memory_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory_bytes()
+
+
 def used_memory_bytes(device: torch.device | str) -> int:
     """What this process takes: memory resident now, or on a GPU the most that tensors have taken so far.
 

@@ -16,7 +16,7 @@ from mixtral.engine import SamplingParams, generate, recommended, stream, with_r
 from mixtral.engine.generate import check_prompt
 from mixtral.engine.native import NativeModel, suits
 from mixtral.errors import UsageError
-from mixtral.files import atomic_folder, atomic_write
+from mixtral.files import atomic_folder
 from mixtral.hardware import has_fast_bf16
 from mixtral.model import Mixtral, Output, Packed, named_state
 from mixtral.moe import Routing
@@ -26,7 +26,7 @@ from mixtral.runtime import choose_device, choose_dtype
 from mixtral.shipped import model_folder
 from mixtral.tokenizer import Tokenizer
 from mixtral.weights import load_state
-from mixtral.weights.convert import with_token_ids
+from mixtral.weights.convert import with_token_ids, write_tokenizer
 from mixtral.weights.finite import require_range
 from mixtral.weights.gguf_tokenizer import read_tokenizer, side_files
 from mixtral.weights.names import fixed_dtype
@@ -195,10 +195,7 @@ class LM:
             raise UsageError("save: this model is quantised; copy its folder, or save the model it was made from")
         with atomic_folder(folder) as new:
             write_hf(state, self.config, new, allow_nonfinite=allow_nonfinite)
-            for name, content in self.side_files.items():
-                atomic_write(new / name, content)
-            if self.tokenizer is not None:
-                self.tokenizer.save(new)
+            write_tokenizer(self.tokenizer, self.side_files, new)
 
 
 def load(

@@ -106,11 +106,13 @@ def check_value(name: str, value: object, kind: Any) -> Any:
     wanted = dict if dataclasses.is_dataclass(wanted) else wanted
     if wanted is float and type(value) is int and abs(value) < _MOST_INTEGER:
         value = float(value)
-    too_large = (isinstance(value, int) and abs(value) >= _MOST_INTEGER) or (
-        isinstance(value, str) and len(value) > _LONGEST_TEXT
-    )
-    if type(value) is not wanted or too_large:
-        raise ConfigError(f"{name} must be {_NAMES[wanted]}, not {shown(value)}")
+    bound = ""
+    if isinstance(value, int) and abs(value) >= _MOST_INTEGER:
+        bound = " below 2^63"
+    elif isinstance(value, str) and len(value) > _LONGEST_TEXT:
+        bound = f" of at most {_LONGEST_TEXT} characters"
+    if type(value) is not wanted or bound:
+        raise ConfigError(f"{name} must be {_NAMES[wanted]}{bound if type(value) is wanted else ''}, not {shown(value)}")
     return value
 
 

@@ -233,6 +233,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, metavar="N", help="read at most this many of the held-out tokens")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     options = parser.parse_args()
+    if options.json is not None and options.json.exists():
+        parser.error(f"--json {options.json}: exists already; name a new file")
     set_threads()
     model = options.run / "final" if options.model is None else Path(model_folder(options.model))
     try:

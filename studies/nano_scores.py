@@ -185,6 +185,8 @@ def main() -> None:
     parser.add_argument("--shipped", action="store_true", help="score the package's mixtral-nano too: weights in bf16")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     options = parser.parse_args()
+    if options.json is not None and options.json.exists():
+        parser.error(f"--json {options.json}: exists already; name a new file")
     set_threads()
     models = [(run.name, mixtral.load(run / "final")) for run in options.runs]
     first = options.runs[0]

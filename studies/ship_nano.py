@@ -19,6 +19,7 @@ import torch
 import mixtral
 from mixtral.config_formats import read_config
 from mixtral.errors import MixtralError, UsageError
+from mixtral.files import atomic_folder
 from mixtral.shipped import FOLDER
 from mixtral.train.metrics import read_lines
 from mixtral.train.pretrain import recorded_config
@@ -39,10 +40,8 @@ def ship(run: Path, folder: Path) -> int:
         size = sum(file.stat().st_size for file in new.iterdir())
         if size > MOST_BYTES:
             raise UsageError(f"{run}: {size:,} bytes; the package has room for {MOST_BYTES:,}")
-        if (folder / CARD).exists():
-            shutil.copyfile(folder / CARD, new / CARD)
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(new, folder)
+        with atomic_folder(folder, replace=True) as whole:  # what is there and not made here, such as the card, stays
+            shutil.copytree(new, whole, dirs_exist_ok=True)
     return size
 
 

@@ -104,6 +104,10 @@ def test_misuse_is_one_line(arguments: list[str], message: str, capsys: pytest.C
         (OSError(36, "File name too long", "xx"), 1, "mixtral: xx: File name too long\n"),
         (ValueError("odd"), 1, f"mixtral: internal error: ValueError: odd; {HINT}\n"),
         (KeyboardInterrupt(), 130, ""),
+        (PermissionError(13, "Permission denied", "a/config.json"), 1, "mixtral: a/config.json: Permission denied\n"),
+        (MemoryError(), 1, "mixtral: not enough memory: the system gives no more\n"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 400 bytes.\nmore"), 1,
+         "mixtral: not enough memory: DefaultCPUAllocator: can't allocate memory: you tried to allocate 400 bytes.\n"),
         (EOFError(), 1, None),
     ],
 )

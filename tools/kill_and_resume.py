@@ -104,6 +104,8 @@ def torture(run: Path, arguments: list[str], kills: int, steps: int, draw: rando
         process = start(arguments, log)
         try:
             wait_for(reached, process, log)
+            if kind != "preparing":  # on a busy machine the save of step 0 may outlast some steps
+                wait_for(lambda: latest_step(run) is not None, process, log)
             if kind == "saving":
                 wait_for(in_a_save(run, older), process, log)
             time.sleep(draw.uniform(0, DELAY[kind]))
@@ -232,6 +234,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
+        if any(work.iterdir()):
+            parser.error(f"--work {work}: an empty folder is wanted")
         try:
             return 1 if compare_runs(work, options.kills, options.dtype, options.seed, steps) else 0
         except Failed as error:

@@ -20,6 +20,7 @@ from mixtral.commands.common import (
     show_routing,
     shown,
 )
+from mixtral.commands.streams import text_input
 from mixtral.shipped import SHIPPED
 
 if TYPE_CHECKING:
@@ -81,7 +82,11 @@ class Conversation:
         self.text = ""
 
     def run(self) -> None:
-        """Read lines until the input ends or /quit."""
+        """Read lines until the input ends or /quit. Raises UsageError when it is closed, or not UTF-8."""
+        with text_input():
+            self._converse()
+
+    def _converse(self) -> None:
         while (line := self._read_line()) is not None:
             if line == "/quit":
                 return

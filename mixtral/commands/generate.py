@@ -16,6 +16,7 @@ from mixtral.commands.common import (
     DeviceOption,
     DtypeOption,
     ModelOption,
+    bytes_text,
     console,
     load_model,
     loads,
@@ -24,6 +25,7 @@ from mixtral.commands.common import (
     show_routing,
     shown,
 )
+from mixtral.commands.streams import text_input
 from mixtral.shipped import SHIPPED
 
 if TYPE_CHECKING:
@@ -90,6 +92,7 @@ def generate(
     if routing and not lm.config.is_sparse:
         raise UsageError("--routing: this model is dense (one expert); only sparse models route their tokens")
     ids = tokenizer.encode(prompt, bos, eos=False)
+    _check_memory(lm, len(ids), n)
     speed = Speed(len(ids))
     if as_json:
         samples = _continue(lm, ids, params, n, k, speed, show=False)
@@ -103,6 +106,18 @@ def generate(
     say(speed.text())
     for sample in samples if routing else ():
         show_routing(lm, [*ids, *sample.tokens], k)
+
+
+def _check_memory(lm: LM, prompt_tokens: int, n: int) -> None:
+    """Raise UsageError when `n` caches of the prompt and the logits of one token each need more memory than is free."""
+    from mixtral.errors import UsageError
+    from mixtral.hardware import free_memory_bytes
+
+    bits = 8 * lm.dtype.itemsize
+    needed = n * (lm.config.kv_bytes(prompt_tokens, bits) + lm.config.vocab_size * lm.dtype.itemsize)
+    if needed > (free := free_memory_bytes(lm.device)):
+        room = f"at least {bytes_text(needed)} of memory are needed, and {bytes_text(free)} are free"
+        raise UsageError(f"--n {n}: {room}; continue the prompt fewer times")
 
 
 def _continue(
@@ -179,9 +194,5 @@ class Speed:
 
 def read_stdin() -> str:
     """All of standard input, as UTF-8 text, without the line end that `echo` adds."""
-    from mixtral.errors import UsageError
-
-    try:
-        return sys.stdin.read().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"standard input: not UTF-8 text at byte {error.start}; the prompt must be text") from None
+    with text_input(whole=True) as lines:
+        return lines.read().removesuffix("\n")

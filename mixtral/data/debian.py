@@ -62,7 +62,7 @@ def read_debian(path: Path, bad: BadInput) -> str:
     """The plain text of one manual page or HTML page; "" when it holds none."""
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        source = data.decode("utf-8")
+        source = data.decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         bad(str(path), f"cannot be read: {error}")
         return ""

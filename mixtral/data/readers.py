@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,13 @@ SUFFIXES = TEXT_SUFFIXES | JSON_SUFFIXES | {".parquet"}  # what a folder is sear
 PIECE_CHARS = 65_536
 
 _NAMED = 10  # fields of a record, or columns, that an error names
+# Marks at the beginning of a file that say how its characters are written. UTF-8's own is removed; of the others the
+# longer ones come first, as UTF-32's begins with UTF-16's.
+_OTHER_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}  # fmt: skip
+
 SHOWN = 5  # skipped inputs that are logged one by one; the rest are only counted
 
 
@@ -46,12 +54,16 @@ class BadInput:
 def read_texts(path: Path, field: str, bad: BadInput) -> Iterator[str]:
     """The texts of one file, in order; `field` is the key (JSON lines) or the column (Parquet) that holds them."""
     try:
-        if path.stat().st_size == 0:
+        with open_regular(path) as file:
+            start = file.read(4)
+        if start in (b"", codecs.BOM_UTF8):
             bad(str(path), "the file is empty")
-        elif path.suffix in JSON_SUFFIXES:
-            yield from _read_json_lines(path, field, bad)
         elif path.suffix == ".parquet":
             yield from _read_parquet(path, field, bad)
+        elif encoding := other_encoding(start):
+            bad(str(path), encoding)
+        elif path.suffix in JSON_SUFFIXES:
+            yield from _read_json_lines(path, field, bad)
         else:
             yield from _read_plain(path, bad)
     except OSError as error:
@@ -60,7 +72,7 @@ def read_texts(path: Path, field: str, bad: BadInput) -> Iterator[str]:
 
 def _read_plain(path: Path, bad: BadInput) -> Iterator[str]:
     with open_regular(path) as file:
-        data = file.read()
+        data = file.read().removeprefix(codecs.BOM_UTF8)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -68,6 +80,12 @@ def _read_plain(path: Path, bad: BadInput) -> Iterator[str]:
         bad(f"{path}, line {line}", f"not UTF-8 (byte 0x{data[error.start]:02x}); convert the file to UTF-8")
         return
     yield from pieces(text)
+
+
+def other_encoding(data: bytes) -> str | None:
+    """What a text that begins so is, when its byte-order mark is that of another encoding than UTF-8."""
+    found = next((name for mark, name in _OTHER_MARKS.items() if data.startswith(mark)), None)
+    return found and f"{found} text, as its byte-order mark says; convert it to UTF-8"
 
 
 def pieces(text: str, limit: int = PIECE_CHARS) -> Iterator[str]:
@@ -89,6 +107,8 @@ def pieces(text: str, limit: int = PIECE_CHARS) -> Iterator[str]:
 def _read_json_lines(path: Path, field: str, bad: BadInput) -> Iterator[str]:
     with open_regular(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(LARGE + 1), b""), start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             where = f"{path}, line {number}"

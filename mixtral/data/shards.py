@@ -7,6 +7,7 @@ tokenising is spread over workers, so the shards are the same for any number of 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from mixtral.data.store import FORMAT, Encoder, Index, Shard, TokenData
 from mixtral.data.writer import Item, Progress, ShardWriter, encoder
 from mixtral.errors import DataError, UsageError
 from mixtral.files import atomic_write
+from mixtral.json_files import LARGE, read_object
 
 SHARD_BYTES = 16 << 20  # of text
 
@@ -40,7 +42,7 @@ def prepare(
     `val_share` of the documents is held out, chosen by `seed` and the text alone: a text stays on its side whatever
     else the corpus holds. When none falls into the share, the one nearest to it is held out.
     Raises DataError for bad input (unless `skip_bad`, which counts it) and for a corpus without text; UsageError for
-    arguments out of range.
+    arguments out of range, and when the folder holds an index.json of something else.
     """
     if not sources:
         raise UsageError("data: no source given; name at least one, e.g. stdlib")
@@ -48,6 +50,7 @@ def prepare(
         raise UsageError(f"data: val_share must lie in [0, 1), not {val_share}")
     if workers < 1:
         raise UsageError(f"data: workers must be at least 1, not {workers}")
+    _check_index(folder / "index.json")
     weights = [source.weight for source in sources]
     if None in weights and set(weights) != {None}:
         raise UsageError("data: some sources have a weight and some have none; give every one a weight, or none")
@@ -72,6 +75,18 @@ def prepare(
         atomic_write(folder / "index.json", index.to_json().encode())
         _remove_strangers(folder, shards)
     return TokenData(folder, tokenizer)
+
+
+def _check_index(path: Path) -> None:
+    """Raise UsageError when there is an index.json that no version of this program wrote: it would be overwritten."""
+    if not os.path.lexists(path):
+        return
+    try:
+        ours = {"format", "inputs", "shards"} <= read_object(path, DataError, LARGE).keys()
+    except DataError:
+        ours = False
+    if not ours:
+        raise UsageError(f"{path}: not an index of prepared data; remove it, or name another folder")
 
 
 def _reusable(folder: Path, inputs: dict[str, Any], weights: list[float | None]) -> bool:

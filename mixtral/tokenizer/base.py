@@ -134,9 +134,17 @@ class Tokenizer(ABC):
         """The files that `load_tokenizer` and transformers' AutoTokenizer need, by name."""
 
     def save(self, folder: Path | str) -> None:
-        """Write those and the side files into `folder`, which is made when missing. Raises MixtralError on failure."""
-        for name, content in {**self.side_files, **self._files()}.items():
-            atomic_write(Path(folder) / name, content)
+        """Write those files into `folder`, which is made when missing.
+
+        Raises UsageError, with nothing written, when one of them is there with other content; MixtralError when it
+        cannot write.
+        """
+        files = {Path(folder) / name: content for name, content in {**self.side_files, **self._files()}.items()}
+        for path, content in files.items():
+            if path.exists() and path.read_bytes() != content:
+                raise UsageError(f"{path}: exists already, and is of another tokenizer; name another folder")
+        for path, content in files.items():
+            atomic_write(path, content)
 
     @property
     def mistral(self) -> MistralTokenizer[Any, Any, Any, Any, Any] | None:

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 from mixtral.errors import MixtralError, shown
 from mixtral.json_files import SMALL, parse, parse_object, read_regular
 
+TEMPLATES = "additional_chat_templates"  # a folder
 SIDE_FILES = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"),
-    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+    *("chat_template.jinja", "chat_template.json", f"{TEMPLATES}/*.jinja"),
 )
 FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": True, "special": False}
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

@@ -181,12 +181,16 @@ def parse_balance(specs: Sequence[str], n_layers: int) -> list[BalanceOptions]:
     would move the same buffer of one layer.
     """
     entries = [parse_spec(spec, OBJECTIVES, "balance") for spec in specs if spec not in ("", "none")]
+    named = 0  # layers up to the last one that is named
+    for entry in entries:
+        if entry.layers is not None:
+            if (last := max(numbers(entry.layers, "layers"))) >= n_layers:
+                raise ConfigError(f"balance {entry.name}: layer {last} of layers={entry.layers} is not one of the "
+                                  f"model's 0..{n_layers - 1}")  # fmt: skip
+            named = max(named, last + 1)
     moved: dict[tuple[int, str], str] = {}
     for entry in entries:
-        if entry.layers is not None and (last := max(numbers(entry.layers, "layers"))) >= n_layers:
-            raise ConfigError(f"balance {entry.name}: layer {last} of layers={entry.layers} is not one of the model's "
-                              f"0..{n_layers - 1}")  # fmt: skip
-        for layer in range(n_layers):
+        for layer in range(min(named + 1, n_layers)):  # the one behind stands for all that are not named
             if entry.buffer and entry.covers(layer):
                 if other := moved.get((layer, entry.buffer)):
                     raise ConfigError(

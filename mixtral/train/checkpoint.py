@@ -140,8 +140,8 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    found = (folder / "checkpoints").glob("step_*")
-    return sorted((p for p in found if _NAME.fullmatch(p.name)), key=_step)
+    found = (p for p in (folder / "checkpoints").glob("step_*") if _NAME.fullmatch(p.name))
+    return sorted((p for p in found if p == checkpoint_path(folder, _step(p))), key=_step)  # no copy named step_4
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixtral.errors import MixtralError, UsageError
+from mixtral.files import atomic_file, check_writable
 from mixtral.train.metrics import read_lines
 from mixtral.train.pretrain import recorded_config
 
+PLOTTED_BY = "mixtral runs"  # stands in the file: a plot may be replaced by a newer one, another picture may not
 SMOOTHED = 20  # steps that a point of the speed's curve is the median of
 
 
@@ -74,8 +76,10 @@ def _median(lines: Sequence[dict[str, Any]], key: str) -> float | None:
 def plot_runs(folders: Sequence[Path], path: Path) -> None:
     """Write a PNG of three panels over tokens: training and validation loss, speed, and how uneven the loads are.
 
-    Raises UsageError without matplotlib, MixtralError when the file cannot be written.
+    An earlier plot of this function is replaced. Raises UsageError for another file in its place, for another suffix,
+    and without matplotlib; MixtralError when the file cannot be written.
     """
+    _check_plot(path)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -93,10 +97,18 @@ def plot_runs(folders: Sequence[Path], path: Path) -> None:
     speed.set_ylim(bottom=0)
     balance.set_ylim(bottom=1)
     figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib does not know
-        raise MixtralError(f"cannot write {path}: {error}") from error
+    with atomic_file(path, replace=True) as new:
+        figure.savefig(new, dpi=120, format="png", metadata={"Software": PLOTTED_BY})
+
+
+def _check_plot(path: Path) -> None:
+    if path.suffix != ".png":
+        raise UsageError(f"{path}: a plot is a PNG; a name that ends in .png is wanted")
+    if not path.parent.is_dir():
+        raise MixtralError(f"cannot write {path}: no such folder")
+    check_writable(path)
+    if path.exists() and not (path.is_file() and f"Software\0{PLOTTED_BY}".encode() in path.read_bytes()[:1000]):
+        raise UsageError(f"{path}: exists already, and is no plot of runs; name another file")
 
 
 def _draw(panels: Sequence[Any], folder: Path, colour: str) -> None:

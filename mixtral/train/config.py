@@ -61,6 +61,8 @@ class TrainConfig:
         for name in "steps rows context accumulation val_every val_tokens save_every keep stats_every".split():
             if getattr(self, name) < 1:
                 raise ConfigError(f"train: {name} must be at least 1, not {getattr(self, name)}")
+        if self.steps * self.rows * self.context >= 2**63:
+            raise ConfigError(f"train: steps {self.steps} of {self.rows} rows of {self.context} are too many tokens")
         for name in "lr warmup cooldown final_lr weight_decay clip".split():
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"train: {name} must not be negative, nor infinite, not {getattr(self, name)}")

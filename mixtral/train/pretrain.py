@@ -1,6 +1,6 @@
 """Pretraining from text to a finished model folder.
 
-    OUT/config.json      the resolved configuration, versions and hardware
+    OUT/config.json      the resolved configuration, versions and hardware; written first: it marks a run's folder
     OUT/tokenizer/       trained on the corpus, or a copy of the one given
     OUT/data/            token shards
     OUT/metrics.jsonl    results by step (OUT/timings.jsonl: times)
@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,17 +24,26 @@ from mixtral.data.readers import BadInput
 from mixtral.data.shards import prepare
 from mixtral.data.sources import Source, documents
 from mixtral.data.store import TokenData
-from mixtral.errors import ConfigError, DataError, UsageError, WeightsError, shown
-from mixtral.files import atomic_folder, atomic_write, remove_folder
-from mixtral.json_files import SMALL, parse_object, read_regular
+from mixtral.errors import ConfigError, DataError, MixtralError, UsageError, WeightsError, shown
+from mixtral.files import (
+    atomic_folder,
+    atomic_write,
+    is_temporary,
+    lock_folder,
+    remove_folder,
+    unlock_folder,
+)
+from mixtral.json_files import SMALL, parse_object, read_object, read_regular
 from mixtral.kernels import use_backend
 from mixtral.kernels.memory import keep_freed_memory
 from mixtral.model import Mixtral, initialise
 from mixtral.runtime import choose_device, choose_dtype, environment, set_threads
 from mixtral.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from mixtral.tokenizer.beside import TEMPLATES, is_side_file
 from mixtral.train.checkpoint import latest_checkpoint
 from mixtral.train.config import TrainConfig
 from mixtral.train.loop import Run
+from mixtral.train.memory import check_memory
 from mixtral.train.metrics import MatrixRate
 from mixtral.train.optim import Optimizer
 from mixtral.train.recompute import recompute_layers
@@ -46,6 +56,7 @@ TOKENIZER_CHARACTERS = 4_000_000  # of text are enough to learn a vocabulary fro
 
 
 _BEFORE_TRAINING = {"config.json", "tokenizer", "data"}  # what a run writes before its first checkpoint
+_TOKENIZER_FILES = re.compile(r"tekken\.json|tokenizer(_config)?\.json|.+\.model(\.v\w+)?")
 
 
 class Trained(NamedTuple):
@@ -58,20 +69,57 @@ class Trained(NamedTuple):
 
 
 def begin(config: TrainConfig, out: Path) -> None:
-    """Claim a new run's folder and record what it is to do.
+    """Claim a new run's folder, keep other processes out of it until `pretrain` ends, and record what the run is to do.
 
     A run that failed before its first checkpoint, on bad data perhaps, is begun anew. Raises UsageError when the folder
-    holds anything else, or the package of a tracker is missing.
+    holds anything else, when another process trains in it, or when the package of a tracker is missing; MixtralError
+    when the memory is too small for the run.
     """
     require_packages(config.trackers)
-    # .tmp: left by a kill while one of those was written; writing it again clears that up
-    names = {path.name for path in out.iterdir() if path.suffix != ".tmp"} if out.is_dir() else set()
-    if names - _BEFORE_TRAINING or (out.exists() and not out.is_dir()):
-        raise UsageError(f"{out} is not empty; choose another --out, or go on with: mixtral train --resume {out}")
-    if (out / "tokenizer").exists():
-        remove_folder(out / "tokenizer")  # it may be of other data
-    record = {"train": config.to_dict(), "environment": environment()}
-    atomic_write(out / "config.json", json.dumps(record, indent=1))
+    check_memory(config)
+    if out.exists() and not out.is_dir():
+        raise _taken(out)
+    lock_folder(out)
+    try:
+        _check_failed(out)
+        if (out / "tokenizer").exists():
+            remove_folder(out / "tokenizer")  # it may be of other data
+        record = {"train": config.to_dict(), "environment": environment()}
+        atomic_write(out / "config.json", json.dumps(record, indent=1))
+    except BaseException:
+        unlock_folder(out)
+        raise
+
+
+def _check_failed(out: Path) -> None:
+    """Raise UsageError unless a folder is empty, or holds what a run that failed before its first checkpoint wrote.
+
+    The run wrote config.json before all else, so the other names count as a run's only beside such a file.
+    """
+    try:
+        names = {path.name for path in out.iterdir() if not is_temporary(path.name)}
+        if names - _BEFORE_TRAINING or (names and not _is_record(out / "config.json")):
+            raise _taken(out)
+        if "tokenizer" in names:
+            for path in (out / "tokenizer").iterdir():
+                if not (_TOKENIZER_FILES.fullmatch(path.name) or is_side_file(path.name) or path.name == TEMPLATES):
+                    raise UsageError(f"{path}: no run has written this; move it, or choose another --out")
+    except OSError as error:
+        raise MixtralError(f"cannot read {out}: {error.strerror}") from error
+
+
+def _taken(out: Path) -> UsageError:
+    return UsageError(f"{out} is not empty; choose another --out, or go on with: mixtral train --resume {out}")
+
+
+def _is_record(path: Path) -> bool:
+    """Whether a file is what `begin` writes, of this version or another."""
+    try:
+        record = read_object(path)
+    except ConfigError:
+        return False
+    environment = record.get("environment")
+    return record.keys() == {"train", "environment"} and isinstance(environment, dict) and "mixtral" in environment
 
 
 def split_checkpoint(path: Path) -> tuple[Path, Path | None]:
@@ -99,11 +147,21 @@ def recorded_config(out: Path) -> TrainConfig:
 def pretrain(out: Path, view: View) -> Trained:
     """Run, or go on with, the training run that `begin` recorded in `out`.
 
-    `out` may also be one of a run's checkpoints, to go on from there instead of from the last one.
+    `out` may also be one of a run's checkpoints, to go on from there instead of from the last one. Raises UsageError
+    when another process trains in the folder, and as `begin` does.
     """
     out, checkpoint = split_checkpoint(out)
-    config = recorded_config(out)
+    recorded_config(out)  # else the lock would make the folder
+    lock_folder(out)
+    try:
+        return _pretrain(recorded_config(out), out, checkpoint, view)
+    finally:
+        unlock_folder(out)
+
+
+def _pretrain(config: TrainConfig, out: Path, checkpoint: Path | None, view: View) -> Trained:
     require_packages(config.trackers)
+    check_memory(config)
     set_threads()
     keep_freed_memory()
     tokenizer = _tokenizer(config, out, view)
@@ -122,10 +180,11 @@ def pretrain(out: Path, view: View) -> Trained:
 def save_final(run: Run, tokenizer: Tokenizer) -> Path:
     """Write the model, its tokenizer and its configuration to OUT/final, as transformers reads them.
 
-    Raises WeightsError, naming the tensor, for weights that are not finite.
+    What else lies there, put there after an earlier end of the run, stays. Raises WeightsError, naming the tensor, for
+    weights that are not finite.
     """
     final = run.folder / "final"
-    with atomic_folder(final) as folder:
+    with atomic_folder(final, replace=True) as folder:
         try:
             write_hf({n: p.detach() for n, p in run.optimizer.weights.items()}, run.model.config, folder)
         except WeightsError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -72,7 +73,7 @@ def convert(
             write_mistral(state, config, new, dtype, progress, allow_nonfinite)
         copy_tokenizer(src, new)
         if to == "mistral":
-            write_end_tokens(config, new)  # the copied file may name none
+            write_end_tokens(config, new)  # after the copied file, which may name none
         if to == "hf":
             _add_tokenizer_json(new)
 
@@ -110,15 +111,22 @@ def with_token_ids(config: ModelConfig, src: str | Path, tokenizer: Tokenizer | 
 def copy_tokenizer(src: str | Path, dst: Path) -> None:
     """Write what a model holds besides configuration and weights: tokenizer, templates, generation defaults."""
     src = Path(src)
-    for name, content in side_files(src).items():
-        atomic_write(dst / name, content)
     if src.suffix == ".gguf":
-        if (tokenizer := read_tokenizer(src)) is not None:
-            tokenizer.save(dst)
+        write_tokenizer(read_tokenizer(src), side_files(src), dst)
         return
+    write_tokenizer(None, side_files(src), dst)
     for pattern in _VOCABULARIES:
         for file in filter(Path.is_file, src.glob(pattern)):
             shutil.copyfile(file, dst / file.name)
+
+
+def write_tokenizer(tokenizer: Tokenizer | None, files: Mapping[str, bytes], dst: Path) -> None:
+    """Write a tokenizer, and those of a model's small files that it does not write itself."""
+    if tokenizer is not None:
+        tokenizer.save(dst)
+    for name, content in files.items():
+        if not (dst / name).exists():
+            atomic_write(dst / name, content)
 
 
 def _check(to: str, dtype: torch.dtype | None, fused: bool, type: str | None) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from mixtral.config import ModelConfig
 from mixtral.config_gguf import to_gguf
 from mixtral.errors import UsageError, did_you_mean
-from mixtral.files import atomic_file
+from mixtral.files import atomic_file, check_writable
 from mixtral.gguf_header import TYPES
 from mixtral.tokenizer import Tokenizer
 from mixtral.weights.finite import require_finite
@@ -86,12 +86,14 @@ def write_gguf(
 
 
 def check_target(path: str | Path, type: str) -> None:
-    """Raise UsageError unless a GGUF file of this type can be put here without overwriting anything."""
+    """Raise UsageError unless a GGUF file of this type can be put here without overwriting anything; MixtralError when
+    the system refuses."""
     path = Path(path)
     if type not in GGUF_TYPES:
         raise UsageError(f"unknown GGUF type {type!r}; {did_you_mean(type, GGUF_TYPES)}")
     if path.suffix != ".gguf":
         raise UsageError(f"{path}: GGUF is one file; a name that ends in .gguf is wanted")
+    check_writable(path)
     if path.exists():
         raise UsageError(f"{path}: exists already; the name of a new file is wanted")
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mixtral.config import DEFAULT_EOS, ModelConfig
 from mixtral.config_formats import to_hf, to_mistral
-from mixtral.errors import UsageError, WeightsError
-from mixtral.files import atomic_folder
+from mixtral.errors import MixtralError, UsageError, WeightsError
+from mixtral.files import atomic_folder, check_writable
 from mixtral.generation_config import NAME as GENERATION_CONFIG
 from mixtral.generation_config import read_generation_config
 from mixtral.weights.lazy import LazyState
@@ -62,13 +62,20 @@ def save_mistral(
     check_free(folder)
     with atomic_folder(folder) as new:
         write_mistral(state, config, new, dtype, allow_nonfinite=allow_nonfinite)
+        write_end_tokens(config, new)
 
 
 def check_free(folder: str | Path) -> None:
-    """Raise UsageError unless a new folder can be put here without overwriting anything."""
+    """Raise UsageError unless a new folder can be put here without overwriting anything; MixtralError when the system
+    refuses."""
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    try:
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as error:  # it may not be looked into
+        raise MixtralError(f"{folder}: {error.strerror}; a new or empty folder is wanted") from error
+    if taken:
         raise UsageError(f"{folder}: exists already; a new or empty folder is wanted")
+    check_writable(folder)
 
 
 def write_hf(
@@ -112,7 +119,6 @@ def write_mistral(
     done = counter(progress, "writing", sum(entry.nbytes for entry in entries))
     write_safetensors(folder / "consolidated.safetensors", entries, done, allow_nonfinite)
     _write_json(folder / "params.json", params)
-    write_end_tokens(config, folder)
 
 
 def write_end_tokens(config: ModelConfig, folder: Path) -> None:

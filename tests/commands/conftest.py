@@ -14,7 +14,10 @@ from mixtral import cli
 from mixtral.config import ModelConfig
 from mixtral.lm import LM
 from mixtral.model import Mixtral, initialise
+from mixtral.presets import preset
 from mixtral.tokenizer import train_bpe
+from mixtral.train.config import TrainConfig
+from mixtral.train.pretrain import begin
 
 TEXT = ["To be, or not to be, that is the question:", "def add(a, b):\n    return a + b", "Whether 'tis nobler"] * 20
 
@@ -64,3 +67,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("dense") / "model", n_experts=1, experts_per_token=1)
+
+
+@pytest.fixture(scope="session")
+def a_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training run that has not trained yet."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    begin(TrainConfig(model=preset("tiny")), folder)
+    return folder

@@ -206,3 +206,21 @@ def test_a_truncated_file_is_a_failure(run: Run, folder: Path, tmp_path: Path) -
         (tmp_path / file.name).write_bytes(file.read_bytes()[: -100 if file.suffix == ".safetensors" else None])
     code, _, err = run("generate", "--model", tmp_path, "--prompt", "x")
     assert code == 1 and "model.safetensors" in err and err.count("\n") == 1
+
+
+def test_more_continuations_than_the_memory_holds(run: Run, folder: Path) -> None:
+    got = run("generate", "--model", folder, "--prompt", "To be", "--n", "1000000000000")
+    assert got.code == 2 and got.out == "" and got.err.count("\n") == 1
+    assert "--n 1000000000000: at least " in got.err and "iB of memory are needed, and " in got.err
+
+
+def test_the_memory_that_n_continuations_need(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many caches of the prompt, and as many rows of logits, as fit exactly."""
+    lm = load(folder, dtype="fp32")
+    assert lm.tokenizer is not None
+    a_token = 2 * lm.config.n_layers * lm.config.n_kv_heads * lm.config.head_dim
+    needed = 3 * 4 * (lm.config.vocab_size + len(lm.tokenizer.encode("To be")) * a_token)
+    words = ("--model", folder, "--prompt", "To be", "--n", "3", "--max-tokens", "1", "--dtype", "fp32")
+    for free, code in ((needed, 0), (needed - 1, 2)):
+        monkeypatch.setattr("mixtral.hardware.available_memory_bytes", lambda free=free: free)
+        assert run("generate", *words).code == code

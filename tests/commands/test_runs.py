@@ -77,6 +77,22 @@ def test_plot(run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_plot_takes_the_place_of_a_plot_alone(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    path = tmp_path / "curves.png"
+    for _ in range(2):
+        assert main(["runs", str(run), "--plot", str(path)]) == 0
+    figure.savefig(path)
+    (tmp_path / "notes.pdf").write_text("precious")
+    capsys.readouterr()
+    for name, message in (("curves.png", "is no plot of runs; name another file"), ("notes.pdf", "ends in .png")):
+        before = (tmp_path / name).read_bytes()
+        assert main(["runs", str(run), "--plot", str(tmp_path / name)]) == 2
+        out, err = capsys.readouterr()
+        assert (tmp_path / name).read_bytes() == before and out == "" and message in err and err.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "notes.pdf", "run"]
+
+
 def test_errors(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", str(tmp_path)]) == 2
     assert "is not a training run" in capsys.readouterr().err

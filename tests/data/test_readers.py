@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from pathlib import Path
@@ -49,6 +50,34 @@ def test_fault_is_named(tmp_path: Path, name: str, content: bytes, line: str, re
     bad = BadInput(skip=True)
     assert list(read_texts(path, "text", bad)) == (["good"] if content.startswith(GOOD) else [])
     assert bad.count == 1
+
+
+@pytest.mark.parametrize(("name", "content", "texts"), [
+    ("a.txt", "né\n".encode(), ["né\n"]),
+    ("a.jsonl", b'{"text": "one"}\n{"text": "two"}\n', ["one", "two"]),
+    ("a.jsonl", b'\n{"text": "one"}', ["one"]),
+])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str, content: bytes, texts: list[str]) -> None:
+    path = tmp_path / name
+    path.write_bytes(codecs.BOM_UTF8 + content)
+    assert list(read_texts(path, "text", BadInput())) == texts
+    path.write_bytes(codecs.BOM_UTF8)
+    bad = BadInput(skip=True)
+    assert list(read_texts(path, "text", bad)) == [] and bad.count == 1
+    with pytest.raises(DataError, match="the file is empty"):
+        list(read_texts(path, "text", BadInput()))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_another_encoding_is_told_by_its_mark_once(tmp_path: Path, name: str, encoding: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(("\ufeff" + '{"text": "one"}\n' * 3).encode(encoding))
+    told = f"{name}: {encoding[:6].upper()} text, as its byte-order mark says; convert it to UTF-8"
+    with pytest.raises(DataError, match=told):
+        list(read_texts(path, "text", BadInput()))
+    bad = BadInput(skip=True)
+    assert list(read_texts(path, "text", bad)) == [] and bad.count == 1
 
 
 def test_parquet_reads_and_names_faults(tmp_path: Path) -> None:

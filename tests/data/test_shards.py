@@ -161,6 +161,17 @@ def test_refusals(tmp_path: Path, jsonl: Write, tokenizer: ByteTokenizer) -> Non
         prepare([Source(str(jsonl("empty", ["", " "])))], tokenizer, tmp_path / "p")
 
 
+@pytest.mark.parametrize("content", [b'{"title": "of my book"}', b"[]", b"\xff not JSON", b""])
+def test_an_index_of_something_else_is_kept(tmp_path: Path, jsonl: Write, tokenizer: ByteTokenizer,
+                                            content: bytes) -> None:
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "index.json").write_bytes(content)
+    with pytest.raises(UsageError, match=r"index\.json: not an index of prepared data; remove it, or name another"):
+        prepare([Source(str(jsonl("a", TEXTS)))], tokenizer, tmp_path / "p")
+    assert [path.name for path in (tmp_path / "p").iterdir()] == ["index.json"]
+    assert (tmp_path / "p" / "index.json").read_bytes() == content
+
+
 def test_pairs_cross_no_document(make_data: Callable[..., TokenData]) -> None:
     data = make_data(["ab", "c"])
     ((inputs_N, targets_N),) = data.pairs("train")

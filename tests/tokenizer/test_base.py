@@ -116,3 +116,18 @@ def test_an_unwritable_folder(own: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(MixtralError, match=r"cannot write .*file"):
         own.save(tmp_path / "file" / "sub")
+
+
+def test_saving_keeps_the_files_of_another_tokenizer(own: Tokenizer, tmp_path: Path) -> None:
+    own.save(tmp_path)
+    own.save(tmp_path)  # the same files again
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UsageError, match=r"tokenizer_config\.json: exists already, and is of another tokenizer"):
+        own.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "tokenizer_config.json").rename(tmp_path / "tokenizer.json")
+    (tmp_path / own.file_name).unlink()  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match="is of another tokenizer"):
+        own.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]

@@ -95,12 +95,12 @@ def test_what_differs_and_what_is_left_over_is_told(tmp_path: Path) -> None:
     save_file({"weight": torch.tensor([-0.0])}, runs[1] / "checkpoints/step_000002/model.safetensors")
     save_file({}, runs[0] / "other.safetensors")
     (runs[1] / "metrics.jsonl").write_text('{"step": 2}\n')
-    (runs[1] / "checkpoints/.step_000004.1-0.tmp").mkdir()
+    (runs[1] / "checkpoints/.step_000004.mixtral-0123abcd.tmp").mkdir()
     assert differences(*runs) == [
         "other.safetensors is not in both",
         "checkpoints/step_000002/model.safetensors differs",
         "metrics.jsonl differs",
-        f"{runs[1]}/checkpoints/.step_000004.1-0.tmp is left over",
+        f"{runs[1]}/checkpoints/.step_000004.mixtral-0123abcd.tmp is left over",
     ]
 
 
@@ -135,3 +135,13 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
     assert [outcome([]), outcome(["metrics.jsonl differs"]), outcome(Failed("it hangs"))] == [0, 1, 1]
     assert capsys.readouterr().out == "failed: it hangs\n"
+
+
+def test_the_command_keeps_what_lies_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "0.txt").write_text("precious")
+    monkeypatch.setattr("sys.argv", ["kill_and_resume.py", "--work", str(tmp_path)])
+    monkeypatch.setattr(kill_and_resume, "compare_runs", lambda *_: pytest.fail("it would write there"))
+    with pytest.raises(SystemExit) as caught:
+        kill_and_resume.main()
+    assert caught.value.code == 2

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -129,12 +132,125 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(trained: Trained,
     assert (out / "metrics.jsonl").read_bytes() == (trained.run.folder / "metrics.jsonl").read_bytes()
 
 
-def test_a_run_killed_while_it_claimed_its_folder_can_be_begun_again(corpus: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(["true"])
-    process.wait()
-    (tmp_path / f".config.json.{process.pid}-0.tmp").write_text('{"train"')
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder: files with their bytes, folders with None."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_run_killed_while_it_prepared_can_be_begun_again(corpus: Path, tmp_path: Path, begun: bool) -> None:
+    """Between the folder and its record, or later, half a tokenizer and half a shard written."""
+    left = [".config.json.mixtral-0123abcd.tmp"]
+    if begun:
+        begin(config_of(corpus, steps=9), tmp_path)
+        left += [".tokenizer.mixtral-0123abcd.tmp", "data/.train-00000-0123456789ab.npy.mixtral-89abcdef.tmp"]
+    for name in left:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("half")
     begin(config_of(corpus), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert recorded_config(tmp_path) == config_of(corpus)
+    pretrain(tmp_path, Watching())
+    assert (tmp_path / "final").is_dir() and not [path for path in tmp_path.rglob(".*") if "config" in path.name]
+
+
+def test_a_failed_run_of_the_version_before_is_begun_anew(trained: Trained, corpus: Path, tmp_path: Path) -> None:
+    """Its fields may be others; its record, written first, is the mark of a run in both."""
+    shutil.copytree(trained.run.folder / "tokenizer", tmp_path / "tokenizer")
+    shutil.copytree(trained.run.folder / "data", tmp_path / "data")
+    record = {"train": {"old_field": 1}, "environment": {"mixtral": "0.0.1"}}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    begin(config_of(corpus), tmp_path)
+    assert weights_of(pretrain(tmp_path, Watching()).run.folder) == weights_of(trained.run.folder)
+
+
+# -- nothing of others is touched --------------------------------------------------------------------------------------
+
+
+HF = json.dumps({"architectures": ["MixtralForCausalLM"], "hidden_size": 8})
+USERS = {
+    "a model and its data": {"config.json": HF, "tokenizer/tokenizer.json": "{}", "data/corpus.txt": "years of work"},
+    "data alone": {"data/corpus.txt": "years of work"},
+    "a tokenizer alone": {"tokenizer/tokenizer.json": "{}"},
+    "a record of something else": {"config.json": '{"train": {}, "environment": {}}', "tokenizer/mine.txt": "x"},
+    "no object": {"config.json": "[1]"},
+    "no JSON": {"config.json": "\xff"},
+    "a temporary file": {"notes.tmp": "x"},
+    "a hidden file": {".env": "x"},
+}
+
+
+@pytest.mark.parametrize("files", USERS.values(), ids=USERS.keys())
+def test_a_folder_of_somebody_else_is_refused(corpus: Path, tmp_path: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="latin-1")
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match="is not empty; choose another --out") as caught:
+        begin(config_of(corpus), tmp_path)
+    assert contents(tmp_path) == before and "\n" not in str(caught.value)
+
+
+def test_a_file_put_beside_the_tokenizer_of_a_failed_run_is_kept(corpus: Path, tmp_path: Path) -> None:
+    begin(config_of(corpus), tmp_path)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/notes.txt").write_text("precious")
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match=r"notes\.txt: no run has written this; move it, or choose another --out"):
+        begin(config_of(corpus), tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_what_was_put_into_a_finished_model_stays(trained: Trained, tmp_path: Path) -> None:
+    """Asked to go on, a finished run writes its model once more."""
+    out = tmp_path / "run"
+    shutil.copytree(trained.run.folder, out)
+    (out / "final/README.md").write_text("a card")
+    (out / "final/gguf").mkdir()
+    (out / "final/gguf/model.gguf").write_text("hours of work")
+    before = contents(out / "final")
+    pretrain(out, Watching())
+    assert contents(out / "final") == before and weights_of(out) == weights_of(trained.run.folder)
+
+
+def test_two_processes_do_not_train_in_one_folder(trained: Trained, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(trained.run.folder, out)
+    before = contents(out)
+    code = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), 2); print(flush=True); sys.stdin.read()"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code, str(out)], stdin=pipe, stdout=pipe) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        for attempt in (lambda: pretrain(out, Watching()), lambda: begin(config_of(corpus), out)):
+            with pytest.raises(UsageError, match=r"run: another process works in it; wait for its end"):
+                attempt()
+        assert contents(out) == before
+        other.communicate()
+    pretrain(out, Watching())
+
+
+def test_a_folder_is_held_from_begin_to_the_end_of_the_run(corpus: Path, tmp_path: Path) -> None:
+    def free() -> bool:
+        descriptor = os.open(tmp_path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(descriptor)
+        return True
+
+    begin(config_of(corpus, steps=1), tmp_path)
+    assert not free()
+    during = []
+    pretrain(tmp_path, Watching(lambda _: during.append(free())))
+    assert during == [False] and free()
+
+
+def test_a_run_that_the_memory_cannot_hold_is_refused_before_anything(corpus: Path, tmp_path: Path) -> None:
+    for changes in ({"model": {"dim": 1_000_000}}, {"rows": 10**15}, {"model": {"vocab_size": 10**7, "dim": 10**5}}):
+        with pytest.raises(MixtralError, match=r"[\d,]+ GiB of memory are needed at the least, and [\d,.]+ GiB are"):
+            begin(config_of(corpus, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
