@@ -1,5 +1,5 @@
 .NOTPARALLEL:
-.PHONY: help core setup native demo test check bench
+.PHONY: help core setup native demo test check soak bench
 
 help:
 	@echo 'make setup  install the package and all that its tests need into .venv'
@@ -7,6 +7,7 @@ help:
 	@echo 'make demo   the model that comes with the package writes, and shows its routing'
 	@echo 'make test   run the tests'
 	@echo 'make check  lint and type-check'
+	@echo 'make soak   load 10,000 damaged files, some minutes'
 	@echo 'make bench  run every benchmark in turn'
 
 core:
@@ -32,6 +33,10 @@ test: setup
 check: setup
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+
+# Damaged files of every format that is read; --first N goes on from case N.
+soak: setup
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.fuzz --files 10000 --seed 0
 
 bench: setup
 	set -e; for script in bench/*.py; do echo "== $$script"; .venv/bin/python $$script; done

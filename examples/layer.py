@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from mixtral.moe import Experts, MoE, Router
-from mixtral.moe.balance import assignment_counts, load_balance, z_loss
+from mixtral.moe.balance import load_balance, z_loss
+from mixtral.moe.choice import counts_of
 
 T, D, F, E, K = 50, 32, 64, 8, 2
 
@@ -42,10 +43,10 @@ def main() -> None:
     print(f"largest difference from the formula: {difference:.1e} of the largest output")
     assert difference < 1e-5
 
-    print(f"tokens of each expert: {assignment_counts(routing).tolist()}")
+    print(f"tokens of each expert: {counts_of(routing.experts_TK, E).tolist()}")
     print(f"load balance {load_balance(routing).item():.3f} (1 at balance), z-loss {z_loss(routing).item():.3f}")
 
-    again_TD, _ = moe(x_TD, replay=routing.experts_TK)  # the same choice, logits and weights computed anew
+    again_TD, _ = moe(x_TD, replay=routing.chosen_TK)  # the same choice, logits and weights computed anew
     print(f"replayed: {'the same, bit for bit' if torch.equal(again_TD, y_TD) else 'different'}")
     (y_TD.square().mean() + 0.01 * load_balance(routing)).backward()
     assert moe.router.weight.grad is not None

@@ -13,7 +13,8 @@ from rich.console import Console
 
 import mixtral
 from mixtral.analysis import routing_table
-from mixtral.moe.balance import assignment_share
+from mixtral.moe.balance import share_of
+from mixtral.moe.choice import counts_of
 
 
 def main(folder: str, prompt: str = "def ") -> None:
@@ -24,7 +25,7 @@ def main(folder: str, prompt: str = "def ") -> None:
 
     ids = lm.tokenizer.encode(text)
     routings = lm.routing(ids)  # a Routing for each layer
-    loads = [assignment_share(layer).tolist() for layer in routings]
+    loads = [share_of(counts_of(layer.experts_TK, layer.logits_TE.shape[1])).tolist() for layer in routings]
     Console().print(routing_table(loads, f"Routing of {len(ids)} tokens"))
 
     print("\nThe first tokens in layer 0: experts, most weight first, and their weights")

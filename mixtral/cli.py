@@ -29,7 +29,7 @@ from mixtral.commands.quantize import quantize
 from mixtral.commands.runs import runs
 from mixtral.commands.synth import synth
 from mixtral.commands.train import train
-from mixtral.errors import MixtralError
+from mixtral.errors import MixtralError, one_line
 
 COMMANDS: tuple[Callable[..., None], ...] = (
     demo,
@@ -133,6 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has left, as `head` does: nobody is there to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # what no reader or writer foresaw, such as a name that is too long
+        return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 1)
     except Exception as error:
         if _is_verbose():
             traceback.print_exc()
@@ -143,5 +145,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(message: str, exit_code: int) -> int:
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()  # what was printed before comes first
-    print("mixtral: " + " ".join(message.split()), file=sys.stderr)
+    print("mixtral: " + one_line(" ".join(message.split())), file=sys.stderr)
     return exit_code

@@ -10,12 +10,41 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from mixtral.errors import ConfigError, did_you_mean
+from mixtral.errors import ConfigError, shown
 from mixtral.router_options import RouterOptions, parse_router
+from mixtral.specs import check_names
+
+# The most that a field may be: above every model there is, and little enough to loop over and for 32 bits. Whoever
+# builds something from a file's configuration first holds it against what the file has (weights/load.py).
+LIMITS = {
+    "vocab_size": 1 << 24, "dim": 1 << 20, "n_layers": 1 << 12, "n_heads": 1 << 16, "n_kv_heads": 1 << 16,
+    "head_dim": 1 << 16, "ffn_dim": 1 << 24, "n_experts": 1 << 16, "experts_per_token": 1 << 16,
+    "shared_experts": 1 << 16, "context": (1 << 31) - 1, "sliding_window": (1 << 31) - 1,
+    "rope_theta": 1e300, "norm_eps": 1e30, "init_std": 1e30,
+}  # fmt: skip
+_LONGEST_ROUTER = 1000  # characters
+
+DEFAULT_EOS = 2  # of every published model
 
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_token_id(value: object) -> bool:
+    return _is_int(value) and 0 <= value < 1 << 32  # type: ignore[operator]  # GGUF holds them in 32 bits
+
+
+def end_tokens(value: object, name: str) -> int | tuple[int, ...] | None:
+    """One id, a list of ids or None, in its simplest form: no id twice, a list of one is the id, an empty one is None.
+
+    Raises ConfigError, which begins with `name`, for anything else.
+    """
+    ids = value if isinstance(value, list | tuple) else () if value is None else (value,)
+    if not all(map(is_token_id, ids)):
+        raise ConfigError(f"{name} must be a token id, a list of token ids or null, not {shown(value)}")
+    ids = tuple(dict.fromkeys(ids))
+    return ids if len(ids) > 1 else next(iter(ids), None)
 
 
 @dataclass(frozen=True)
@@ -40,7 +69,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     bos_id: int | None = 1
-    eos_id: int | None = 2
+    eos_id: int | tuple[int, ...] | None = DEFAULT_EOS  # a generation ends at any of several; lists become tuples
     init_std: float = 0.02
     router: str = "topk"  # NAME?option=value&...; router_options.py has the names
     shared_experts: int = 0  # experts of width ffn_dim that every token takes, besides those it is routed to
@@ -50,24 +79,28 @@ class ModelConfig:
         for name in positive.split():
             value = getattr(self, name)
             if not _is_int(value) or value < 1:
-                raise ConfigError(f"config: {name} must be a positive integer, not {value!r}")
+                raise ConfigError(f"config: {name} must be a positive integer, not {shown(value)}")
         for name in ("rope_theta", "norm_eps", "init_std"):
             value = getattr(self, name)
-            if not (_is_int(value) or isinstance(value, float)) or not 0 < value < float("inf"):
-                raise ConfigError(f"config: {name} must be a positive number, not {value!r}")
+            if not (_is_int(value) or isinstance(value, float)) or not 0 < value < math.inf:
+                raise ConfigError(f"config: {name} must be a positive number, not {shown(value)}")
         window = self.sliding_window
         if window is not None and (not _is_int(window) or window < 1):
-            raise ConfigError(f"config: sliding_window must be a positive integer or null, not {window!r}")
+            raise ConfigError(f"config: sliding_window must be a positive integer or null, not {shown(window)}")
         if not isinstance(self.tie_embeddings, bool):
-            raise ConfigError(f"config: tie_embeddings must be true or false, not {self.tie_embeddings!r}")
+            raise ConfigError(f"config: tie_embeddings must be true or false, not {shown(self.tie_embeddings)}")
         if not _is_int(self.shared_experts) or self.shared_experts < 0:
-            raise ConfigError(f"config: shared_experts must be 0 or a positive integer, not {self.shared_experts!r}")
-        if not isinstance(self.router, str):
-            raise ConfigError(f"config: router must be a text such as 'topk', not {self.router!r}")
-        for name in ("bos_id", "eos_id"):
+            value = shown(self.shared_experts)
+            raise ConfigError(f"config: shared_experts must be 0 or a positive integer, not {value}")
+        if not isinstance(self.router, str) or len(self.router) > _LONGEST_ROUTER:
+            raise ConfigError(f"config: router must be a text such as 'topk', not {shown(self.router)}")
+        if self.bos_id is not None and not is_token_id(self.bos_id):
+            raise ConfigError(f"config: bos_id must be a token id or null, not {shown(self.bos_id)}")
+        object.__setattr__(self, "eos_id", end_tokens(self.eos_id, "config: eos_id"))
+        for name, most in LIMITS.items():
             value = getattr(self, name)
-            if value is not None and (not _is_int(value) or value < 0):
-                raise ConfigError(f"config: {name} must be a token id or null, not {value!r}")
+            if value is not None and value > most:
+                raise ConfigError(f"config: {name} must be at most {most:,}, not {shown(value)}")
         self._check_together()
 
     def _check_together(self) -> None:
@@ -98,6 +131,13 @@ class ModelConfig:
     def is_plain(self) -> bool:
         """Whether it is a Mistral or Mixtral as published, which other programs compute too."""
         return self.router == "topk" and self.shared_experts == 0
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The tokens that end a generation, the one that ends a text first."""
+        if self.eos_id is None:
+            return ()
+        return self.eos_id if isinstance(self.eos_id, tuple) else (self.eos_id,)
 
     @property
     def router_options(self) -> RouterOptions:
@@ -187,13 +227,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
         """From our own field names; an unknown one raises ConfigError with the nearest known one."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        for name in values:
-            if name not in known:
-                raise ConfigError(f"config: unknown field {name!r}; {did_you_mean(name, known)}")
-        required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
-        if missing := sorted(required - set(values)):
-            raise ConfigError(f"config: missing {', '.join(missing)}")
+        check_names("config", values, cls)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

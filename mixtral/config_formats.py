@@ -6,15 +6,19 @@ table a format (config_table.py) says everything.
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
-from mixtral.config import ModelConfig
+from mixtral.config import ModelConfig, end_tokens
 from mixtral.config_gguf import from_gguf
 from mixtral.config_table import RESEARCH, FileFormat, build, flatten, warn_once, written
-from mixtral.errors import ConfigError
+from mixtral.errors import ConfigError, shown
+from mixtral.generation_config import KEYS as GENERATION_KEYS
+from mixtral.generation_config import NAME as GENERATION_CONFIG
+from mixtral.generation_config import read_generation_config
 from mixtral.gguf_header import read_gguf
+from mixtral.json_files import read_object
 
 _HF = FileFormat(
     fields={
@@ -41,8 +45,8 @@ _HF = FileFormat(
         "hidden_act": ("silu", "swish"),
         "attention_bias": (False, None),
         "mlp_bias": (False, None),
-        "rope_parameters": (None,),
-        "rope_scaling": (None,),
+        "rope_parameters": (None, {}),
+        "rope_scaling": (None, {}),
         "rope_parameters.rope_type": ("default",),
         "rope_parameters.type": ("default",),
         "rope_parameters.partial_rotary_factor": (1, None),
@@ -50,12 +54,13 @@ _HF = FileFormat(
         "rope_scaling.type": ("default",),
         "partial_rotary_factor": (1, None),
         "layer_types": (None,),
-        "quantization_config": (None,),
+        "quantization_config": (None, {}),
     },
     training_only=frozenset({"attention_dropout", "router_jitter_noise"}),
     harmless=frozenset(
         {"architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache"}
-        | {"pad_token_id", "unk_token_id", "output_router_logits", "router_aux_loss_coef"}
+        | {"unk_token_id", "output_router_logits", "router_aux_loss_coef"}
+        | (GENERATION_KEYS - {"bos_token_id", "eos_token_id"})  # old files; engine/defaults.py reads them
     ),
     closed=("rope_parameters.", "rope_scaling.", "quantization_config."),
 )
@@ -81,12 +86,12 @@ _MISTRAL = FileFormat(
         "use_biases": (False, None),
         "causal": (True, None),
         "model_type": ("transformer", None),
-        "rope_scaling": (None,),
-        "yarn": (None,),
-        "llama_4_scaling": (None,),
-        "quantization": (None,),
-        "lora": (None,),
-        "vision_encoder": (None,),
+        "rope_scaling": (None, {}),
+        "yarn": (None, {}),
+        "llama_4_scaling": (None, {}),
+        "quantization": (None, {}),
+        "lora": (None, {}),
+        "vision_encoder": (None, {}),
         "moe.num_shared_experts": (0, None),
         "moe.first_k_dense_replace": (0, None),
         "moe.route_every_n": (1, None),
@@ -103,17 +108,21 @@ _MISTRAL = FileFormat(
 def read_config(path: str | Path) -> ModelConfig:
     """From a model folder (its `config.json`, else its `params.json`), from one such file, or from a GGUF file.
 
+    Of a folder, the end tokens are those of generation_config.json where it names any.
+
     Raises ConfigError, one line with the file, when it is missing, broken, incomplete, or asks for what we lack;
     WeightsError for a damaged GGUF file.
     """
     file = _config_file(Path(path))
+    headers = [header for _, header in read_gguf(file)] if file.suffix == ".gguf" else []
+    values = {} if headers else read_object(file)
     try:
-        if file.suffix == ".gguf":
-            return from_gguf([header for _, header in read_gguf(file)])
-        values = _read_json(file)
-        return from_mistral(values) if {"dim", "n_layers"} <= values.keys() else from_hf(values)
+        if headers:
+            return from_gguf(headers)
+        config = from_mistral(values) if {"dim", "n_layers"} <= values.keys() else from_hf(values)
     except ConfigError as error:
         raise ConfigError(f"{file}: {str(error).removeprefix('config: ')}") from None
+    return config if file == Path(path) else _with_end_tokens(config, file.parent)
 
 
 _OURS = "mixtral_research"  # the model_type of what transformers would compute wrongly
@@ -124,15 +133,13 @@ def from_hf(values: dict[str, Any]) -> ModelConfig:
     """From the content of a `config.json` of model_type mixtral, mistral (transformers 4 or 5 keys) or ours."""
     kind = values.get("model_type")
     if kind not in ("mixtral", "mistral", _OURS):
-        raise ConfigError(f"model_type must be 'mixtral' or 'mistral', not {kind!r}")
+        raise ConfigError(f"model_type must be 'mixtral' or 'mistral', not {shown(kind)}")
     flat = flatten(values)
     if flat.get("quantization_config.quant_method") == QUANT_METHOD:
         flat = {key: value for key, value in flat.items() if not key.startswith("quantization_config.")}
     if kind == "mistral" and "sliding_window" not in flat:
         flat["sliding_window"] = 4096
         warn_once("config.json of a mistral model without sliding_window: 4096 assumed, as transformers does")
-    if isinstance(flat.get("eos_token_id"), list):
-        flat["eos_token_id"] = _first_eos(flat["eos_token_id"])
     if flat.get("num_key_value_heads", 0) is None:
         flat["num_key_value_heads"] = flat.get("num_attention_heads")
     return build(flat, _HF, sparse=kind != "mistral")
@@ -143,33 +150,28 @@ def from_mistral(values: dict[str, Any]) -> ModelConfig:
     return build(flatten(values), _MISTRAL, sparse=values.get("moe") is not None)
 
 
-def _first_eos(ids: list[Any]) -> Any:
-    if len(ids) > 1:
-        warn_once(f"config: of the end tokens {ids} only the first is used")
-    return ids[0] if ids else None
+def _with_end_tokens(config: ModelConfig, folder: Path) -> ModelConfig:
+    """With the end tokens of generation_config.json, which count before those of config.json."""
+    file, values = read_generation_config(folder)
+    if file.name != GENERATION_CONFIG:
+        return config
+    if "eos_token_id" not in values:
+        if config.eos_ids:
+            ids = ", ".join(map(str, config.eos_ids))
+            warn_once(f"{file} names no eos_token_id: a text ends at {ids}; with transformers it would not end")
+        return config
+    return config.replace(eos_id=end_tokens(values["eos_token_id"], f"{file}: eos_token_id"))
 
 
 def _config_file(path: Path) -> Path:
-    if not path.exists():
+    if not os.path.exists(path):  # Path's own methods raise for names that are too long, or hold a zero
         raise ConfigError(f"{path}: no such file or folder; a model folder holds config.json or params.json")
-    if path.is_file():
+    if not path.is_dir():
         return path
     for name in ("config.json", "params.json"):
-        if (path / name).is_file():
+        if (path / name).exists():
             return path / name
     raise ConfigError(f"{path}: neither config.json nor params.json is there")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
-    except ValueError as error:  # broken JSON, or not UTF-8
-        raise ConfigError(f"{file}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file}: must hold a JSON object, not a {type(values).__name__}")
-    return values
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------

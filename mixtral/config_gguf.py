@@ -6,14 +6,15 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
-from mixtral.config import ModelConfig
+from mixtral.config import DEFAULT_EOS, ModelConfig, is_token_id
 from mixtral.config_table import FileFormat, build, warn_once, written
-from mixtral.errors import ConfigError
+from mixtral.errors import ConfigError, shown
 from mixtral.gguf_header import GgufHeader
 
 _ARCHITECTURE = "llama"
 _HEAD_DIM, _THETA = "llama.attention.key_length", "llama.rope.freq_base"
 _IDS = {"bos_id": "tokenizer.ggml.bos_token_id", "eos_id": "tokenizer.ggml.eos_token_id"}
+_ENDS = (_IDS["eos_id"], "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")  # of text, turn and message
 _DEFAULT_THETA = 1e4  # llama.cpp's
 
 _GGUF = FileFormat(
@@ -59,27 +60,31 @@ def from_gguf(headers: Sequence[GgufHeader]) -> ModelConfig:
     """From the headers of all parts of a model; the first's metadata count."""
     metadata = headers[0].metadata
     if (kind := metadata.get("general.architecture")) != _ARCHITECTURE:
-        raise ConfigError(f"general.architecture must be {_ARCHITECTURE!r}, as for Mistral and Mixtral, not {kind!r}")
+        wanted = f"{_ARCHITECTURE!r}, as for Mistral and Mixtral"
+        raise ConfigError(f"general.architecture must be {wanted}, not {shown(kind)}")
     flat = {key: _shortest(value) for key, value in metadata.items() if key.startswith("llama.")}
-    flat |= {key: metadata[key] for key in _IDS.values() if key in metadata}
+    flat |= {key: metadata[key] for key in _IDS.values() if key in metadata} | _end_tokens(metadata)
     flat["tie_embeddings"] = not any("output.weight" in header.tensors for header in headers)
-    flat.setdefault("llama.vocab_size", len(metadata.get("tokenizer.ggml.tokens", ())) or None)
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    flat.setdefault("llama.vocab_size", len(tokens) if isinstance(tokens, list) and tokens else None)
     flat.setdefault("llama.attention.head_count_kv", flat.get("llama.attention.head_count"))
     if _THETA not in flat:
         flat[_THETA] = _DEFAULT_THETA
         warn_once(f"GGUF without {_THETA}: {_DEFAULT_THETA:g} assumed, as llama.cpp does")
     repeated = {key: flat.pop(key) for key, _ in _REPEATED if key in flat}
-    config = build(flat, _GGUF, sparse=bool(flat.get("llama.expert_count")))
+    count = flat.get("llama.expert_count")
+    config = build(flat, _GGUF, sparse=count is not None and (type(count) is not int or count != 0))
     for key, field in _REPEATED:
         if key in repeated and repeated[key] != getattr(config, field):
             wanted = f"{getattr(config, field)}, the {field.replace('_', ' ')}"
-            raise ConfigError(f"{key} {repeated[key]!r} is not implemented; only {wanted}, is")
+            raise ConfigError(f"{key} {shown(repeated[key])} is not implemented; only {wanted}, is")
     return config
 
 
-def to_gguf(config: ModelConfig) -> dict[str, Any]:
+def to_gguf(config: ModelConfig, text_end: int | None = None) -> dict[str, Any]:
     """Metadata that say the shape of a model, and which ids its first and last tokens have.
 
+    `text_end` is the tokenizer's end token: of several it comes first, since GGUF has one key for both.
     llama.cpp's "llama" has no sliding window: such a model is written with it, and computed there without.
     Raises ConfigError for a model that is not plain Mistral or Mixtral.
     """
@@ -91,7 +96,22 @@ def to_gguf(config: ModelConfig) -> dict[str, Any]:
     metadata = {key: getattr(config, field) for field, key in written(config, _GGUF) if field != "tie_embeddings"}
     metadata |= {key: config.head_dim for key, field in _REPEATED if field == "head_dim"}
     metadata[_THETA] = float(config.rope_theta)
+    ends = sorted(config.eos_ids, key=lambda token_id: token_id != text_end)
+    metadata |= dict(zip(_ENDS, ends, strict=False))
+    if left_out := ends[len(_ENDS) :]:
+        warn_once(f"GGUF holds {len(_ENDS)} end tokens: {', '.join(map(str, left_out))} left out")
     return {key: value for key, value in metadata.items() if value is not None}
+
+
+def _end_tokens(metadata: dict[str, Any]) -> dict[str, Any]:
+    """All end tokens of a file under the key of the first: llama.cpp ends at any of them."""
+    for key in (found := [key for key in _ENDS if key in metadata]):
+        if not is_token_id(metadata[key]):
+            raise ConfigError(f"{key} must be a token id, not {shown(metadata[key])}")
+    if not found:
+        return {}
+    first = metadata.get(_ENDS[0], DEFAULT_EOS)
+    return {_ENDS[0]: [first, *(metadata[key] for key in found)]}
 
 
 def _shortest(value: Any) -> Any:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from mixtral.config import ModelConfig
-from mixtral.errors import ConfigError
+from mixtral.config import ModelConfig, end_tokens
+from mixtral.errors import ConfigError, one_line, shown
 
 log = logging.getLogger(__name__)
 
@@ -68,19 +69,31 @@ def build(flat: dict[str, Any], kind: FileFormat, sparse: bool) -> ModelConfig:
         fields["head_dim"] = _head_dim(fields["dim"], fields["n_heads"])
     fields["rope_theta"] = _theta(flat, kind)
     fields = {ours: value for ours, value in fields.items() if value is not None or ours in ("bos_id", "eos_id")}
-    return ModelConfig(**_complete(fields, kind))
+    try:
+        return ModelConfig(**_complete(fields, kind))
+    except ConfigError as error:
+        raise ConfigError(_in_terms_of(kind, str(error))) from None
+
+
+def _in_terms_of(kind: FileFormat, message: str) -> str:
+    """A message about our fields as one about the keys of the file."""
+    keys = {**kind.fields, "rope_theta": kind.theta[0] if len(kind.theta) == 1 else "rope_theta"}
+    return re.sub(rf"\b({'|'.join(keys)})\b", lambda field: keys[field[1]], message)
 
 
 def _refuse(flat: dict[str, Any], kind: FileFormat) -> None:
     """Raise for what would change the computation, report what is not known to."""
+    plain = tuple(f"{key}." for key in (*kind.fields.values(), *kind.theta))
     for key, value in flat.items():
         if key in kind.neutral and value not in kind.neutral[key]:
             allowed = " or ".join(repr(v) for v in kind.neutral[key])
-            raise ConfigError(f"{key} {value!r} is not implemented; only {allowed} is")
+            raise ConfigError(f"{key} {shown(value)} is not implemented; only {allowed} is")
         if key.startswith(kind.closed) and key not in kind.neutral and key not in kind.theta:
             raise ConfigError(f"{key} is not implemented")
+        if key.startswith(plain):
+            raise ConfigError(f"{key} is unknown, since {key.rpartition('.')[0]} is no object")
         if key in kind.training_only and value:
-            warn_once(f"config: {key} {value!r} is not applied")
+            warn_once(f"config: {key} {shown(value)} is not applied")
     unknown = flat.keys() - set(kind.fields.values()) - set(kind.theta) - kind.neutral.keys()
     if unknown := unknown - kind.training_only - kind.harmless:
         warn_once(f"config: ignored unknown {', '.join(sorted(unknown))}")
@@ -111,6 +124,9 @@ def _theta(flat: dict[str, Any], kind: FileFormat) -> float | None:
 
 
 def _check_type(key: str, ours: str, value: object) -> None:
+    if ours == "eos_id":
+        end_tokens(value, key)
+        return
     want: Any = int
     name = "an integer"
     if ours in _FLOATS:
@@ -120,7 +136,7 @@ def _check_type(key: str, ours: str, value: object) -> None:
     elif ours == "router":
         want, name = str, "a text"
     if value is not None and (not isinstance(value, want) or (isinstance(value, bool) and ours not in _BOOLS)):
-        raise ConfigError(f"{key} must be {name}, not {value!r}")
+        raise ConfigError(f"{key} must be {name}, not {shown(value)}")
 
 
 def _head_dim(dim: int, n_heads: int) -> int:
@@ -133,14 +149,15 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"a": {"b": 1}}` to `{"a.b": 1}`."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        inner = isinstance(value, dict) and value  # an empty object stays one, for it says nothing of its kind
+        flat |= flatten(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
     return flat
 
 
 @functools.cache
 def warn_once(message: str) -> None:
     """Log a remark, the first time that it is made."""
-    log.warning(message)
+    log.warning("%s", one_line(message))
 
 
 def written(config: ModelConfig, kind: FileFormat) -> Iterable[tuple[str, str]]:

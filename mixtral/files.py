@@ -1,13 +1,19 @@
-"""Writing so that what is on disk is always whole: into a temporary sibling first, then renamed into place."""
+"""Writing so that what is on disk is always whole: into a temporary sibling first, then renamed into place.
+
+And opening what is to be read: regular files alone, as a pipe or a device might never end.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from mixtral.errors import MixtralError
 
@@ -171,3 +177,15 @@ def _remove(path: Path) -> None:
     else:
         with contextlib.suppress(OSError):  # a folder that was never there, or went read-only: nothing more to do
             path.unlink()
+
+
+def open_regular(path: Path | str) -> BinaryIO:
+    """Open a regular file for reading. OSError, at once, for a folder, a pipe, a device, an impossible name."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # else a pipe would wait for a writer
+    except ValueError as error:  # a zero in the name
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(descriptor, "rb")

@@ -8,11 +8,13 @@ Nothing is allocated for what the file promises and does not hold.
 from __future__ import annotations
 
 import math
+import os
 import struct
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from mixtral.errors import WeightsError
+from mixtral.errors import WeightsError, shown
+from mixtral.files import open_regular
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)  # they differ in what a big-endian file would look like
@@ -20,6 +22,10 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _MOST_DIMENSIONS = 4
 _ALIGNMENT = 32  # bytes, unless general.alignment says otherwise
+# What a header may have: above every model there is. Python holds a header in some ten times its bytes.
+_MOST_BYTES = 128 << 20
+_MOST_VALUES = 4_000_000  # of all lists: a vocabulary has three, and its merges; also entries, and tensors
+_MOST_PARTS = 99_999
 
 
 class TensorType(NamedTuple):
@@ -58,8 +64,8 @@ class GgufHeader(NamedTuple):
 def read_gguf_header(path: Path) -> GgufHeader:
     """Raises WeightsError, one line, for what is no GGUF file, is cut off, damaged, or holds types that we lack."""
     try:
-        with path.open("rb") as file:
-            return _read(_Reader(file, path.stat().st_size))
+        with open_regular(path) as file:
+            return _read(_Reader(file, os.fstat(file.fileno()).st_size))
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:  # of ours, or a text that is not UTF-8
@@ -73,13 +79,15 @@ def read_gguf(path: Path) -> list[tuple[Path, GgufHeader]]:
     """
     header = read_gguf_header(path)
     count = header.metadata.get("split.count", 1)
+    if type(count) is not int or not 0 <= count <= _MOST_PARTS:
+        raise WeightsError(f"{path}: split.count must be a number of files, not {shown(count)}")
     if count in (0, 1):
         return [(path, header)]
     first, last = f"-00001-of-{count:05d}.gguf", f"-of-{count:05d}.gguf"
     if not path.name.endswith(first):
         raise WeightsError(f"{path}: one of {count} parts of a model; the one whose name ends in {first} is wanted")
-    parts = [path.with_name(f"{path.name.removesuffix(first)}-{number:05d}{last}") for number in range(1, count + 1)]
-    return [(path, header), *((part, read_gguf_header(part)) for part in parts[1:])]
+    parts = (path.with_name(f"{path.name.removesuffix(first)}-{number:05d}{last}") for number in range(2, count + 1))
+    return [(path, header), *((part, read_gguf_header(part)) for part in parts)]
 
 
 class _Reader:
@@ -89,12 +97,19 @@ class _Reader:
         self._file = file
         self.size = size
         self.position = 0
+        self._values = 0  # of lists
 
     def take(self, count: int) -> bytes:
-        if count > self.size - self.position:
-            raise ValueError(f"truncated: its header goes on after the {self.size:,} bytes of the file")
+        self.foresee(count)
         self.position += count
         return self._file.read(count)
+
+    def foresee(self, count: int, most: int = _MOST_BYTES) -> None:
+        """Refuse so many bytes, or values of a byte or more, as the file has not, or are more than `most`."""
+        if count > self.size - self.position:
+            raise ValueError(f"truncated: its header goes on after the {self.size:,} bytes of the file")
+        if count > most or self.position + count > _MOST_BYTES:
+            raise ValueError(f"its header has more than the {_MOST_BYTES:,} bytes or {_MOST_VALUES:,} values allowed")
 
     def number(self, code: str) -> Any:
         return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
@@ -108,6 +123,8 @@ class _Reader:
         if kind != _ARRAY:
             return self.number(_code(kind))
         kind, count = self.number("I"), self.number("Q")
+        self.foresee(count, _MOST_VALUES - self._values)
+        self._values += count
         if kind == _STRING:
             return [self.text() for _ in range(count)]
         code = _code(kind)
@@ -127,6 +144,7 @@ def _read(reader: _Reader) -> GgufHeader:
     if version not in _VERSIONS:
         raise ValueError(f"GGUF version {version} (or a big-endian file) is not read; versions 2 and 3 are")
     n_tensors, n_entries = reader.number("Q"), reader.number("Q")
+    reader.foresee(max(n_tensors, n_entries), _MOST_VALUES)
     metadata: dict[str, Any] = {}
     for _ in range(n_entries):
         key = reader.text()
@@ -140,8 +158,8 @@ def _read(reader: _Reader) -> GgufHeader:
             raise ValueError(f"damaged: it holds {name} twice")
         infos[name] = _tensor_info(reader, name)
     alignment = metadata.get("general.alignment", _ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < 1:
-        raise ValueError(f"damaged: general.alignment must be a positive number of bytes, not {alignment!r}")
+    if type(alignment) is not int or alignment < 1:
+        raise ValueError(f"damaged: general.alignment must be a positive number of bytes, not {shown(alignment)}")
     start = math.ceil(reader.position / alignment) * alignment
     return GgufHeader(metadata, _placed(infos, start, alignment, reader.size))
 

@@ -7,14 +7,13 @@ finite, text that UTF-8 can hold. Whoever reads a value checks its type (specs.c
 from __future__ import annotations
 
 import json
-import os
-import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mixtral.errors import ConfigError, MixtralError, shown
+from mixtral.files import open_regular
 
 SMALL = 4 << 20  # bytes: configurations
 LARGE = 64 << 20  # bytes: vocabularies, and lists of tensors or shards
@@ -51,7 +50,7 @@ def parse(data: bytes) -> Any:
     try:
         return _DECODER.decode(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte 0x{data[error.start]:02x} at {error.start:,})") from None
+        raise ValueError(f"not UTF-8 (byte 0x{data[error.start]:02x}) at {error.start:,}") from None
     except RecursionError:
         raise ValueError(f"nested more than {_MOST_DEPTH} deep") from None
     except json.JSONDecodeError as error:
@@ -61,13 +60,10 @@ def parse(data: bytes) -> Any:
 def read_regular(path: str | Path, error: type[MixtralError], most_bytes: int) -> bytes:
     """The content of a regular file (no folder, pipe or device) of at most `most_bytes`; else raises `error`."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # else a pipe would wait for a writer
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise error(f"{path}: not a regular file")
+        with open_regular(path) as file:
             data = file.read(most_bytes + 1)  # its size may change meanwhile, or say nothing, as in /proc
-    except (OSError, ValueError) as reason:  # ValueError: a name with a zero in it
-        raise error(f"{path}: cannot be read: {getattr(reason, 'strerror', None) or reason}") from None
+    except OSError as reason:
+        raise error(f"{path}: cannot be read: {reason.strerror}") from None
     if len(data) > most_bytes:
         raise error(f"{path}: larger than the {most_bytes:,} bytes that such a file may have")
     return data

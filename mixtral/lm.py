@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mixtral.config import ModelConfig
 from mixtral.config_formats import read_config
-from mixtral.engine import SamplingParams, generate, stream
+from mixtral.engine import SamplingParams, generate, recommended, stream, with_recommended
 from mixtral.engine.generate import check_prompt
 from mixtral.engine.native import NativeModel, suits
 from mixtral.errors import UsageError
@@ -41,16 +41,18 @@ class LM:
         side_files: the small files of the folder that it came from (tokenizer/beside.py), which `save` writes too.
         sole: nobody else holds the model, so that its bf16 matrices may be freed while the native step has them packed:
             until `model` is first asked for, whole or by logits, routing or save. Else they are held twice.
+        sampling: fields of SamplingParams that `generate` and `stream` go by where they are not told otherwise.
     """
 
     def __init__(
         self, model: Mixtral, tokenizer: Tokenizer | None = None, native: bool | None = None, sole: bool = False,
-        side_files: Mapping[str, bytes] | None = None,
+        sampling: Mapping[str, Any] | None = None, side_files: Mapping[str, bytes] | None = None,
     ) -> None:  # fmt: skip
         self._model = model.eval().requires_grad_(False)
         self._sole = sole
         self.tokenizer = tokenizer
         self.native = native
+        self.sampling = dict(sampling or {})
         self.side_files = dict(side_files or {})
         self._packed: tuple[list[tuple[int, int]], NativeModel] | None = None
 
@@ -116,7 +118,8 @@ class LM:
 
         Args:
             bos: whether <s> stands before a text; None: as the tokenizer's files decide.
-            sampling: fields of SamplingParams (max_tokens, temperature, top_k, top_p, min_p, seed, stop, ignore_eos).
+            sampling: fields of SamplingParams (max_tokens, temperature, top_k, top_p, seed, stop, ...). For others
+                what the model's folder recommends, `self.sampling`, counts before the defaults.
         """
         if _is_one(prompt):
             return self.generate([prompt], bos=bos, **sampling)[0]
@@ -125,7 +128,7 @@ class LM:
         texts = [isinstance(p, str) for p in prompt]
         ids = [self._ids(p, bos) for p in prompt]
         model, native = self.for_engine()
-        done = generate(model, ids, _params(sampling), tokenizer=self.tokenizer, native=native)
+        done = generate(model, ids, self._params(sampling), tokenizer=self.tokenizer, native=native)
         return [g.text if is_text else g.tokens for g, is_text in zip(done, texts, strict=True)]
 
     @overload
@@ -137,10 +140,13 @@ class LM:
         if not _is_one(prompt):
             raise UsageError("prompt: stream takes one prompt; generate takes a list of them")
         ids, (model, native) = self._ids(prompt, bos), self.for_engine()
-        pieces = stream(model, [ids], _params(sampling), tokenizer=self.tokenizer, native=native)
+        pieces = stream(model, [ids], self._params(sampling), tokenizer=self.tokenizer, native=native)
         if isinstance(prompt, str):
             return (piece.text for piece in pieces if piece.text)
         return (piece.token for piece in pieces)
+
+    def _params(self, asked: dict[str, Any]) -> SamplingParams:
+        return SamplingParams.from_dict(with_recommended(asked, self.sampling))
 
     # -- looking inside ----------------------------------------------------------------------------------------------
 
@@ -204,16 +210,16 @@ def load(
         device: "cpu", "cuda", "cuda:1"; by default (or "auto") a GPU when there is one.
     """
     path, chosen = model_folder(path), choose_device(device)
-    tokenizer, files = read_tokenizer(path), side_files(path)
+    tokenizer, files, sampling = read_tokenizer(path), side_files(path), recommended(path)
     config = with_token_ids(read_config(path), path, tokenizer)
     if (recipe := read_recipe(path)) is not None:
         model = load_quantised(path, config, recipe, _dtype(dtype, chosen), chosen)
-        return LM(model, tokenizer, sole=True, side_files=files)
+        return LM(model, tokenizer, sole=True, sampling=sampling, side_files=files)
     state = _one_dtype(load_state(path, config, _dtype(dtype, chosen), chosen))
     with torch.device("meta"):
         model = Mixtral(config)
     model.load_state_dict(state, assign=True)
-    return LM(model, tokenizer, sole=True, side_files=files)
+    return LM(model, tokenizer, sole=True, sampling=sampling, side_files=files)
 
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
@@ -232,13 +238,6 @@ def _one_dtype(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name in state:
         state[name] = state[name].to(fixed_dtype(name) or dtype)
     return state
-
-
-def _params(sampling: dict[str, Any]) -> SamplingParams:
-    """From keyword arguments; `stop` may be one string or any sequence of them."""
-    if isinstance(stop := sampling.get("stop", ()), str | list):
-        sampling = {**sampling, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
-    return SamplingParams.from_dict(sampling)
 
 
 def _is_one(prompt: object) -> bool:

@@ -9,6 +9,7 @@ Legend: D model width, E experts, K experts a token, V vocabulary.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,8 +33,8 @@ class RouterOptions:
         del n_experts
         return {}
 
-    def places(self, n_experts: int, k: int) -> int | None:
-        """How many places a token has when each token has a number of experts of its own; None: as many as needed."""
+    def slots(self, n_experts: int, k: int) -> int | None:
+        """Top-k slots per token when each token has a number of experts of its own; None: as many as needed."""
         del n_experts, k
         return None
 
@@ -46,7 +47,8 @@ class TopK(RouterOptions):
     capacity_factor: float | None = None  # in training an expert takes at most ceil(factor * T * K / E) rows
 
     def __post_init__(self) -> None:
-        _require(self.capacity_factor is None or self.capacity_factor > 0, "capacity_factor must be positive")
+        if self.capacity_factor is not None:
+            _require_positive("capacity_factor", self.capacity_factor)
 
     def reachable(self, n_experts: int) -> int:
         """The most experts that one token can take."""
@@ -93,7 +95,7 @@ class Sigmoid(TopK):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.scale > 0, f"scale must be positive, not {self.scale}")
+        _require_positive("scale", self.scale)
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class LearnedK(TopK):
     def parameters(self, dim: int, n_experts: int) -> dict[str, tuple[int, ...]]:
         return super().parameters(dim, n_experts) | {"k_weight": (self.most or n_experts, dim)}
 
-    def places(self, n_experts: int, k: int) -> int:
+    def slots(self, n_experts: int, k: int) -> int:
         del k
         return self.most or n_experts
 
@@ -146,7 +148,7 @@ class TokenK(TopK):
     def check(self, n_experts: int, k: int) -> None:
         _check_bounds(k, self.most, n_experts)
 
-    def places(self, n_experts: int, k: int) -> int:
+    def slots(self, n_experts: int, k: int) -> int:
         del n_experts
         return self.most or k
 
@@ -233,6 +235,10 @@ def parse_router(text: str) -> RouterOptions:
 def _require(good: bool, otherwise: str) -> None:
     if not good:
         raise ConfigError(otherwise)
+
+
+def _require_positive(option: str, value: float) -> None:
+    _require(0 < value < math.inf, f"{option} must be a positive number, not {value}")
 
 
 def _check_bounds(least: int, most: int | None, n_experts: int) -> None:

@@ -7,13 +7,14 @@ maps each name to a frozen dataclass; the options are its fields, with its defau
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from mixtral.errors import ConfigError, did_you_mean
+from mixtral.errors import ConfigError, did_you_mean, shown
+from mixtral.json_files import parse
 
 T = TypeVar("T")
 
@@ -52,13 +53,80 @@ def parse_value(name: str, text: str, kind: Any) -> Any:
     if kind is str or get_origin(kind) is Literal:
         return text
     try:
-        value = json.loads(text.lower())
-    except json.JSONDecodeError:
+        value = parse(text.lower().encode())
+    except ValueError:
         value = text
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)  # 1e6 steps
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name}={text}: expected a finite number")
+    try:
+        return check_value(name, value, kind)
+    except ConfigError:
+        raise ConfigError(f"{name}={text}: expected {kind.__name__}") from None
+
+
+_NAMES = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "an object", list: "a list",
+    type(None): "null",
+}  # fmt: skip
+_LONGEST_TEXT = 4096  # characters
+_MOST_INTEGER = 1 << 63
+
+
+def check_value(name: str, value: object, kind: Any) -> Any:
+    """`value`, of a JSON document, as a field of type `kind`: a list as a tuple, a whole number as a float.
+
+    Raises ConfigError, which begins with `name`, when it is not of that type, or too large to be held by it.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in inner:
+            return None
+        return check_value(name, value, next(k for k in inner if k is not type(None)))
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return kind(**check_fields(name, value, kind))
+    if origin is dict and isinstance(value, dict):
+        return {key: check_value(f"{name}.{key}", entry, inner[1]) for key, entry in value.items()}
+    if origin is list and isinstance(value, list):
+        return [check_value(f"{name}[{i}]", entry, inner[0]) for i, entry in enumerate(value)]
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
+        if len(kinds) != len(value):
+            raise ConfigError(f"{name} must be a list of {len(kinds)}, not {shown(value)}")
+        return tuple(check_value(f"{name}[{i}]", v, k) for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
+    if origin is Literal:
+        if not isinstance(value, str) or value not in inner:
+            known = did_you_mean(value, inner) if isinstance(value, str) else f"known: {', '.join(inner)}"
+            raise ConfigError(f"{name}: unknown choice {shown(value)}; {known}")
+        return value
+    wanted = {tuple: list}.get(origin, origin or kind)
+    wanted = dict if dataclasses.is_dataclass(wanted) else wanted
+    if wanted is float and type(value) is int and abs(value) < _MOST_INTEGER:
         value = float(value)
-    if type(value) is not kind:
-        raise ConfigError(f"{name}={text}: expected {kind.__name__}")
+    too_large = (isinstance(value, int) and abs(value) >= _MOST_INTEGER) or (
+        isinstance(value, str) and len(value) > _LONGEST_TEXT
+    )
+    if type(value) is not wanted or too_large:
+        raise ConfigError(f"{name} must be {_NAMES[wanted]}, not {shown(value)}")
     return value
+
+
+def check_names(what: str, values: Mapping[str, Any], kind: type) -> None:
+    """Raise ConfigError, which begins with `what`, unless the names are fields of a dataclass, and none is missing."""
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
+    for name in values:
+        if name not in fields:
+            raise ConfigError(f"{what}: unknown field {shown(name)}; {did_you_mean(name, fields)}")
+    needed = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
+    if missing := sorted(needed - values.keys()):
+        raise ConfigError(f"{what}: missing {', '.join(missing)}")
+
+
+def check_fields(what: str, values: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """The values of a dataclass's fields as their types have them; ConfigError as check_names and check_value raise."""
+    check_names(what, values, kind)
+    types_of = typing.get_type_hints(kind)
+    return {name: check_value(f"{what}: {name}", value, types_of[name]) for name, value in values.items()}

@@ -26,7 +26,7 @@ from torch import Tensor
 from mixtral.data.loader import TrainBatch
 from mixtral.data.store import NO_TARGET
 from mixtral.model import Mixtral, Packed
-from mixtral.moe.balance import assignment_counts
+from mixtral.moe.choice import counts_of
 from mixtral.moe.stats import gini, score_entropy
 
 PIECE = 32
@@ -101,7 +101,7 @@ def figures(model: Mixtral, batches: Sequence[Batch], byte_lengths_V: Tensor) ->
         here_T = targets_T[targets_T != NO_TARGET]
         nats, counted = nats + float(output.loss) * len(here_T), counted + len(here_T)
         n_bytes += int(byte_lengths_V[here_T].sum())
-        taken = [assignment_counts(routing) for routing in output.routing]
+        taken = [counts_of(routing.chosen_TK, model.config.n_experts) for routing in output.routing]
         counts = [a + b for a, b in zip(counts, taken, strict=True)] if counts else taken
         entropies.append([score_entropy(routing) for routing in output.routing])
     loads = [c / c.sum().clamp(min=1) for c in counts]

@@ -14,8 +14,6 @@ from corpus import DOMAINS, OTHER
 from torch import Tensor
 
 from mixtral.analysis.domains import (
-    Repeats,
-    count_repeats,
     domain_counts,
     domain_entropy,
     mutual_information,
@@ -26,7 +24,7 @@ from mixtral.data.shards import prepare
 from mixtral.data.sources import Source
 from mixtral.data.store import NO_TARGET
 from mixtral.model import Mixtral
-from mixtral.moe.stats import dead_experts, gini, score_entropy
+from mixtral.moe.stats import Repeats, count_repeats, dead_experts, gini, score_entropy
 from mixtral.tokenizer import Tokenizer
 
 ROWS, CONTEXT = 8, 256

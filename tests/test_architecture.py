@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # The longest name that fits a file decides its row. `__init__` and `__main__` are the package's own doors, on top.
 ROWS = {
     "errors files hardware runtime shipped specs router_options": 0,
-    "config config_table config_formats config_gguf gguf_header json_files": 0,
+    "config config_table config_formats config_gguf generation_config gguf_header json_files": 0,
     "kernels tokenizer": 1,
     "moe quant/formats": 2,
     "model quant/layers": 3,

@@ -159,3 +159,19 @@ def test_the_page_of_commands_is_complete_and_names_no_other_options(capsys: pyt
         cli.main([name, "--help"] if name else ["--help"])
     known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     assert set(re.findall(r"--[a-z-]+(?=[`\s])", page)) - known == set()
+
+
+@pytest.mark.parametrize("arguments", [
+    ["info", "{}"], ["info", "/{}"], ["runs", "{}"], ["generate", "--model", "{}", "a"], ["chat", "--model", "{}"],
+    ["convert", "{}", "b", "--to", "hf"], ["quantize", "{}", "b"], ["train", "{}"], ["train", "--resume", "{}"],
+    ["train", "--preset", "{}"], ["{}"], ["info", "--{}"], ["generate", "--model", "a", "--dtype", "{}", "a"],
+])  # fmt: skip
+@pytest.mark.parametrize("odd", ["x" * 5000, "\x1b[31m\n\u202e" * 9])
+def test_odd_names_are_told_in_one_short_line(
+    arguments: list[str], odd: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = cli.main([argument.replace("{}", odd) for argument in arguments])
+    err = capsys.readouterr().err
+    assert code in (1, 2) and "internal error" not in err
+    line = err.splitlines()[-1]
+    assert len(line) < 400 and line.isprintable() and line.startswith("mixtral: ")

@@ -1,5 +1,8 @@
 """ModelConfig: every refusal, and the counting against a model of arithmetic simple enough to do by hand."""
 
+import json
+from typing import Any
+
 import pytest
 
 from mixtral.config import ModelConfig
@@ -21,7 +24,11 @@ SPARSE = {**SHAPE, "n_experts": 3, "experts_per_token": 2}
         ({"sliding_window": 0}, "sliding_window must be a positive integer or null, not 0"),
         ({"sliding_window": True}, "sliding_window must be a positive integer or null, not True"),
         ({"tie_embeddings": 1}, "tie_embeddings must be true or false, not 1"),
-        ({"eos_id": -1}, "eos_id must be a token id or null, not -1"),
+        ({"bos_id": [1]}, "bos_id must be a token id or null, not [1]"),
+        ({"eos_id": -1}, "eos_id must be a token id, a list of token ids or null, not -1"),
+        ({"eos_id": [2, "3"]}, "eos_id must be a token id, a list of token ids or null, not [2, '3']"),
+        ({"eos_id": [2, True]}, "eos_id must be a token id, a list of token ids or null, not [2, True]"),
+        ({"eos_id": [2, 10**30]}, "eos_id must be a token id, a list of token ids or null, not [2, 1"),
         ({"n_heads": 3}, "n_heads 3 is not a multiple of n_kv_heads 2"),
         ({"head_dim": 3}, "head_dim must be even for the rotary embedding, not 3"),
         ({"experts_per_token": 4}, "experts_per_token 4 is more than n_experts 3"),
@@ -82,3 +89,14 @@ def test_counting_refuses_nonsense() -> None:
         config.flops_per_token(5, k=0)
     with pytest.raises(ConfigError, match="context must be a positive number of tokens, not 0"):
         config.flops_per_token(0)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept", "ids"),
+    [(7, 7, (7,)), ([7], 7, (7,)), ([7, 2, 7], (7, 2), (7, 2)), ((2, 3), (2, 3), (2, 3)), ([], None, ()),
+     (None, None, ())],
+)  # fmt: skip
+def test_end_tokens_in_their_simplest_form(given: Any, kept: Any, ids: tuple[int, ...]) -> None:
+    config = ModelConfig(**SPARSE, eos_id=given)
+    assert (config.eos_id, config.eos_ids) == (kept, ids)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

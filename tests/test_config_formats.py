@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from pathlib import Path
 
 import pytest
@@ -121,9 +120,10 @@ def test_optional_keys(caplog: pytest.LogCaptureFixture) -> None:
     assert from_hf(without) == preset("mixtral-8x7b")
     assert from_hf({**HF_8X7B, "num_key_value_heads": None}).n_kv_heads == 32
     assert from_hf({**HF_8X7B, "eos_token_id": [7]}).eos_id == 7
+    several = from_hf({**HF_8X7B, "eos_token_id": [7, 8]})
+    assert several.eos_ids == (7, 8) and from_hf(to_hf(several, "float32")) == several
+    assert from_hf({**HF_8X7B, "do_sample": True, "max_length": 20}) == preset("mixtral-8x7b")  # engine/defaults.py's
     assert not caplog.records
-    assert from_hf({**HF_8X7B, "eos_token_id": [7, 8]}).eos_id == 7
-    assert "of the end tokens [7, 8] only the first is used" in caplog.text
 
 
 def test_our_own_quantisation_does_not_change_the_shape(caplog: pytest.LogCaptureFixture) -> None:
@@ -163,7 +163,7 @@ def test_unknown_keys_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
         ({"rope_theta": "1e6"}, "rope_theta must be a number, not '1e6'"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, not 1"),
         ({"num_attention_heads": 24}, "head_dim is missing, and a width of 4096 does not divide into 24 heads"),
-        ({"num_experts_per_tok": 9}, "experts_per_token 9 is more than n_experts 8"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 is more than num_local_experts 8"),
     ],
 )
 def test_hf_refusals(change: dict, message: str, tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_which_file_is_read(tmp_path: Path) -> None:
     assert read_config(tmp_path).vocab_size == 5
 
 
-def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file or folder; a model folder holds"):
         read_config(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=r"neither config.json nor params.json is there"):
@@ -208,11 +208,45 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ConfigError, match=r"config\.json: not JSON: "):
         read_config(file)
     file.write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(ConfigError, match="not JSON: 'utf-8' codec"):
+    with pytest.raises(ConfigError, match=r"not UTF-8 \(byte 0xff\) at 7"):
         read_config(file)
     write(tmp_path, "config.json", "[1]")
     with pytest.raises(ConfigError, match="must hold a JSON object, not a list"):
         read_config(file)
-    monkeypatch.setattr(Path, "read_text", lambda *_, **__: os.listdir(__file__))
-    with pytest.raises(ConfigError, match=r"config\.json: cannot be read: Not a directory"):
-        read_config(file)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(ConfigError, match=r"config\.json: cannot be read: not a regular file"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("params", [False, True])
+def test_the_end_tokens_of_generation_config_count_first(
+    params: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = preset("tiny").replace(eos_id=2, init_std=0.02)  # as of params.json
+    name, values = ("params.json", to_mistral(config)) if params else ("config.json", to_hf(config, "float32"))
+    (tmp_path / name).write_text(json.dumps(values))
+    assert read_config(tmp_path).eos_id == 2
+    generation = tmp_path / "generation_config.json"
+    for given, wanted in ((5, 5), ([5, 2], (5, 2)), ([], None)):
+        generation.write_text(json.dumps({"eos_token_id": given}))
+        assert read_config(tmp_path) == config.replace(eos_id=wanted)
+        assert read_config(tmp_path / name) == config  # that file alone
+    assert not [r for r in caplog.records if "eos_token_id" in r.message]
+    for text in ("{}", '{"eos_token_id": null}'):
+        generation.write_text(text)
+        assert read_config(tmp_path) == config
+    assert "generation_config.json names no eos_token_id: a text ends at 2; with transformers it wo" in caplog.text
+    for wrong in ("2", [2, 2.5], -1, True, {"a": 1}, [[2]], 1 << 32):
+        generation.write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id must be a token id, a list of"):
+            read_config(tmp_path)
+    generation.write_text("[]")
+    with pytest.raises(ConfigError, match=r"generation_config\.json: must hold a JSON object"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", ["2", [2, None], 2.0, True])
+def test_wrong_end_tokens_are_named(wrong: object) -> None:
+    with pytest.raises(ConfigError, match="eos_token_id must be a token id, a list of token ids or null, not "):
+        from_hf({**HF_8X7B, "eos_token_id": wrong})

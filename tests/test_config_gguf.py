@@ -56,6 +56,35 @@ def test_what_may_be_left_out(caplog: pytest.LogCaptureFixture) -> None:
     assert dense == preset("mistral-7b-v0.3").replace(vocab_size=32000)
 
 
+_EOS, _EOT, _EOM = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+
+
+@pytest.mark.parametrize(
+    ("ends", "wanted"),
+    [
+        ({_EOS: 2, _EOT: 7}, (2, 7)),
+        ({_EOS: 7, _EOT: 7, _EOM: 9}, (7, 9)),
+        ({_EOM: 9}, (2, 9)),
+        ({}, (2,)),
+    ],
+)  # fmt: skip
+def test_all_end_tokens(ends: dict[str, int], wanted: tuple[int, ...]) -> None:
+    without = {key: value for key, value in PUBLISHED.items() if key != _EOS}
+    config = read(without | ends)
+    assert config.eos_ids == wanted
+    written = to_gguf(config) | {"general.architecture": "llama", "llama.attention.layer_norm_rms_epsilon": 1e-5}
+    assert read(written) == config
+
+
+def test_end_tokens_beyond_three(caplog: pytest.LogCaptureFixture) -> None:
+    written = to_gguf(preset("mixtral-8x7b").replace(eos_id=[2, 7, 9, 11, 12]))
+    assert [written[key] for key in (_EOS, _EOT, _EOM)] == [2, 7, 9]
+    assert "GGUF holds 3 end tokens: 11, 12 left out" in caplog.text
+    first = to_gguf(preset("mixtral-8x7b").replace(eos_id=[2, 7, 9]), text_end=9)  # the tokenizer's
+    assert [first[key] for key in (_EOS, _EOT, _EOM)] == [9, 2, 7]
+    assert _EOS not in to_gguf(preset("mixtral-8x7b").replace(eos_id=None))
+
+
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("tied", [False, True])
 def test_there_and_back(name: str, tied: bool) -> None:
@@ -75,7 +104,9 @@ def test_there_and_back(name: str, tied: bool) -> None:
         (changed(llama__expert_used_count=None), "llama.expert_used_count is missing"),
         (changed(llama__block_count="32"), "llama.block_count must be an integer, not '32'"),
         (changed(llama__attention__head_count=[32, 8]), "llama.attention.head_count must be an integer"),
-        (changed(llama__attention__layer_norm_rms_epsilon=float("nan")), "norm_eps must be a positive number"),
+        (changed(llama__attention__layer_norm_rms_epsilon=float("nan")), "rms_epsilon must be a positive number"),
+        (changed(tokenizer__ggml__eot_token_id=[7]), "tokenizer.ggml.eot_token_id must be a token id, not .7."),
+        (changed(tokenizer__ggml__eos_token_id="2"), "tokenizer.ggml.eos_token_id must be a token id, not '2'"),
         (changed(llama__rope__scaling__type="yarn"), "llama.rope.scaling.type 'yarn' is not implemented; only 'none'"),
         (changed(llama__rope__scaling__factor=4.0), "llama.rope.scaling.factor is not implemented"),
         (changed(llama__expert_shared_count=2), "llama.expert_shared_count 2 is not implemented; only 0 is"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import time
 from pathlib import Path
 
 import gguf
@@ -11,7 +13,7 @@ import pytest
 
 from mixtral.errors import WeightsError
 from mixtral.gguf_header import TYPES, read_gguf, read_gguf_header
-from tests.gguf_files import ARRAY, STRING, U32, Tensor, entry, file_bytes, text
+from tests.gguf_files import ARRAY, F32, STRING, U32, Tensor, entry, file_bytes, text
 
 
 def test_what_the_package_writes(tmp_path: Path) -> None:
@@ -120,3 +122,39 @@ def test_parts(tmp_path: Path) -> None:
     part(2).unlink()
     with pytest.raises(WeightsError, match=r"m-00002-of-00002\.gguf: cannot be read: No such file"):
         read_gguf(part(1))
+
+
+@pytest.mark.parametrize("count", [
+    (STRING, text("two")), (F32, struct.pack("<f", float("nan"))), (10, struct.pack("<Q", 2**64 - 1)), (7, b"\1"),
+    (11, struct.pack("<q", -1)), (ARRAY, struct.pack("<IQ", U32, 0)),
+])  # fmt: skip
+def test_a_number_of_parts_that_is_none(tmp_path: Path, count: tuple[int, bytes]) -> None:
+    (tmp_path / "m.gguf").write_bytes(file_bytes([entry("split.count", *count)]))
+    with pytest.raises(WeightsError, match=r"m\.gguf: split\.count must be a number of files, not "):
+        read_gguf(tmp_path / "m.gguf")
+
+
+def test_what_a_header_may_have_at_most(tmp_path: Path) -> None:
+    """In a file with room for all that it promises: a hole, which costs whoever makes it nothing."""
+    start = time.process_time()
+    contents = [
+        file_bytes(counts=(0, 10**9)),
+        file_bytes(counts=(10**9, 0)),
+        file_bytes([entry("a", ARRAY, struct.pack("<IQ", U32, 10**9))]),
+        file_bytes([entry("a", ARRAY, struct.pack("<IQ", STRING, 10**9))]),
+        file_bytes([entry("a", STRING, struct.pack("<Q", 10**9))]),
+        file_bytes([entry(str(i), ARRAY, struct.pack("<IQ", 7, 10**6) + b"\0" * 10**6) for i in range(5)]),
+    ]
+    for content in contents:
+        with (tmp_path / "a.gguf").open("wb") as file:
+            file.write(content)
+            file.truncate(1 << 40)
+        with pytest.raises(WeightsError, match=r"has more than the 134,217,728 bytes or 4,000,000 values allowed"):
+            read_gguf_header(tmp_path / "a.gguf")
+    assert time.process_time() - start < 2
+
+
+def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.gguf")
+    with pytest.raises(WeightsError, match="cannot be read: not a regular file"):
+        read_gguf_header(tmp_path / "a.gguf")

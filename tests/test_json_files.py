@@ -24,8 +24,8 @@ BROKEN = {
     "deep object": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested more than 64 deep"),
     "somewhat deep": (b'{"a": ' + b"[" * 100 + b"1" + b"]" * 100 + b"}", "nested more than 64 deep"),
     "mark": (b'\xef\xbb\xbf{"a": 1}', "byte order mark"),
-    "utf-16": ('{"a": 1}'.encode("utf-16"), "not UTF-8 (byte 0xff at 0)"),
-    "latin-1": ('{"a": "\xe9"}'.encode("latin-1"), "not UTF-8 (byte 0xe9 at 7)"),
+    "utf-16": ('{"a": 1}'.encode("utf-16"), "not UTF-8 (byte 0xff) at 0"),
+    "latin-1": ('{"a": "\xe9"}'.encode("latin-1"), "not UTF-8 (byte 0xe9) at 7"),
     "twice": (b'{"b": {"a": 1, "a": 2}}', "key 'a' stands twice"),
     "long key twice": (b'{"%s": 1, "%s": 2}' % (b"a" * 5000, b"a" * 5000), "stands twice"),
     "nan": (b'{"b": {"a": [1, NaN]}}', "b.a[1] is nan: no finite number"),
@@ -72,13 +72,14 @@ def test_only_regular_files_of_bounded_size(tmp_path: Path) -> None:
     start = time.perf_counter()
     for path, reason in {
         tmp_path / "pipe": "not a regular file",
-        tmp_path / "folder": "directory",
+        tmp_path / "folder": "not a regular file",
         Path("/dev/zero"): "not a regular file",
         tmp_path / "large": "larger than the 4,194,304 bytes",
         tmp_path / "huge": "larger than the 4,194,304 bytes",
         tmp_path / "none": "No such file",
         tmp_path / ("x" * 5000): "too long",
         Path("a\0b"): "null byte",
+        Path("/proc/self/mem"): "cannot be read: Input/output error",
     }.items():
         with pytest.raises(ConfigError, match=reason) as caught:
             read_object(path)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from mixtral.config import ModelConfig
 from mixtral.errors import ConfigError
-from mixtral.router_options import ROUTERS, Grouped, TopK, parse_router
+from mixtral.router_options import ROUTERS, Grouped, Sigmoid, TopK, parse_router
 from tests.model.small import config
 
 
@@ -22,10 +24,10 @@ def test_a_spec_names_a_router_and_its_options() -> None:
     [
         ("topc", "unknown 'topc'; did you mean 'topk'"),
         ("topk?baas=true", "unknown option 'baas=true'; did you mean 'bias'"),
-        ("topk?capacity_factor=0", "capacity_factor must be positive"),
+        ("topk?capacity_factor=0", "capacity_factor must be a positive number, not 0.0"),
         ("switch", "switch takes one expert a token: experts_per_token must be 1, not 2"),
         ("jitter?eps=1", r"eps must lie in \[0, 1\), not 1.0"),
-        ("sigmoid?scale=0", "scale must be positive, not 0.0"),
+        ("sigmoid?scale=0", "scale must be a positive number, not 0.0"),
         ("grouped?taken=3", r"taken must lie in 1..2 \(groups\), not 3"),
         ("grouped?by=mean", "by must be top2 or max, not 'mean'"),
         ("grouped?groups=3", "4 experts do not divide into 3 groups"),
@@ -43,6 +45,15 @@ def test_a_spec_names_a_router_and_its_options() -> None:
 def test_options_out_of_range_are_refused(spec: str, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"^(config: )?router.*{message}"):
         config(router=spec)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, -1.0])
+def test_options_are_numbers_however_they_are_given(value: float) -> None:
+    """A spec cannot say infinity; a dataclass can."""
+    with pytest.raises(ConfigError, match=f"capacity_factor must be a positive number, not {value}"):
+        TopK(capacity_factor=value)
+    with pytest.raises(ConfigError, match=f"scale must be a positive number, not {value}"):
+        Sigmoid(scale=value)
 
 
 @pytest.mark.parametrize(

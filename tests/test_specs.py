@@ -41,3 +41,14 @@ def test_a_wrong_spec_says_what_is_wrong(text: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_spec(text, TABLE, "thing")
     assert message in str(caught.value)
+
+
+ABSURD = ["nan", "inf", "1e400", "-Infinity", "1" + "0" * 400, "1" * 5000, "[" * 100_000, "x" * 5000]
+
+
+@pytest.mark.parametrize("value", ABSURD)
+def test_absurd_values_are_refused_in_one_short_line(value: str) -> None:
+    for option in ("share", "most", "layers"):
+        with pytest.raises(ConfigError, match=f"thing rich.*{option}=.*: expected ") as caught:
+            parse_spec(f"rich?{option}={value}", TABLE, "thing")
+        assert len(str(caught.value)) < 400

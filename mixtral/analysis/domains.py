@@ -19,7 +19,6 @@ Legend: T tokens, E experts, K the most experts a token may take, M domains, V v
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,12 +27,15 @@ from mixtral.moe import Routing
 
 
 def domain_counts(routing: Routing, tokens_T: Tensor, domains_T: Tensor, n_domains: int, vocab_size: int) -> Tensor:
-    """Assignments of each domain's tokens to each expert -> int64 [M, V, E]; unknown domains (-1) do not count."""
+    """Assignments of each domain's tokens to each expert -> int64 [M, V, E]; unknown domains (-1) do not count.
+
+    Assignments are the router's choice: what a capacity dropped of it says nothing of the text.
+    """
     n_experts = routing.logits_TE.shape[1]
-    used_TK = (routing.experts_TK >= 0) & (domains_T >= 0)[:, None]
+    used_TK = (routing.chosen_TK >= 0) & (domains_T >= 0)[:, None]
     cell_T = domains_T * vocab_size + tokens_T
-    place_N = (cell_T[:, None] * n_experts + routing.experts_TK)[used_TK]
-    counts = torch.bincount(place_N, minlength=n_domains * vocab_size * n_experts)
+    cell_N = (cell_T[:, None] * n_experts + routing.chosen_TK)[used_TK]
+    counts = torch.bincount(cell_N, minlength=n_domains * vocab_size * n_experts)
     return counts.view(n_domains, vocab_size, n_experts)
 
 
@@ -58,35 +60,3 @@ def token_information(counts_MVE: Tensor) -> float:
     counts_VE = counts_MVE.sum(0).double()
     choice_VE = counts_VE / counts_VE.sum(1, keepdim=True).clamp(min=1)
     return mutual_information(counts_MVE.sum(2).double() @ choice_VE)
-
-
-class Repeats(NamedTuple):
-    """How often neighbouring tokens of a sequence go the same way (arXiv 2401.04088, table 5); sums add up."""
-
-    pairs: int = 0
-    first: int = 0  # pairs with the same first choice
-    any: int = 0  # pairs with a choice in common
-
-    def plus(self, other: Repeats) -> Repeats:
-        return Repeats(self.pairs + other.pairs, self.first + other.first, self.any + other.any)
-
-    @property
-    def first_share(self) -> float:
-        """1 / E by chance."""
-        return self.first / max(1, self.pairs)
-
-    @property
-    def any_share(self) -> float:
-        """1 - C(E - K, K) / C(E, K) by chance."""
-        return self.any / max(1, self.pairs)
-
-
-def count_repeats(routing: Routing, cu_seqlens: Tensor) -> Repeats:
-    """Count over the pairs (token, next token) that lie in one sequence."""
-    experts_TK = routing.experts_TK
-    inside = torch.ones(max(0, len(experts_TK) - 1), dtype=torch.bool)
-    inside[cu_seqlens[1:-1].long() - 1] = False
-    before, after = experts_TK[:-1], experts_TK[1:]
-    first = (before[:, 0] == after[:, 0]) & (after[:, 0] >= 0)
-    shared = ((before[:, :, None] == after[:, None, :]) & (after[:, None, :] >= 0)).any(2).any(1)
-    return Repeats(int(inside.sum()), int((first & inside).sum()), int((shared & inside).sum()))

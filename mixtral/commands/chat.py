@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,8 +14,8 @@ from mixtral.commands.common import (
     DeviceOption,
     DtypeOption,
     ModelOption,
-    drawing,
     load_model,
+    sampling_params,
     say,
     show_routing,
     shown,
@@ -27,12 +28,12 @@ if TYPE_CHECKING:
     from mixtral.tokenizer import Tokenizer
 
 COMMANDS = ("/reset", "/routing", "/quit")
-DRAWING = {"temperature": 0.8, "top_p": 0.95}  # where neither you nor the model's folder says
+OTHERWISE = {"max_tokens": 128, "temperature": 0.8, "top_p": 0.95}  # where neither you nor the model's folder says
 
 
 def chat(
     model: ModelOption = SHIPPED,
-    max_tokens: Annotated[int, typer.Option(metavar="N", help="The most tokens of one answer.")] = 128,
+    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="The most tokens of one answer (128).")] = None,
     temperature: Annotated[float | None, typer.Option(metavar="T", help="0: always the most probable token.")] = None,
     top_p: Annotated[float | None, typer.Option(metavar="P", help="Draw from the fewest tokens that sum to P.")] = None,
     seed: Annotated[int | None, typer.Option(metavar="S", help="The same seed and lines give the same text.")] = None,
@@ -45,8 +46,8 @@ def chat(
 
     For base models, which continue a text: each line you type goes on the end of the running text, and the model
     continues it from there. Nothing is put around your words; the templates of Instruct models are not there yet.
-    When the text outgrows the context, its beginning is forgotten. How tokens are drawn is what the model's
-    generation_config.json says, but for what you say yourself; without that file, temperature 0.8 and top-p 0.95.
+    When the text outgrows the context, its beginning is forgotten. What you do not say is as the model's
+    generation_config.json says; without that file, temperature 0.8 and top-p 0.95.
 
     /reset starts anew, /routing shows which experts took the text, /quit or Ctrl-D leaves, Ctrl-C stops an answer.
 
@@ -55,14 +56,17 @@ def chat(
     mixtral chat --model DIR --temperature 0.5 --max-tokens 60
     mixtral chat --model DIR --stop "You:"
     """
-    from mixtral.engine import SamplingParams
     from mixtral.errors import UsageError
 
-    how = drawing(model, DRAWING, temperature=temperature, top_p=top_p)
-    params = SamplingParams(max_tokens, **how, seed=seed, stop=tuple(stop or ()))
+    params = sampling_params(
+        model, OTHERWISE, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop
+    )
     lm, tokenizer = load_model(model, dtype, device)
-    if max_tokens > lm.config.context - 2:
-        raise UsageError(f"--max-tokens {max_tokens}: leaves no room for a text in the context of {lm.config.context}")
+    longest = min(params.max_length or lm.config.context, lm.config.context)
+    if max_tokens is not None and max_tokens > longest - 2:
+        raise UsageError(f"--max-tokens {max_tokens}: leaves no room for a text in the context of {longest}")
+    if params.max_tokens > longest - 2:  # as the folder has it
+        params = dataclasses.replace(params, max_tokens=max(1, longest // 2))
     with contextlib.suppress(ImportError):  # line editing for input(), where the system has it
         import readline  # noqa: F401
     say(f"The model continues what you write. {', '.join(COMMANDS)}; Ctrl-C stops an answer.")
@@ -107,8 +111,9 @@ class Conversation:
         """The running text as the model gets it: cut at its beginning so that an answer fits the context."""
         before = self.tokenizer.encode("", self.bos, eos=False)
         ids = self.tokenizer.encode(self.text, bos=False, eos=False)
-        room = max(1, self.lm.config.context - self.params.max_tokens - len(before))
-        return [*before, *ids[-room:]]
+        context = self.lm.config.context
+        room = min(self.params.max_length or context, context) - self.params.max_tokens - len(before)
+        return [*before, *ids[-max(1, room) :]]
 
     def _answer(self, line: str) -> None:
         """Add a line to the text and let the model go on; Ctrl-C keeps what it has said so far."""

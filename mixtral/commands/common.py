@@ -13,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mixtral.engine import SamplingParams
     from mixtral.lm import LM
     from mixtral.moe import Routing
     from mixtral.tokenizer import Tokenizer
@@ -105,25 +106,30 @@ def load_model(folder: str, dtype: str, device: str) -> tuple[LM, Tokenizer]:
     return model, model.tokenizer
 
 
-def drawing(model: str, otherwise: dict[str, Any] | None = None, **asked: float | None) -> dict[str, Any]:
-    """How to draw tokens, as fields of SamplingParams: what was asked for, the rest as the model's folder says.
+def sampling_params(model: str, otherwise: dict[str, Any] | None = None, **asked: Any) -> SamplingParams:
+    """How to generate: what was asked for, then what the model recommends, then the defaults of SamplingParams.
 
     Args:
-        otherwise: what to go by where the folder says nothing.
-        asked: None for what was not asked for.
+        otherwise: what counts before these defaults; all but `max_tokens` only where the model does not recommend to
+            sample.
+        asked: fields of SamplingParams; None or an empty list for what was not asked for.
     """
-    from mixtral.engine import recommended
+    from mixtral.engine import SamplingParams, recommended, with_recommended
     from mixtral.shipped import model_folder
 
-    given = {name: value for name, value in asked.items() if value is not None}
-    return (recommended(model_folder(model)) or otherwise or {}) | given
+    found, otherwise = recommended(model_folder(model)), dict(otherwise or {})
+    if "temperature" in found:
+        otherwise = {name: value for name, value in otherwise.items() if name == "max_tokens"}
+    given = {name: value for name, value in asked.items() if value is not None and value != []}
+    return SamplingParams(**with_recommended(given, otherwise | found))
 
 
 def loads(layers: Sequence[Routing]) -> list[list[float]]:
     """Each layer's load: the share of its assignments that each expert got."""
-    from mixtral.moe.balance import assignment_share
+    from mixtral.moe.balance import share_of
+    from mixtral.moe.choice import counts_of
 
-    return [assignment_share(layer).tolist() for layer in layers]
+    return [share_of(counts_of(layer.experts_TK, layer.logits_TE.shape[1])).tolist() for layer in layers]
 
 
 def show_loads(layers: Sequence[Sequence[float]], title: str) -> None:

@@ -17,9 +17,9 @@ from mixtral.commands.common import (
     DtypeOption,
     ModelOption,
     console,
-    drawing,
     load_model,
     loads,
+    sampling_params,
     say,
     show_routing,
     shown,
@@ -34,12 +34,25 @@ if TYPE_CHECKING:
 def generate(
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text to continue; - reads it from standard input.")],
     model: ModelOption = SHIPPED,
-    max_tokens: Annotated[int, typer.Option(metavar="N", help="The most tokens to generate.")] = 256,
+    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="The most tokens to generate (256).")] = None,
+    min_tokens: Annotated[int | None, typer.Option(metavar="N", help="No end token before N others.")] = None,
     temperature: Annotated[float | None, typer.Option(metavar="T", help="0: always the most probable token.")] = None,
     top_k: Annotated[int | None, typer.Option(metavar="N", help="Draw from the N most probable tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(metavar="P", help="Draw from the fewest tokens that sum to P.")] = None,
     min_p: Annotated[
         float | None, typer.Option(metavar="P", help="Drop tokens of less than P times the highest probability.")
+    ] = None,
+    typical_p: Annotated[
+        float | None, typer.Option(metavar="P", help="Sample from the fewest tokens of typical surprise that sum to P.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(metavar="X", help="Above 1: tokens that occurred become less probable.")
+    ] = None,
+    no_repeat_ngram_size: Annotated[
+        int | None, typer.Option(metavar="N", help="No sequence of N tokens occurs twice.")
+    ] = None,
+    suppress_tokens: Annotated[
+        list[int] | None, typer.Option(metavar="ID", help="A token never to generate; may be repeated.")
     ] = None,
     seed: Annotated[int | None, typer.Option(metavar="S", help="The same seed draws the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this; may be repeated.")] = None,
@@ -56,8 +69,8 @@ def generate(
     """Continue a prompt.
 
     The text goes to standard output, speed and remarks to standard error. The models are base models: they continue a
-    text, and were not taught to follow instructions. How tokens are drawn is what the model's generation_config.json
-    says, but for what you say yourself; without that file the most probable token is taken.
+    text, and were not taught to follow instructions. What you do not say is as the model's generation_config.json says;
+    without that file the most probable token is taken.
 
     Examples:
     mixtral generate --prompt "def fibonacci(n):" --max-tokens 100
@@ -65,11 +78,13 @@ def generate(
     mixtral generate --model DIR --prompt "Once" --k 1
     echo "To be or" | mixtral generate --model DIR --prompt - --json
     """
-    from mixtral.engine import SamplingParams
     from mixtral.errors import UsageError
 
-    how = drawing(model, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    params = SamplingParams(max_tokens, **how, seed=seed, stop=tuple(stop or ()))
+    params = sampling_params(
+        model, max_tokens=max_tokens, min_tokens=min_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        min_p=min_p, typical_p=typical_p, repetition_penalty=repetition_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size, suppress_tokens=suppress_tokens, seed=seed, stop=stop,
+    )  # fmt: skip
     prompt = read_stdin() if prompt == "-" else prompt
     lm, tokenizer = load_model(model, dtype, device)
     if routing and not lm.config.is_sparse:

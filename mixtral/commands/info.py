@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -55,7 +55,7 @@ def find_config(name: str) -> ModelConfig:
     from mixtral.presets import PRESETS, preset
     from mixtral.shipped import SHIPPED, model_folder
 
-    is_path = name == SHIPPED or Path(name).exists() or "/" in name
+    is_path = name == SHIPPED or os.path.exists(name) or "/" in name
     return read_config(model_folder(name)) if is_path and name not in PRESETS else preset(name)
 
 

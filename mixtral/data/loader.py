@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from mixtral.data.store import NO_TARGET, Documents, TokenData
-from mixtral.errors import UsageError
+from mixtral.errors import DataError, UsageError
 from mixtral.model.packed import Packed
 
 
@@ -102,6 +102,10 @@ class Loader:
     def _pack(self, rows: list[Row]) -> TrainBatch:
         """The batch of rows as `Stream.read` gives them, each with one token more than it has inputs."""
         tokens_T = np.concatenate([row.tokens[:-1] for row in rows])
+        if (largest := max(int(row.tokens.max()) for row in rows)) >= self.data.vocab_size:
+            raise DataError(
+                f"{self.data.folder}: damaged, token {largest} is not one of the vocabulary's {self.data.vocab_size}"
+            )
         targets_T = np.concatenate([np.where(row.begins[1:], NO_TARGET, row.tokens[1:]) for row in rows])
         begins_T = np.concatenate([np.append(True, row.begins[1:-1]) for row in rows])
         starts = np.flatnonzero(begins_T)

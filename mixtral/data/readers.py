@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mixtral.errors import DataError, UsageError
+from mixtral.errors import DataError, UsageError, shown
+from mixtral.files import open_regular
+from mixtral.json_files import LARGE, parse
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ SUFFIXES = TEXT_SUFFIXES | JSON_SUFFIXES | {".parquet"}  # what a folder is sear
 # this many characters, it can be shuffled, and a part of it can be held out.
 PIECE_CHARS = 65_536
 
+_NAMED = 10  # fields of a record, or columns, that an error names
 SHOWN = 5  # skipped inputs that are logged one by one; the rest are only counted
 
 
@@ -57,7 +59,8 @@ def read_texts(path: Path, field: str, bad: BadInput) -> Iterator[str]:
 
 
 def _read_plain(path: Path, bad: BadInput) -> Iterator[str]:
-    data = path.read_bytes()
+    with open_regular(path) as file:
+        data = file.read()
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -84,17 +87,20 @@ def pieces(text: str, limit: int = PIECE_CHARS) -> Iterator[str]:
 
 
 def _read_json_lines(path: Path, field: str, bad: BadInput) -> Iterator[str]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+    with open_regular(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(LARGE + 1), b""), start=1):
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
+            if len(line) > LARGE:
+                bad(where, f"longer than the {LARGE:,} bytes that a line may have")
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(LARGE)
+                continue
             try:
-                record = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                bad(where, f"not UTF-8 (byte 0x{line[error.start]:02x}); convert the file to UTF-8")
+                record = parse(line)
             except ValueError as error:
-                bad(where, f"not JSON: {error}; every line must be one JSON object")
+                bad(where, f"{error}; every line must be one JSON object in UTF-8")
             else:
                 if (text := _field_of(record, field, where, bad)) is not None:
                     yield text
@@ -105,7 +111,8 @@ def _field_of(record: Any, field: str, where: str, bad: BadInput) -> str | None:
     if not isinstance(record, dict):
         bad(where, f"a JSON {type(record).__name__}; every line must be one JSON object with a field {field!r}")
     elif field not in record:
-        bad(where, f"no field {field!r}; this record has: {', '.join(sorted(record)) or 'none'}")
+        has = ", ".join(shown(key)[1:-1] for key in sorted(record)[:_NAMED]) or "none"
+        bad(where, f"no field {field!r}; this record has: {has}")
     else:
         return checked_text(record[field], f"field {field!r}", where, bad)
     return None
@@ -131,13 +138,15 @@ def _read_parquet(path: Path, field: str, bad: BadInput) -> Iterator[str]:
     except ImportError as error:
         raise UsageError(f'{path}: Parquet needs pyarrow: pip install "mixtral[data]"') from error
     try:
+        open_regular(path).close()
         file = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid:
+    except (pyarrow.ArrowException, ValueError):  # the latter: a column's name is no text
         bad(str(path), "not a whole Parquet file (truncated, or another format)")
         return
     with file:
         if field not in file.schema_arrow.names:
-            bad(str(path), f"no column {field!r}; this file has: {', '.join(file.schema_arrow.names)}")
+            has = ", ".join(shown(name)[1:-1] for name in file.schema_arrow.names[:_NAMED])
+            bad(str(path), f"no column {field!r}; this file has: {has}")
             return
         row = 0
         try:
@@ -146,6 +155,6 @@ def _read_parquet(path: Path, field: str, bad: BadInput) -> Iterator[str]:
                     row += 1
                     if (text := checked_text(value, f"column {field!r}", f"{path}, row {row}", bad)) is not None:
                         yield text
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # the latter: no Python value
             # A generator's own `yield` never lands here: only reading the next batch does.
-            bad(f"{path}, after row {row}", f"damaged Parquet data: {str(error).splitlines()[0]}")
+            bad(f"{path}, after row {row}", f"damaged Parquet data: {error}")

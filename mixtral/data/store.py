@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,9 +23,13 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from mixtral.errors import DataError
+from mixtral.errors import ConfigError, DataError, shown
+from mixtral.json_files import LARGE, read_object
+from mixtral.specs import check_value
 
 FORMAT = 1  # raised when the layout of the folder changes
+_MOST_WEIGHT = 1e30
+_REMEDY = "prepare the data again"
 NO_TARGET = -100  # torch's cross-entropy ignores this target
 
 
@@ -52,20 +57,26 @@ class Shard:
     files: dict[str, tuple[int, str]]  # file name: (bytes, sha256)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Shard:
-        files = {name: (int(size), str(digest)) for name, (size, digest) in values["files"].items()}
-        return cls(values["name"], values["tokens"], values["documents"], values["text_bytes"], files)
+    def read(cls, path: Path) -> Shard:
+        """DataError when the file holds no record of a shard."""
+        try:
+            shard: Shard = check_value("shard", read_object(path, DataError, LARGE), cls)
+        except ConfigError as error:
+            raise DataError(f"{path}: {error}") from None
+        return shard
 
     def check(self, folder: Path, contents: bool) -> None:
         """DataError unless every file is there in its full size and, with `contents`, with its checksum."""
+        if self.files.keys() != {f"{self.name}.npy", f"{self.name}.docs.npy"} or Path(self.name).name != self.name:
+            raise DataError(f"{folder}: the files of shard {self.name} are not those that a shard has; {_REMEDY}")
         for name, (size, digest) in self.files.items():
             path = folder / name
-            if not path.is_file():
-                raise DataError(f"{path}: a shard of the prepared data is missing; prepare the data again")
+            if not os.path.isfile(path):
+                raise DataError(f"{path}: a shard of the prepared data is missing; {_REMEDY}")
             if path.stat().st_size != size:
-                raise DataError(f"{path}: {path.stat().st_size} bytes instead of {size}; prepare the data again")
+                raise DataError(f"{path}: {path.stat().st_size} bytes instead of {size}; {_REMEDY}")
             if contents and sha256(path) != digest:
-                raise DataError(f"{path}: damaged, its checksum differs from the recorded one; prepare the data again")
+                raise DataError(f"{path}: damaged, its checksum differs from the recorded one; {_REMEDY}")
 
 
 @dataclass(frozen=True)
@@ -87,18 +98,31 @@ class Index:
     def read(cls, folder: Path) -> Index:
         """DataError when the folder holds no index that this version understands."""
         path = folder / "index.json"
+        if not os.path.isfile(path):
+            raise DataError(f"{folder}: no prepared data here (index.json cannot be read)")
+        values = read_object(path, DataError, LARGE)
+        if values.get("format") != FORMAT:
+            raise DataError(f"{path}: format {shown(values.get('format'))}, not {FORMAT}; {_REMEDY}")
         try:
-            values = json.loads(path.read_text())
-            if values["format"] != FORMAT:
-                raise DataError(f"{path}: format {values['format']}, not {FORMAT}; prepare the data again")
-            values["shards"] = {
-                split: [Shard.from_dict(shard) for shard in shards] for split, shards in values["shards"].items()
-            }
-            return cls(**values)
-        except OSError:
-            raise DataError(f"{folder}: no prepared data here (index.json cannot be read)") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}: not an index of prepared data ({error}); prepare the data again") from error
+            index: Index = check_value("index", values, cls)
+            index._check()
+        except ConfigError as error:
+            raise DataError(f"{path}: not an index of prepared data ({error}); {_REMEDY}") from error
+        return index
+
+    def _check(self) -> None:
+        """Raise ConfigError for values that do not fit each other."""
+        if self.shards.keys() != {"train", "val"}:
+            raise ConfigError(f"shards must be those of train and val, not of {shown(list(self.shards))}")
+        check_value("inputs.tokenizer", self.inputs.get("tokenizer"), str)
+        sources = check_value("inputs.sources", self.inputs.get("sources"), list[dict[str, Any]])
+        for number, source in enumerate(sources):
+            check_value(f"inputs.sources[{number}].name", source.get("name"), str)
+        if len(self.weights) != len(sources):
+            raise ConfigError(f"{len(self.weights)} weights for {len(sources)} sources")
+        for weight in self.weights:
+            if weight is not None and not 0 < weight < _MOST_WEIGHT:
+                raise ConfigError(f"weights must be positive numbers, not {shown(weight)}")
 
 
 class Documents(NamedTuple):
@@ -126,6 +150,7 @@ class TokenData:
         Raises DataError for a missing, damaged or incomplete folder, and for one made with another tokenizer.
         """
         self.folder = folder
+        self.vocab_size = tokenizer.vocab_size
         self.index = Index.read(folder)
         made_with = self.index.inputs["tokenizer"]
         if made_with != tokenizer.fingerprint:
@@ -151,8 +176,10 @@ class TokenData:
     def _documents(self, split: str) -> Documents:
         shards, tables = [], [np.empty((0, 3), np.int64)]
         for record in self.index.shards[split]:
-            shards.append(np.load(self.folder / f"{record.name}.npy", mmap_mode="r"))
-            tables.append(np.load(self.folder / f"{record.name}.docs.npy"))
+            tokens, table = (_mapped(self.folder / f"{record.name}{suffix}") for suffix in (".npy", ".docs.npy"))
+            self._check_shard(record, tokens, table)
+            shards.append(tokens)
+            tables.append(np.array(table))
         shard_M = np.repeat(np.arange(len(shards)), np.array([len(table) for table in tables[1:]], np.int64))
         first_M = np.concatenate([np.cumsum(table[:, 0]) - table[:, 0] for table in tables])
         length_M, source_M, domain_M = np.concatenate(tables).T
@@ -160,6 +187,18 @@ class TokenData:
         known_M = (domain_M >= 0) & (domain_M < len(place))
         domain_M = np.array([*place, -1])[np.where(known_M, domain_M, -1)]  # unknown ones find the -1 at the end
         return Documents(shards, shard_M, first_M, length_M, source_M, domain_M)
+
+    def _check_shard(self, record: Shard, tokens: np.ndarray, table: np.ndarray) -> None:
+        """DataError unless a shard's arrays are what its record and the index say."""
+        sources = len(self.index.weights)
+        good = (
+            tokens.dtype in (np.uint16, np.uint32) and tokens.shape == (record.tokens,)
+            and table.dtype == np.int64 and table.shape == (record.documents, 3)
+            and (table[:, 0] > 0).all() and int(table[:, 0].sum()) == record.tokens
+            and ((table[:, 1] >= 0) & (table[:, 1] < sources)).all()
+        )  # fmt: skip
+        if not good:
+            raise DataError(f"{self.folder / record.name}.npy: damaged, it is not what the index says; {_REMEDY}")
 
     def documents(self, split: str) -> Documents:
         """DataError when the split is empty."""
@@ -198,3 +237,11 @@ class TokenData:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """An array's file, mapped: nothing is allocated for what its header promises, and no pickle is read."""
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # numpy evaluates the header as Python, which may raise anything
+        raise DataError(f"{path}: damaged ({type(error).__name__}: {error}); {_REMEDY}") from None

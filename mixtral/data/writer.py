@@ -107,9 +107,9 @@ class ShardWriter:
     def _finished(self, name: str) -> Shard | None:
         """The record of a shard that an earlier run wrote, when its files still have their checksums."""
         try:
-            shard = Shard.from_dict(json.loads((self.folder / f"{name}.json").read_text()))
+            shard = Shard.read(self.folder / f"{name}.json")
             shard.check(self.folder, contents=True)
-        except (OSError, ValueError, KeyError, DataError):
+        except DataError:
             return None
         return shard
 

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from mixtral.config import ModelConfig
+from mixtral.engine.history import apply_history
 from mixtral.engine.kv_cache import FullCache, make_cache
 from mixtral.engine.native import NativeModel
-from mixtral.engine.sampling import SamplingParams, make_generator, sample
+from mixtral.engine.params import SamplingParams
+from mixtral.engine.sampling import make_generator, sample
 from mixtral.engine.text_output import TextOutput
 from mixtral.errors import MixtralError, UsageError
 from mixtral.kernels.native import cores_for_library, log_sum_exp
@@ -119,6 +121,18 @@ def check_prompt(tokens: Sequence[int], config: ModelConfig, name: str = "prompt
         raise UsageError(f"{name}: token id {wrong} is out of range; the model knows ids 0 to {config.vocab_size - 1}")
 
 
+def _end_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """The model's end tokens, or where its files name none, the tokenizer's."""
+    if config.eos_ids or tokenizer is None:
+        return frozenset(config.eos_ids)
+    return frozenset({tokenizer.eos_id})
+
+
+def _longest(params: SamplingParams, config: ModelConfig) -> int:
+    """The most tokens of prompt and continuation together."""
+    return min(params.max_length or config.context, config.context)
+
+
 class _Sequence:
     """One prompt and its continuation."""
 
@@ -132,8 +146,8 @@ class _Sequence:
         self.all_tokens = list(prompt)
         self.read = 0  # how many of them the model has read
         self.n_prompt = len(prompt)
-        self.limit = min(self.n_prompt + params.max_tokens, config.context)
-        self.end_ids = set() if params.ignore_eos else {config.eos_id, tokenizer.eos_id if tokenizer else None}
+        self.limit = min(self.n_prompt + params.max_tokens, _longest(params, config))
+        self.end_ids = frozenset() if params.ignore_eos else _end_ids(config, tokenizer)
         self.output = TextOutput(tokenizer, prompt, params.stop) if tokenizer else None
         self.logprobs: list[float] = []
         self.texts: list[str] = []
@@ -223,7 +237,7 @@ class _Run:
                 f"generation: logits are not finite in {self.dtype}; "
                 "the weights are damaged, or need a dtype of larger range (bf16 or fp32)"
             )
-        ids_B = sample(logits_BV, [s.params for s in ready], [s.generator for s in ready])
+        ids_B = sample(_after_history(logits_BV, ready), [s.params for s in ready], [s.generator for s in ready])
         logprobs_B = logits_BV.gather(1, ids_B[:, None])[:, 0] - norm_B
         drawn = zip(ready, ids_B.tolist(), logprobs_B.tolist(), strict=True)
         return [sequence.accept(token, logprob) for sequence, token, logprob in drawn]
@@ -233,6 +247,17 @@ class _Run:
         if len(unfinished) < len(self.active):
             self.active = [self.active[i] for i in unfinished]
             self.cache.keep(unfinished)
+
+
+def _after_history(logits_BV: Tensor, sequences: list[_Sequence]) -> Tensor:
+    """Each sequence's logits, after what its tokens so far do to them."""
+    rows = list(logits_BV)
+    found = [
+        apply_history(row, s.params, s.all_tokens, s.n_prompt, s.end_ids)
+        for row, s in zip(rows, sequences, strict=True)
+    ]
+    unchanged = all(new is row for new, row in zip(found, rows, strict=True))
+    return logits_BV if unchanged else torch.stack([row.float() for row in found])
 
 
 def _check(
@@ -248,5 +273,8 @@ def _check(
         check_prompt(prompt, config, f"prompt {i}")
         if len(prompt) == config.context:
             raise UsageError(f"prompt {i}: {len(prompt)} tokens fill the model's context; none is left for an answer")
+        if len(prompt) >= _longest(wanted, config):
+            whole = f"max_length {wanted.max_length}, the most of prompt and text together"
+            raise UsageError(f"prompt {i}: {len(prompt)} tokens reach {whole}; give max_tokens, or raise it")
         if wanted.stop and tokenizer is None:
             raise UsageError("stop: stop strings need a tokenizer, and this model came without one")

@@ -23,11 +23,13 @@ from mixtral.kernels.packed import pack, unpack
 from mixtral.kernels.step import MOST_ROWS, Result, Span, Step
 from mixtral.kernels.step_tables import ExpertWeights, LayerWeights, ModelWeights, Weight
 from mixtral.model import Mixtral, Output, Packed
+from mixtral.model.attention import Attention
 from mixtral.model.linear import Linear
+from mixtral.model.norm import RMSNorm
 from mixtral.model.rope import rotary_angles
 from mixtral.model.transformer import Block
 from mixtral.moe import Experts, FeedForward, MoE, Routing
-from mixtral.moe.dispatch import LocalDispatcher
+from mixtral.moe.dispatch import LocalDispatcher, has_hooks
 from mixtral.moe.router import Router
 from mixtral.quant.layers import QuantExperts, QuantFeedForward, QuantLinear
 
@@ -42,8 +44,12 @@ def why_not(model: Mixtral) -> str:
         return "it runs on the CPU alone"
     if model.embedding.weight.dtype not in step_tables.DTYPES:
         return f"it takes fp32 and bf16, not {str(model.embedding.weight.dtype).removeprefix('torch.')}"
-    foreign = next((type(part).__name__ for part in _parts(model) if type(part) not in _KNOWN), None)
-    return f"it does not know {foreign} in the model" if foreign else ""
+    for part in _parts(model):
+        if type(part) not in _KNOWN:
+            return f"it does not know {type(part).__name__} in the model"
+        if isinstance(part, nn.Module) and has_hooks(part):
+            return f"it would not call the hooks on {type(part).__name__} in the model"
+    return ""
 
 
 def suits(model: Mixtral) -> bool:
@@ -161,25 +167,24 @@ def _routing(parts: list[Result]) -> tuple[Routing, ...]:
     logits_LTE = torch.cat([part.router_logits_LTE for part in parts], dim=1)
     weights_LTK = torch.cat([part.weights_LTK for part in parts], dim=1)
     experts_LTK = torch.cat([part.experts_LTK for part in parts], dim=1)
-    layers = zip(logits_LTE, logits_LTE.softmax(-1), weights_LTK, experts_LTK, strict=True)
+    layers = zip(logits_LTE, logits_LTE.softmax(-1), weights_LTK, experts_LTK, experts_LTK, strict=True)
     return tuple(Routing(*layer) for layer in layers)
 
 
 # -- a model's weights as the step wants them --------------------------------------------------------------------------
 
-_KNOWN = {Linear, Experts, FeedForward, QuantLinear, QuantExperts, QuantFeedForward, Router, LocalDispatcher}
+_KNOWN = {
+    Mixtral, nn.ModuleList, nn.Embedding, Block, Attention, RMSNorm, Linear, MoE, Router, LocalDispatcher, Experts,
+    FeedForward, QuantLinear, QuantExperts, QuantFeedForward,
+}  # fmt: skip
 
 
 def _parts(model: Mixtral) -> Iterator[object]:
-    """What others may have put into the model."""
-    for block in _blocks(model):
-        yield from (block.attention.wqkv, block.attention.wo)
-        if isinstance(block.ffn, MoE):
-            yield from (block.ffn.router, block.ffn.dispatcher, block.ffn.experts)
-        else:
-            yield block.ffn
-    if model.output is not None:
-        yield model.output
+    """All that the step stands in for, and others may have exchanged."""
+    for module in model.modules():
+        yield module
+        if isinstance(module, MoE):
+            yield module.dispatcher
 
 
 def _blocks(model: Mixtral) -> Iterator[Block]:

@@ -1,99 +1,25 @@
-"""From logits to the next token: what may be asked for, what a model's folder recommends, and the draw itself.
+"""From logits to the next token: temperature, filters, and one random number.
 
-The order of the filters: temperature, then top_k, then top_p over what top_k left, then min_p. The most probable token
-passes them all. Ties count as ordered by index, the lower one first.
+The filters apply in transformers' order: top_h, top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff, each to
+what the one before left. Ties count as ordered by index, the lower one first; all that are as probable as the last one
+of top_k pass.
 
-Legend: B sequences, V vocabulary.
+Legend: B sequences, V vocabulary, N candidates that are left, the most probable first.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mixtral.errors import ConfigError, UsageError, did_you_mean
+from mixtral.engine.params import SamplingParams
 
-_RECOMMENDED = ("temperature", "top_k", "top_p", "min_p")  # what a model's folder may say
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to continue one prompt. Raises UsageError when a value is out of range."""
-
-    max_tokens: int = 256
-    temperature: float = 0.0  # 0: always the most probable token
-    top_k: int | None = None  # keep this many of the most probable tokens
-    top_p: float = 1.0  # keep the fewest of the most probable tokens whose probabilities reach this sum
-    min_p: float = 0.0  # keep tokens of at least this share of the highest probability
-    seed: int | None = None  # None: another text every time
-    stop: tuple[str, ...] = ()  # end before any of these strings
-    ignore_eos: bool = False  # go on after the end-of-sequence token
-
-    def __post_init__(self) -> None:
-        _require(_is_int(self.max_tokens) and self.max_tokens >= 1, "max_tokens", "a positive integer", self.max_tokens)
-        _require(_is_number(self.temperature) and self.temperature >= 0, "temperature",
-                 "a number of at least 0", self.temperature)  # fmt: skip
-        _require(self.top_k is None or (_is_int(self.top_k) and self.top_k >= 1), "top_k",
-                 "a positive integer or None", self.top_k)  # fmt: skip
-        _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
-        _require(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "between 0 and 1", self.min_p)
-        _require(self.seed is None or (_is_int(self.seed) and self.seed >= 0), "seed",
-                 "an integer of at least 0 or None", self.seed)  # fmt: skip
-        strings = isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop)
-        _require(strings, "stop", "a tuple of strings that are not empty", self.stop)
-        _require(isinstance(self.ignore_eos, bool), "ignore_eos", "True or False", self.ignore_eos)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> SamplingParams:
-        """From field names; an unknown one raises UsageError with the nearest known one."""
-        known = [f.name for f in dataclasses.fields(cls)]
-        for name in values:
-            if name not in known:
-                raise UsageError(f"sampling: unknown option {name!r}; {did_you_mean(name, known)}")
-        return cls(**values)
-
-
-def recommended(folder: str | Path) -> dict[str, Any]:
-    """What a model's generation_config.json says of sampling, as transformers takes it -> fields of SamplingParams.
-
-    Nothing, which is greedy, without that file or without `do_sample` in it. Raises ConfigError when it is damaged.
-    """
-    file = Path(folder) / "generation_config.json"
-    if not file.is_file():
-        return {}
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if not (isinstance(values, dict) and values.get("do_sample")):
-            return {}
-        found = {"temperature": 1.0} | {n: values[n] for n in _RECOMMENDED if values.get(n) is not None}
-        if found.get("top_k") == 0:  # as transformers writes "no such filter"
-            del found["top_k"]
-        SamplingParams(**found)
-    except (OSError, ValueError, UsageError) as error:
-        raise ConfigError(f"{file}: {error}") from None
-    return found
-
-
-def _require(holds: bool, name: str, wanted: str, value: object) -> None:
-    if not holds:
-        raise UsageError(f"sampling: {name} must be {wanted}, not {value!r}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+_TOP_H_CANDIDATES = 100  # transformers'
 
 
 def make_generator(params: SamplingParams, index: int) -> torch.Generator:
@@ -133,8 +59,9 @@ def _draw(logits_V: Tensor, params: SamplingParams, generator: torch.Generator) 
     probabilities, ids = kept(logits_V, params)
     cumulative = probabilities.cumsum(0)
     point = torch.rand((), generator=generator).to(cumulative.device) * cumulative[-1]
-    place = torch.searchsorted(cumulative, point, right=True)
-    return ids[place.clamp(max=len(ids) - 1)]  # a uniform number next to 1 may round up to the whole sum
+    position = torch.searchsorted(cumulative, point, right=True)
+    last = torch.searchsorted(cumulative, cumulative[-1])  # the last that is not of probability 0
+    return ids[torch.minimum(position, last)]  # a uniform number next to 1 may round up to the whole sum
 
 
 def kept(logits_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
@@ -142,15 +69,14 @@ def kept(logits_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
 
     Sorted, the most probable first, when there is a filter; in the order of ids when there is none.
     """
-    if params.top_k is None and params.top_p == 1 and params.min_p == 0:  # sorting a vocabulary would take milliseconds
+    if not params.is_filtered:  # sorting a vocabulary would take milliseconds
         return _probabilities(logits_V, params), torch.arange(len(logits_V), device=logits_V.device)
-    ids = _candidates(logits_V, params.top_k)
+    ids = _candidates(logits_V, _TOP_H_CANDIDATES if params.top_h is not None else params.top_k)
     probabilities = _probabilities(logits_V[ids], params)
-    mass_before = probabilities.cumsum(0) - probabilities
-    top_p = params.top_p if params.top_p < 1 else math.inf  # the sum rounds to 1 before the last tokens of a long tail
-    passes = (mass_before < top_p) & (probabilities >= params.min_p * probabilities[0])
-    count = int(passes.sum().clamp(min=1))  # both tests fail for good once they fail: the survivors lie in front
-    return probabilities[:count], ids[:count]
+    for mask in _filters(params):
+        passes = mask(probabilities / probabilities.sum())
+        probabilities, ids = probabilities[passes], ids[passes]
+    return probabilities, ids
 
 
 def _probabilities(logits_V: Tensor, params: SamplingParams) -> Tensor:
@@ -159,10 +85,69 @@ def _probabilities(logits_V: Tensor, params: SamplingParams) -> Tensor:
     return ((logits_V - logits_V.amax()) / temperature).softmax(0)  # subtracted first, so that nothing overflows
 
 
-def _candidates(logits_V: Tensor, top_k: int | None) -> Tensor:
-    """Ids of the `top_k` highest logits (all by default), highest first, ties to the lower index."""
-    if top_k is None or top_k >= len(logits_V):
+def _candidates(logits_V: Tensor, n: int | None) -> Tensor:
+    """Ids of the `n` highest logits (all by default) and of those equal to the last, highest first."""
+    if n is None or n >= len(logits_V):
         return logits_V.sort(descending=True, stable=True).indices
-    threshold = logits_V.topk(top_k).values[-1]
-    ids = (logits_V >= threshold).nonzero()[:, 0]  # more than top_k when several tie with the last
-    return ids[logits_V[ids].sort(descending=True, stable=True).indices[:top_k]]
+    ids = (logits_V >= logits_V.topk(n).values[-1]).nonzero()[:, 0]
+    return ids[logits_V[ids].sort(descending=True, stable=True).indices]
+
+
+# -- filters: descending probabilities [N] that sum to 1 -> which of them pass -----------------------------------------
+
+
+def _filters(params: SamplingParams) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Those that are asked for, in order; top_k alone is done by `_candidates`."""
+    if params.top_h is not None:
+        yield partial(_top_h, share=params.top_h)
+        if params.top_k is not None:
+            yield partial(_top_k, k=params.top_k)
+    if params.top_p < 1:  # at 1 the running sum would round to 1 before the last tokens of a long tail
+        yield partial(_top_p, mass=params.top_p)
+    if params.min_p > 0:
+        yield partial(_at_least, bound=params.min_p, relative=True)
+    if params.typical_p < 1:
+        yield partial(_typical, mass=params.typical_p)
+    if params.epsilon_cutoff > 0:
+        yield partial(_at_least, bound=params.epsilon_cutoff)
+    if params.eta_cutoff > 0:
+        yield partial(_eta, cutoff=params.eta_cutoff)
+
+
+def _top_h(p_N: Tensor, share: float) -> Tensor:
+    """arXiv 2509.02510: the most probable tokens whose terms of the entropy stay within a share of it."""
+    terms_N = _entropy_terms(p_N)
+    passes_N = terms_N.cumsum(0) <= share * terms_N.sum()
+    passes_N[0] = True
+    return passes_N
+
+
+def _top_k(p_N: Tensor, k: int) -> Tensor:
+    return p_N >= p_N[min(k, len(p_N)) - 1]
+
+
+def _top_p(p_N: Tensor, mass: float) -> Tensor:
+    return p_N.cumsum(0) - p_N < mass
+
+
+def _at_least(p_N: Tensor, bound: float | Tensor, relative: bool = False) -> Tensor:
+    highest = p_N.amax()  # after typical_p not always the first
+    return (p_N >= bound * (highest if relative else 1)) | (p_N == highest)
+
+
+def _typical(p_N: Tensor, mass: float) -> Tensor:
+    """arXiv 2202.00666: the tokens whose surprise is nearest to the entropy, up to a mass of probability."""
+    distance_N = (-p_N.log() - _entropy_terms(p_N).sum()).abs()
+    order_N = distance_N.sort(stable=True).indices
+    n_below = int((p_N[order_N].cumsum(0) < mass).sum())
+    return distance_N <= distance_N[order_N[min(n_below, len(p_N) - 1)]]
+
+
+def _eta(p_N: Tensor, cutoff: float) -> Tensor:
+    """arXiv 2210.15191: a bound on the probability that falls with the entropy."""
+    flat = math.sqrt(cutoff) * (-_entropy_terms(p_N).sum()).exp()
+    return _at_least(p_N, flat.clamp(max=cutoff))
+
+
+def _entropy_terms(p_N: Tensor) -> Tensor:
+    return -torch.special.xlogy(p_N, p_N)  # 0 for a probability of 0

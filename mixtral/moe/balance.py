@@ -1,5 +1,8 @@
 """Balancing losses: pure functions of routing, each of one layer. The rules that need no loss are in updates.py.
 
+Assignments are those of `chosen_TK`, what the router chose: counted after a capacity dropped a part, an overloaded
+expert would look as if it had no more than its capacity (arXiv 2101.03961, equation 5).
+
 Legend: T tokens, E experts, K experts a token, M domains.
 """
 
@@ -10,35 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mixtral.moe.choice import counts_of
 from mixtral.moe.router import Routing
-
-
-def assignment_counts(routing: Routing) -> Tensor:
-    """How many assignments the router gave each expert -> int64 [E]; unused places do not count.
-
-    Those that capacity then dropped do: an expert with too many must look so (arXiv 2101.03961, equation 5).
-    """
-    return counts_of(routing.choice_TK, routing.logits_TE.shape[1])
-
-
-def counts_of(experts_TK: Tensor, n_experts: int) -> Tensor:
-    """How often each expert stands in a choice -> int64 [E].
-
-    Not by bincount, whose size hangs on the values: on a GPU the host would wait for them.
-    """
-    place_N = experts_TK.flatten() + 1  # place 0 counts the unused
-    return place_N.new_zeros(n_experts + 1).scatter_add_(0, place_N, torch.ones_like(place_N))[1:]
 
 
 def share_of(counts_E: Tensor) -> Tensor:
     """Counts of assignments -> fp32 [E], summing to 1, or zeros when nothing was assigned."""
     return counts_E.float() / counts_E.float().sum().clamp(min=1)
-
-
-def assignment_share(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
-    """The share of assignments given to each expert -> fp32 [E], summing to 1, over the tokens of the mask."""
-    choice_TK = routing.choice_TK if mask_T is None else routing.choice_TK[mask_T]
-    return share_of(counts_of(choice_TK, routing.logits_TE.shape[1]))
 
 
 def _mean(values_T: Tensor) -> Tensor:
@@ -67,9 +48,12 @@ def load_balance(routing: Routing, mask_T: Tensor | None = None, counts_E: Tenso
             this is a part (arXiv 2501.11873). The mean of the parts' losses, weighted by their tokens, is then the
             loss of the whole batch, and so are the gradients.
     """
-    scores_TE = routing.scores_TE if mask_T is None else routing.scores_TE[mask_T]
-    share_E = assignment_share(routing, mask_T) if counts_E is None else share_of(counts_E)
-    return scores_TE.shape[1] * (share_E @ _mean(score_shares(scores_TE)))
+    scores_TE, chosen_TK = routing.scores_TE, routing.chosen_TK
+    if mask_T is not None:
+        scores_TE, chosen_TK = scores_TE[mask_T], chosen_TK[mask_T]
+    n_experts = scores_TE.shape[1]
+    counts_E = counts_of(chosen_TK, n_experts) if counts_E is None else counts_E
+    return n_experts * (share_of(counts_E) @ _mean(score_shares(scores_TE)))
 
 
 def z_loss(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
@@ -106,11 +90,10 @@ def load_balance_hf(routings: Sequence[Routing], mask_T: Tensor | None = None) -
     K at balance, not 1; and layers that each collapse on experts of their own look balanced to it. Train with
     `load_balance`.
     """
-    n_experts, k = routings[0].logits_TE.shape[1], routings[0].experts_TK.shape[1]
+    n_experts, k = routings[0].logits_TE.shape[1], routings[0].chosen_TK.shape[1]
     scores_TE = torch.cat([routing.scores_TE for routing in routings])
-    experts_TK = torch.cat([routing.experts_TK for routing in routings])
+    chosen_TK = torch.cat([routing.chosen_TK for routing in routings])
     if mask_T is not None:
         mask = mask_T.repeat(len(routings))
-        scores_TE, experts_TK = scores_TE[mask], experts_TK[mask]
-    pooled = Routing(scores_TE, scores_TE, scores_TE, experts_TK)
-    return n_experts * k * (assignment_share(pooled) @ _mean(scores_TE))
+        scores_TE, chosen_TK = scores_TE[mask], chosen_TK[mask]
+    return n_experts * k * (share_of(counts_of(chosen_TK, n_experts)) @ _mean(scores_TE))

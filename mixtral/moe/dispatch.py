@@ -5,13 +5,15 @@ Legend: T tokens, D model width, E experts, K experts a token, N routed rows (T 
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixtral import kernels
-from mixtral.moe.balance import assignment_counts
+from mixtral.moe.choice import counts_of
+from mixtral.moe.experts import Experts
 from mixtral.moe.router import Routing
 
 
@@ -19,35 +21,63 @@ class Dispatched(NamedTuple):
     """Rows for the experts, and what the same dispatcher needs to bring their outputs back."""
 
     rows_ND: Tensor  # grouped by expert, in token order within each; rows of dropped assignments lie at the end
-    counts_E: Tensor  # int64, rows of each expert
-    weights_TK: Tensor  # fp32
-    order_N: Tensor  # int64, the flat assignment (token * K + choice) that each row serves
-    place_TK: Tensor  # int64, the row that serves each assignment
+    counts_E: Tensor  # int64, rows of each expert that are to be computed
+    context: Any  # the dispatcher's own; nobody else reads it
 
 
-class Dispatcher(Protocol):
-    """Two verbs and no parameters, so not an nn.Module. Experts never know which dispatcher brought their rows."""
+class Dispatcher(ABC):
+    """Brings tokens to experts and back. No parameters, so no nn.Module; experts do not know who brought their rows."""
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched: ...
+    @abstractmethod
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
+        """The rows of `experts_TK`, which a capacity may have shortened."""
 
+    @abstractmethod
     def combine(self, y_ND: Tensor, dispatched: Dispatched) -> Tensor:
         """The weighted sum of each token's expert outputs, in fp32 and token order, rounded once -> [T, D]."""
-        ...
+
+    def apply(self, experts: Experts, x_TD: Tensor, routing: Routing) -> Tensor:
+        """Dispatch, experts, combine -> [T, D]."""
+        dispatched = self.dispatch(x_TD, routing)
+        return self.combine(experts(dispatched.rows_ND, dispatched.counts_E), dispatched)
 
 
-class LocalDispatcher:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a forward hook waits for the module's call: then a shortcut past the call must not be taken."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+class LocalDispatcher(Dispatcher):
     """All experts in this process, by a stable sort of the assignments. Static shapes, no host synchronisation."""
+
+    class _Context(NamedTuple):
+        weights_TK: Tensor  # fp32
+        order_N: Tensor  # int64, the flat assignment (token * K + choice) that each row serves
+        row_TK: Tensor  # int64, the row that serves each assignment
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         n_experts, k = routing.logits_TE.shape[1], routing.experts_TK.shape[1]
         expert_N = routing.experts_TK.flatten()
         expert_N = torch.where(expert_N < 0, n_experts, expert_N)
         order_N = expert_N.argsort(stable=True)
-        place_N = torch.empty_like(order_N)
-        place_N[order_N] = torch.arange(len(order_N), device=order_N.device)
-        place_TK = place_N.view(-1, k)
-        rows_ND = kernels.gather_rows(x_TD, order_N, place_TK)
-        return Dispatched(rows_ND, assignment_counts(routing), routing.weights_TK, order_N, place_TK)
+        row_N = torch.empty_like(order_N)
+        row_N[order_N] = torch.arange(len(order_N), device=order_N.device)
+        row_TK = row_N.view(-1, k)
+        rows_ND = kernels.gather_rows(x_TD, order_N, row_TK)
+        counts_E = counts_of(routing.experts_TK, n_experts)
+        return Dispatched(rows_ND, counts_E, self._Context(routing.weights_TK, order_N, row_TK))
 
     def combine(self, y_ND: Tensor, dispatched: Dispatched) -> Tensor:
-        return kernels.combine(y_ND, dispatched.weights_TK, dispatched.order_N, dispatched.place_TK)
+        return kernels.combine(y_ND, *dispatched.context)
+
+    def apply(self, experts: Experts, x_TD: Tensor, routing: Routing) -> Tensor:
+        """By `experts.decode` where there is one that serves: a few tokens are not worth sorting.
+
+        Not in a subclass, nor when a hook waits for the experts' call: what these add lies in the steps left out.
+        """
+        decode = getattr(experts, "decode", None)
+        if decode is not None and not has_hooks(experts) and type(self) is LocalDispatcher:
+            y_TD: Tensor | None = decode(x_TD, routing)
+            if y_TD is not None:
+                return y_TD
+        return super().apply(experts, x_TD, routing)

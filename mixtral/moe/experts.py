@@ -25,12 +25,13 @@ class Experts(nn.Module):
         return kernels.experts(rows_ND, counts_E, self.w13, self.w2)
 
     def decode(self, x_TD: Tensor, routing: Routing) -> Tensor | None:
-        """The whole layer without dispatch, where that is faster; None: declined, take the long road.
+        """dispatch, forward and combine in one, where that is faster; None where it is not, and the caller dispatches.
 
         On a CPU, for one token without gradients: as soon as two tokens share an expert, reading its weights once for
-        both beats the sorting that it takes (docs/log.md, 2026-11-21).
+        both beats the sorting that it takes (docs/log.md, 2026-11-21). A subclass has a forward pass of its own, of
+        which this knows nothing.
         """
-        if torch.is_grad_enabled() or len(x_TD) != 1 or x_TD.device.type != "cpu":
+        if torch.is_grad_enabled() or len(x_TD) != 1 or x_TD.device.type != "cpu" or type(self) is not Experts:
             return None
         return kernels.experts_decode(x_TD, routing.weights_TK, routing.experts_TK, self.w13, self.w2)
 

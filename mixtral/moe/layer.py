@@ -1,4 +1,4 @@
-"""The sparse layer: router -> dispatch -> experts -> combine, and the experts that every token takes.
+"""The sparse layer: router -> dispatcher and experts, and the experts that every token takes.
 
 Legend: T tokens, D model width, K experts a token.
 """
@@ -13,7 +13,9 @@ from mixtral.moe.router import Router, Routing
 
 
 class MoE(nn.Module):
-    """y = sum over a token's experts of weight * expert(x), + shared(x). Its parts can be exchanged from above.
+    """y = sum over a token's experts of weight * expert(x), + shared(x).
+
+    Its parts can be exchanged from above: experts are any module that maps (rows_ND, counts_E) to rows.
 
     n shared experts are one network of n times the width: the sum of their outputs is its output (arXiv 2401.06066,
     section 3.2).
@@ -33,10 +35,7 @@ class MoE(nn.Module):
     ) -> tuple[Tensor, Routing]:
         """-> (output [T, D], Routing). `replay` [T, K] and `k` as in Router.forward."""
         routing = self.router(x_TD, replay, k)
-        y_TD = self.experts.decode(x_TD, routing)
-        if y_TD is None:
-            dispatched = self.dispatcher.dispatch(x_TD, routing)
-            y_TD = self.dispatcher.combine(self.experts(dispatched.rows_ND, dispatched.counts_E), dispatched)
+        y_TD = self.dispatcher.apply(self.experts, x_TD, routing)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         return y_TD, routing

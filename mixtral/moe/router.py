@@ -24,14 +24,9 @@ class Routing(NamedTuple):
     logits_TE: Tensor  # fp32, before the score function
     scores_TE: Tensor  # fp32, after it: what balancing objectives read
     weights_TK: Tensor  # fp32; 0 where experts_TK is -1
-    experts_TK: Tensor  # int64, sorted by weight, ties to the lower index; -1: place unused or assignment dropped
+    experts_TK: Tensor  # int64, what is computed: sorted by weight, ties to the lower index; -1: unused or dropped
+    chosen_TK: Tensor  # int64, the choice before a capacity dropped a part of it (else the same): what is balanced
     k_T: Tensor | None = None  # fp32, differentiable: how many experts a token is expected to take, if it has a price
-    wanted_TK: Tensor | None = None  # int64, the choice before capacity dropped a part of it; None: no capacity
-
-    @property
-    def choice_TK(self) -> Tensor:
-        """The router's choice, assignments that were then dropped included: what balancing looks at."""
-        return self.experts_TK if self.wanted_TK is None else self.wanted_TK
 
     def tokens(self, first: int, last: int) -> Routing:
         """The routing of tokens first..last - 1."""
@@ -39,23 +34,18 @@ class Routing(NamedTuple):
 
     @staticmethod
     def cat(parts: Sequence[Routing]) -> Routing:
-        """One routing of the tokens of several calls; where these differ in places, -1 fills up."""
+        """One routing of the tokens of several calls; where these differ in slots, -1 fills up."""
         most = max(part.experts_TK.shape[1] for part in parts)
-        if any(part.wanted_TK is not None for part in parts):
-            parts = [part._replace(wanted_TK=part.choice_TK) for part in parts]
         fields = zip(*(_widen(part, most) for part in parts), strict=True)
         return Routing._make(torch.cat(tensors) if tensors[0] is not None else None for tensors in fields)
 
 
-def _widen(routing: Routing, places: int) -> Routing:
-    def wide(experts_TK: Tensor) -> Tensor:
-        return nn.functional.pad(experts_TK, more, value=-1)
-
-    more = (0, places - routing.experts_TK.shape[1])
+def _widen(routing: Routing, slots: int) -> Routing:
+    more = (0, slots - routing.experts_TK.shape[1])
     return routing._replace(
         weights_TK=nn.functional.pad(routing.weights_TK, more),
-        experts_TK=wide(routing.experts_TK),
-        wanted_TK=None if routing.wanted_TK is None else wide(routing.wanted_TK),
+        experts_TK=nn.functional.pad(routing.experts_TK, more, value=-1),
+        chosen_TK=nn.functional.pad(routing.chosen_TK, more, value=-1),
     )
 
 
@@ -91,19 +81,17 @@ class Router(nn.Module):
 
         Args:
             replay: int64 [T, K]; take these experts and compute logits and weights anew, so that gradients flow. An
-                earlier `choice_TK`; where there is a capacity, it drops from it what it dropped then.
+                earlier `chosen_TK`; where there is a capacity, it drops from it what it dropped then.
             k: experts a token takes in this call: a number, or int64 [T] for each token its own (0: none).
 
         Raises UsageError when a number `k` is not one of 1..E, or this router does not let a call set it.
         """
         logits_TE = self._logits(x_TD)
         scores_TE = self._scores(logits_TE)
-        wanted_TK = self._choose(logits_TE, scores_TE, k) if replay is None else replay
-        experts_TK = self._kept(wanted_TK, k)
+        chosen_TK = self._choose(logits_TE, scores_TE, k) if replay is None else replay
+        experts_TK = self._kept(chosen_TK, k)
         weights_TK = self._weights(logits_TE, scores_TE, experts_TK)
-        return Routing(
-            logits_TE, scores_TE, weights_TK, experts_TK, wanted_TK=None if experts_TK is wanted_TK else wanted_TK
-        )
+        return Routing(logits_TE, scores_TE, weights_TK, experts_TK, chosen_TK)
 
     # -- the steps, each of which some router overrides ----------------------------------------------------------------
 
@@ -115,24 +103,24 @@ class Router(nn.Module):
 
     def _choose(self, logits_TE: Tensor, scores_TE: Tensor, k: int | Tensor | None) -> Tensor:
         assert isinstance(self.options, TopK)
-        places, k_T = self._places(k)
+        slots, k_T = self._slots(k)
         rank_TE = self._rank(logits_TE, scores_TE)
-        experts_TK = choose_experts(self._key(rank_TE, scores_TE), places)
+        experts_TK = choose_experts(self._key(rank_TE, scores_TE), slots)
         if k_T is not None:
-            experts_TK = experts_TK.masked_fill(torch.arange(places, device=k_T.device) >= k_T[:, None], -1)
+            experts_TK = experts_TK.masked_fill(torch.arange(slots, device=k_T.device) >= k_T[:, None], -1)
         if self.bias is not None:
             experts_TK = reorder(rank_TE, experts_TK)  # so far by what they were chosen for, and that is not the weight
         return experts_TK
 
-    def _kept(self, experts_TK: Tensor, k: int | Tensor | None) -> Tensor:
-        """What capacity leaves of a choice; the choice itself where there is none."""
+    def _kept(self, chosen_TK: Tensor, k: int | Tensor | None) -> Tensor:
+        """The assignments kept after capacity dropping; the choice itself where there is no capacity."""
         if not (isinstance(self.options, TopK) and self.options.capacity_factor and self.training):
-            return experts_TK
+            return chosen_TK
         mean = k if isinstance(k, int) else self.experts_per_token
-        return within_capacity(experts_TK, self.n_experts, mean, self.options.capacity_factor)
+        return within_capacity(chosen_TK, self.n_experts, mean, self.options.capacity_factor)
 
-    def _places(self, k: int | Tensor | None) -> tuple[int, Tensor | None]:
-        """-> (how many places a token has, each token's own number of experts or None)."""
+    def _slots(self, k: int | Tensor | None) -> tuple[int, Tensor | None]:
+        """-> (number of slots per token, each token's own number of experts or None)."""
         assert isinstance(self.options, TopK)
         if not isinstance(k, Tensor):
             most = self.options.reachable(self.n_experts)
@@ -140,10 +128,10 @@ class Router(nn.Module):
             if not 1 <= k <= most:
                 raise UsageError(f"router: k must lie in 1..{most} (the experts), not {k}")
             return k, None
-        places = self.options.places(self.n_experts, self.experts_per_token)
-        if places is None:  # one place at least, if none is used
-            places = min(max(1, int(k.max())), self.n_experts) if k.numel() else 1
-        return places, k
+        slots = self.options.slots(self.n_experts, self.experts_per_token)
+        if slots is None:  # one slot at least, if none is used
+            slots = min(max(1, int(k.max())), self.n_experts) if k.numel() else 1
+        return slots, k
 
     def _rank(self, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:
         """What weights rise with: logits tell experts apart whose scores have rounded to one number."""
@@ -161,7 +149,7 @@ class Router(nn.Module):
 
 
 def choice_weights(logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
-    """Softmax over the chosen logits -> fp32 [T, K]; unused places (-1) and tokens without experts weigh 0."""
+    """Softmax over the chosen logits -> fp32 [T, K]; unused slots (-1) and tokens without experts weigh 0."""
     unused_TK = experts_TK < 0
     chosen_TK = chosen(logits_TE, experts_TK, float("-inf"))
     chosen_TK = chosen_TK.masked_fill(unused_TK.all(-1, keepdim=True), 0.0)  # a row of -inf alone would give NaN

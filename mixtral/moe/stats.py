@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixtral.moe.balance import assignment_share, score_shares
-from mixtral.moe.choice import taken
+from mixtral.moe.balance import score_shares, share_of
+from mixtral.moe.choice import counts_of, taken
 from mixtral.moe.router import Routing
 
 DEAD_SHARE = 0.01
@@ -44,32 +44,43 @@ def score_entropy(routing: Routing) -> float:
     return float(torch.special.entr(p_TE).sum(-1).mean() / torch.tensor(float(p_TE.shape[1])).log())
 
 
-def first_choice_repeats(routing: Routing, cu_seqlens: Tensor) -> float:
-    """Share of neighbouring tokens of one sequence that have the same first choice; 0 when there are no neighbours."""
-    first_T = routing.choice_TK[:, 0]
-    return _share_of_neighbours((first_T[1:] == first_T[:-1]) & (first_T[1:] >= 0), cu_seqlens)
+class Repeats(NamedTuple):
+    """How often neighbouring tokens of one sequence make the same choice (arXiv 2401.04088, table 5); sums add up."""
+
+    pairs: int = 0
+    first: int = 0  # pairs with the same first choice
+    any: int = 0  # pairs with an expert in common: with two experts a token, the table's "first or second choice"
+
+    def plus(self, other: Repeats) -> Repeats:
+        return Repeats(self.pairs + other.pairs, self.first + other.first, self.any + other.any)
+
+    @property
+    def first_share(self) -> float:
+        """1 / E by chance; 0 without pairs."""
+        return self.first / max(1, self.pairs)
+
+    @property
+    def any_share(self) -> float:
+        """1 - C(E - K, K) / C(E, K) by chance, 13/28 for two of 8 experts; 0 without pairs."""
+        return self.any / max(1, self.pairs)
 
 
-def any_choice_repeats(routing: Routing, cu_seqlens: Tensor) -> float:
-    """Share of neighbouring tokens of one sequence whose sets of experts overlap; 0 when there are no neighbours.
-
-    With two experts a token this is table 5's "first or second choice": 13/28 by chance at 8 experts.
-    """
-    taken_TE = taken(routing.choice_TK, routing.logits_TE.shape[1])
-    return _share_of_neighbours((taken_TE[1:] & taken_TE[:-1]).any(1), cu_seqlens)
-
-
-def _share_of_neighbours(which: Tensor, cu_seqlens: Tensor) -> float:
-    """The share of the pairs (token, next token) that `which` marks, of those that lie in one sequence."""
-    inside = torch.ones_like(which)
-    inside[(cu_seqlens[1:-1] - 1).to(which.device, torch.int64)] = False
-    return float((which & inside).sum() / inside.sum().clamp(min=1))
+def count_repeats(routing: Routing, cu_seqlens: Tensor) -> Repeats:
+    """Count over the pairs (token, next token) that lie in one sequence, by what the router chose."""
+    first_T = routing.chosen_TK[:, 0]
+    same_first = (first_T[1:] == first_T[:-1]) & (first_T[1:] >= 0)
+    taken_TE = taken(routing.chosen_TK, routing.logits_TE.shape[1])
+    overlap = (taken_TE[1:] & taken_TE[:-1]).any(1)
+    inside = torch.ones_like(overlap)
+    ends = cu_seqlens[1:-1].to(inside.device, torch.int64)
+    inside[(ends[(ends > 0) & (ends < len(first_T))]) - 1] = False
+    return Repeats(*(int(pairs.sum()) for pairs in (inside, same_first & inside, overlap & inside)))
 
 
 def dropped_share(routing: Routing) -> float:
     """The share of assignments that capacity dropped."""
-    wanted, kept = (int((choice_TK >= 0).sum()) for choice_TK in (routing.choice_TK, routing.experts_TK))
-    return (wanted - kept) / max(1, wanted)
+    chosen, computed = (int((experts_TK >= 0).sum()) for experts_TK in (routing.chosen_TK, routing.experts_TK))
+    return (chosen - computed) / max(1, chosen)
 
 
 def dead_experts(load_E: Tensor, norms_E: Tensor | None) -> int:
@@ -83,14 +94,15 @@ def dead_experts(load_E: Tensor, norms_E: Tensor | None) -> int:
 @torch.no_grad()
 def layer_stats(routing: Routing, cu_seqlens: Tensor, norms_E: Tensor | None = None) -> LayerStats:
     """All of LayerStats for one layer's routing of a packed batch; `norms_E` as train/watch.py takes them."""
-    load_E = assignment_share(routing)
+    load_E = share_of(counts_of(routing.chosen_TK, routing.logits_TE.shape[1]))
+    repeats = count_repeats(routing, cu_seqlens)
     return LayerStats(
         load=[round(x, 6) for x in load_E.tolist()],
         max_over_mean=float(load_E.max() * load_E.numel()),
         gini=gini(load_E),
         entropy=score_entropy(routing),
-        repeats=first_choice_repeats(routing, cu_seqlens),
-        repeats_any=any_choice_repeats(routing, cu_seqlens),
+        repeats=repeats.first_share,
+        repeats_any=repeats.any_share,
         dead=dead_experts(load_E, norms_E),
         output_norms=None if norms_E is None else [round(x, 6) for x in norms_E.tolist()],
         dropped=dropped_share(routing),

@@ -69,8 +69,8 @@ class QuantExperts(nn.Module):
         return y_ND
 
     def decode(self, x_TD: Tensor, routing: Routing) -> Tensor | None:
-        """One token without dispatch, rounded as on the long road; more tokens are declined."""
-        if len(x_TD) != 1:
+        """One token without dispatch, rounded as with it; None for more, and in a subclass (moe.Experts.decode)."""
+        if len(x_TD) != 1 or type(self) is not QuantExperts:
             return None
         y_TD = torch.zeros(x_TD.shape, device=x_TD.device)
         for weight, e in zip(routing.weights_TK[0], routing.experts_TK[0].tolist(), strict=True):

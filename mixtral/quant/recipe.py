@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,9 +9,11 @@ from typing import Any, Literal
 
 from mixtral.config import ModelConfig
 from mixtral.config_formats import QUANT_METHOD
-from mixtral.errors import ConfigError, UsageError, did_you_mean
+from mixtral.errors import ConfigError, UsageError, did_you_mean, shown
+from mixtral.json_files import read_object
 from mixtral.kernels.packed import GROUP
 from mixtral.quant.formats import FORMATS, Format
+from mixtral.specs import check_value
 from mixtral.weights.names import parameter_shapes
 
 Part = Literal["attention", "experts", "output"]
@@ -38,7 +39,10 @@ class Recipe:
         for part in PARTS:
             name: object = getattr(self, part)
             if name not in list(FORMATS):  # a file may hold anything here, even what no dictionary takes
-                raise ConfigError(f"quantisation: {part} has an unknown format {name!r}; known: {', '.join(FORMATS)}")
+                known = ", ".join(FORMATS)
+                raise ConfigError(f"quantisation: {part} has an unknown format {shown(name)}; known: {known}")
+
+        check_value("quantisation: calibration", self.calibration, dict[str, Any] | None)
 
     @classmethod
     def of(cls, bits: str, calibration: dict[str, Any] | None = None) -> Recipe:
@@ -62,7 +66,7 @@ class Recipe:
         fixed = {"quant_method": QUANT_METHOD, "group": GROUP}
         for key, only in fixed.items():
             if values.get(key) != only:
-                raise ConfigError(f"quantisation: {key} must be {only!r}, not {values.get(key)!r}")
+                raise ConfigError(f"quantisation: {key} must be {only!r}, not {shown(values.get(key))}")
         fields = {key: value for key, value in values.items() if key not in fixed}
         if wrong := fields.keys() ^ {*PARTS, "calibration"}:
             raise ConfigError(f"quantisation: missing or unknown {', '.join(sorted(wrong))}")
@@ -82,12 +86,13 @@ def read_recipe(folder: str | Path) -> Recipe | None:
     """Of a folder that `mixtral quantize` wrote; None for any other. Raises ConfigError for a damaged recipe."""
     file = Path(folder) / "config.json"
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))["quantization_config"]
-        ours = values["quant_method"] == QUANT_METHOD
-    except (OSError, ValueError, TypeError, KeyError):  # what is wrong with a model's config.json, read_config tells
+        values = read_object(file).get("quantization_config")
+    except ConfigError:  # what is wrong with a model's config.json, read_config tells
+        return None
+    if not isinstance(values, dict) or values.get("quant_method") != QUANT_METHOD:
         return None
     try:
-        return Recipe.from_dict(values) if ours else None
+        return Recipe.from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
 

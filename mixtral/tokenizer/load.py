@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 from mixtral.errors import MixtralError, UsageError
@@ -30,15 +31,17 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     """
     path = Path(path)
     folder, spm = path.parent, None
-    if path.is_dir():
+    if os.path.isdir(path):
         folder, path, spm = path, *_choose(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UsageError(f"{path}: no such file or folder; expected a model folder or one of {WANTED}")
     data, beside = read_regular(path, MixtralError, LARGE), Beside(read_side_files(folder))
     try:
         return _read(path.name, data, beside, spm)
     except MixtralError as error:  # the readers know the file by its name alone
         raise type(error)(f"{folder}/{error}") from error
+    except Exception as error:  # of the libraries below, which check little
+        raise MixtralError(f"{path}: damaged: {type(error).__name__}: {error}") from error
 
 
 def has_tokenizer(folder: Path | str) -> bool:

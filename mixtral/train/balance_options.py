@@ -196,12 +196,17 @@ def parse_balance(specs: Sequence[str], n_layers: int) -> list[BalanceOptions]:
     return entries
 
 
+_LONGEST_NUMBER = 5  # digits: more than layers or experts need, few enough for a set of all numbers below
+
+
 def numbers(text: str, what: str) -> set[int]:
     """{0, 2, 3, 4} from `0,2-4`; ConfigError, which begins with `what`, when it is not such a list."""
     found: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
+        if max(len(first), len(last)) > _LONGEST_NUMBER or not first.isdecimal() or (dash and not last.isdecimal()) or (
+            int(last or first) < int(first)
+        ):
             raise ConfigError(f"{what}={text}: expected numbers and ranges, as in 0,2-4")
         found |= set(range(int(first), int(last or first) + 1))
     return found

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mixtral.errors import ConfigError
 from mixtral.moe import Router, Routing, updates
-from mixtral.moe.balance import assignment_counts, guidance, k_price, load_balance, z_loss
+from mixtral.moe.balance import guidance, k_price, load_balance, z_loss
+from mixtral.moe.choice import counts_of
 from mixtral.router_options import LearnedK
 from mixtral.train.balance_options import (
     BalanceOptions,
@@ -200,7 +201,7 @@ class Balancer:
     def observe(self, routings: Sequence[Routing]) -> None:
         """Watch a part's routing."""
         if self.live or any(isinstance(entry, GlobalBatch) for entry in self.losses):
-            taken = [assignment_counts(routing) for routing in routings]
+            taken = [counts_of(routing.chosen_TK, self.n_experts) for routing in routings]
             self.counts = [a + b for a, b in zip(self.counts, taken, strict=True)] if self.counts else taken
         for rule in self.live:
             rule.observe(routings[rule.layer])

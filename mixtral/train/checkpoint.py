@@ -26,9 +26,12 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from mixtral.errors import MixtralError
+from mixtral.errors import MixtralError, WeightsError
 from mixtral.files import atomic_folder, clear_leftovers, remove_folder, sync
+from mixtral.json_files import LARGE, read_object
+from mixtral.specs import check_value
 from mixtral.train.optim import Optimizer
+from mixtral.weights.safetensors_file import SafetensorsFile
 
 _NAME = re.compile(r"step_(\d+)")
 _PARTS = ("model", "optimizer")
@@ -85,7 +88,7 @@ class CheckpointWriter:
 def _best_step(found: list[Path]) -> int | None:
     """The best step of which there is a checkpoint: the save of a better one since may have failed."""
     steps = {_step(path) for path in found}
-    named = (json.loads((path / "state.json").read_text())["best_step"] for path in reversed(found))
+    named = (_state(path)["best_step"] for path in reversed(found))
     return next((step for step in named if step in steps), None)
 
 
@@ -105,16 +108,28 @@ def load_checkpoint(path: Path, optimizer: Optimizer) -> dict[str, Any]:
 
     Raises MixtralError when it is not whole, or of another model.
     """
+    state = _state(path)
     try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text())
         for name, size in state.pop("sizes").items():
             found = (path / name).stat().st_size
             if found != size:
                 raise MixtralError(f"checkpoint {path}: {name} has {found} bytes, not {size}; {_REMEDY}")
         optimizer.load(_read(path / "model"), _read(path / "optimizer"))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError,
+            AssertionError, WeightsError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise MixtralError(f"checkpoint {path} cannot be read ({reason}); {_REMEDY}") from error
+    return state
+
+
+def _state(path: Path) -> dict[str, Any]:
+    """What a checkpoint's state.json holds, the steps and sizes checked; MixtralError for a damaged one."""
+    try:
+        state = read_object(path / "state.json", MixtralError, LARGE)
+        for name, kind in {"step": int, "best_step": int | None, "sizes": dict[str, int]}.items():
+            check_value(name, state.get(name), kind)
+    except MixtralError as error:
+        raise MixtralError(f"checkpoint {path} cannot be read ({error}); {_REMEDY}") from error
     return state
 
 
@@ -154,6 +169,8 @@ def _read(folder: Path) -> dict[str, Tensor]:
     """All tensors of one part; none when it was never written."""
     if not folder.exists():
         return {}
+    for file in folder.glob("*.safetensors"):
+        SafetensorsFile(file)  # raises for a header that claims what the file has not: the reader would allocate it
     reader = HuggingFaceStorageReader(str(folder))
     tensors = {}
     for name, entry in reader.read_metadata().state_dict_metadata.items():

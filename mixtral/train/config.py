@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mixtral.config import ModelConfig
-from mixtral.errors import ConfigError, did_you_mean
-from mixtral.specs import parse_value
+from mixtral.errors import ConfigError, did_you_mean, shown
+from mixtral.specs import check_names, check_value, parse_value
 from mixtral.train.balance_options import parse_balance, split_balance
 
 DTYPES = ("auto", "fp32", "bf16")
@@ -57,6 +57,7 @@ class TrainConfig:
     trackers: tuple[str, ...] = ()  # of TRACKERS: who is told the metrics besides the JSON lines
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name in "steps rows context accumulation val_every val_tokens save_every keep stats_every".split():
             if getattr(self, name) < 1:
                 raise ConfigError(f"train: {name} must be at least 1, not {getattr(self, name)}")
@@ -88,6 +89,15 @@ class TrainConfig:
         if not self.data:
             raise ConfigError("train: data names no source; try 'stdlib', or a file or folder of text")
 
+    def _check_types(self) -> None:
+        for name, kind in typing.get_type_hints(TrainConfig).items():
+            if typing.get_origin(kind) is Literal:
+                kind = str  # one of those that are known, as __post_init__ says
+            if name != "model":
+                check_value(f"train: {name}", getattr(self, name), tuple[float, ...] if name == "betas" else kind)
+        if not isinstance(self.model, ModelConfig):
+            raise ConfigError(f"train: model must be a ModelConfig, not {shown(self.model)}")
+
     @property
     def tokens_per_step(self) -> int:
         return self.rows * self.context
@@ -97,11 +107,11 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """From `to_dict`, also after a passage through JSON."""
-        values = {**values, "model": ModelConfig.from_dict(values["model"])}
-        for name in {"data", "betas", "trackers", "balance"} & values.keys():
-            values[name] = tuple(values[name])
-        return cls(**values)
+        """From `to_dict`, also after a passage through JSON. Raises ConfigError for unknown fields and bad values."""
+        check_names("train", values, cls)
+        model = check_value("train: model", values["model"], dict)
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**{**values, **lists, "model": ModelConfig.from_dict(model)})
 
     def replace(self, **changes: Any) -> TrainConfig:
         return dataclasses.replace(self, **changes)

@@ -11,12 +11,14 @@ import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mixtral.data.loader import Loader, TrainBatch
-from mixtral.errors import MixtralError
+from mixtral.errors import ConfigError, MixtralError
 from mixtral.model import Mixtral
+from mixtral.specs import check_fields
 from mixtral.train.checkpoint import (
     CheckpointWriter,
     checkpoint_path,
@@ -52,8 +54,11 @@ class Progress:
         return {**self.__dict__, "best_loss": None if math.isinf(self.best_loss) else self.best_loss}
 
     @classmethod
-    def from_dict(cls, values: dict[str, float | int | None]) -> Progress:
-        return cls(**{**values, "best_loss": math.inf if values["best_loss"] is None else values["best_loss"]})  # type: ignore[arg-type]
+    def from_dict(cls, values: dict[str, Any]) -> Progress:
+        """The inverse. Raises ConfigError for what is none."""
+        if values.get("best_loss", math.inf) is None:
+            values = {**values, "best_loss": math.inf}
+        return cls(**check_fields("progress", values, cls))
 
 
 @dataclass
@@ -76,7 +81,11 @@ class Run:
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint; later ones are removed."""
-        self.progress = Progress.from_dict(load_checkpoint(checkpoint, self.optimizer))
+        state = load_checkpoint(checkpoint, self.optimizer)
+        try:
+            self.progress = Progress.from_dict(state)
+        except ConfigError as error:
+            raise MixtralError(f"checkpoint {checkpoint} cannot be read ({error})") from None
         drop_later(self.folder, self.progress.step)
 
     def train(self) -> Validation:
@@ -164,7 +173,10 @@ class Run:
 
     def _logged_validation(self) -> Validation:
         """The last validation in the log: what a run that was finished already has to show."""
-        line = next(x for x in reversed(read_lines(self.folder / "metrics.jsonl")) if "val_cross_entropy" in x)
+        path = self.folder / "metrics.jsonl"
+        line = next((x for x in reversed(read_lines(path)) if {"val_cross_entropy", "val_loads"} <= x.keys()), None)
+        if line is None:
+            raise MixtralError(f"{path}: no validation is in it, though the run is finished")
         return Validation(line["val_cross_entropy"], line["val_bits_per_byte"], line["val_loads"])
 
     def _save(self) -> None:

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from mixtral.data.loader import TrainBatch
 from mixtral.data.store import NO_TARGET
-from mixtral.errors import MixtralError
-from mixtral.files import atomic_write
+from mixtral.errors import ConfigError, MixtralError, shown
+from mixtral.files import atomic_write, open_regular
 from mixtral.hardware import measure_matmul, used_memory_bytes
+from mixtral.json_files import parse
+from mixtral.specs import check_value
 from mixtral.train.config import TrainConfig
 from mixtral.train.trackers import Trackers, flatten
 
@@ -93,12 +95,44 @@ class MetricsLog:
             self.trackers.log(line["step"], flatten(line, "timing" if name == "timings" else ""))
 
 
+# What is read back: key -> type. Other keys may hold anything; those of a line of a kind come together.
+_KINDS: dict[str, Any] = {
+    "step": int, "tokens": int, "cross_entropy": float, "layers": list[dict[str, Any]],
+    "val_cross_entropy": float, "val_bits_per_byte": float, "val_loads": list[list[float]],
+    "tokens_per_second": float, "seconds": float, "matrix_share": float, "memory_bytes": int,
+}  # fmt: skip
+_TOGETHER = {"cross_entropy": ("tokens",), "val_cross_entropy": ("val_bits_per_byte",)}
+_LAYER: dict[str, Any] = {"max_over_mean": float, "gini": float, "dead": int}
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line cut off by a kill is left out."""
+    """The lines of a metrics file; a last line cut off by a kill is left out.
+
+    Raises MixtralError, with the number of the line, for any other that is no JSON object as `MetricsLog` writes it.
+    """
     lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+    try:
+        with open_regular(path) as file:
+            for number, text in enumerate(file, start=1):
+                try:
+                    lines.append(_checked(parse(text)))
+                except (ValueError, ConfigError) as error:
+                    if text.endswith(b"\n"):
+                        raise MixtralError(f"{path}, line {number}: {error}") from None
+    except OSError as error:
+        raise MixtralError(f"{path}: cannot be read: {error.strerror}") from error
     return lines
+
+
+def _checked(line: Any) -> dict[str, Any]:
+    if not isinstance(line, dict):
+        raise ConfigError(f"a JSON object is wanted, not {shown(line)}")
+    needed = {"step", *(name for key, names in _TOGETHER.items() if key in line for name in names)}
+    if missing := sorted(needed - line.keys()):
+        raise ConfigError(f"missing {', '.join(missing)}")
+    for key in line.keys() & _KINDS.keys():
+        check_value(key, line[key], _KINDS[key])
+    for number, layer in enumerate(line.get("layers", ())):
+        for key, kind in _LAYER.items():
+            check_value(f"layers[{number}].{key}", layer.get(key), kind)
+    return line

@@ -47,7 +47,7 @@ def first_bad_layer(model: Mixtral, parts: Sequence[TrainBatch]) -> str:
     handles = [module.register_forward_hook(watch(name)) for name, module in watched]
     try:
         for part in parts:
-            part = part.to(model.output_weight.device)
+            part = part.to(model.embedding.weight.device)
             model(part.batch, targets=part.targets_T)
     finally:
         for handle in handles:

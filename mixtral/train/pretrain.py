@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +23,9 @@ from mixtral.data.readers import BadInput
 from mixtral.data.shards import prepare
 from mixtral.data.sources import Source, documents
 from mixtral.data.store import TokenData
-from mixtral.errors import ConfigError, DataError, UsageError
+from mixtral.errors import ConfigError, DataError, UsageError, shown
 from mixtral.files import atomic_folder, atomic_write, remove_folder
+from mixtral.json_files import read_object
 from mixtral.kernels import use_backend
 from mixtral.kernels.memory import keep_freed_memory
 from mixtral.model import Mixtral, initialise
@@ -82,12 +84,15 @@ def recorded_config(out: Path) -> TrainConfig:
     """The configuration of the run in `out`, or of the run that the checkpoint `out` is of; UsageError without one."""
     out = split_checkpoint(out)[0]
     path = out / "config.json"
+    if not os.path.isfile(path):
+        raise UsageError(f"{out} is not a training run: it has no config.json")
+    values = read_object(path).get("train")
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is not a training configuration: train must be an object, not {shown(values)}")
     try:
-        return TrainConfig.from_dict(json.loads(path.read_text())["train"])
-    except FileNotFoundError as error:
-        raise UsageError(f"{out} is not a training run: it has no config.json") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is not a training configuration: {error}") from error
+        return TrainConfig.from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def pretrain(out: Path, view: View) -> Trained:

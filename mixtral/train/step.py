@@ -15,7 +15,8 @@ from mixtral.data.loader import TrainBatch
 from mixtral.data.store import NO_TARGET
 from mixtral.errors import MixtralError
 from mixtral.model import Mixtral
-from mixtral.moe.balance import assignment_counts
+from mixtral.moe.balance import share_of
+from mixtral.moe.choice import counts_of
 from mixtral.moe.stats import LayerStats, layer_stats
 from mixtral.router_options import ExpertChoice
 from mixtral.train.config import TrainConfig
@@ -54,7 +55,7 @@ def train_step(
     cross_entropy, aux, layers = 0.0, dict[str, float](), None
     for i, (part, shares) in enumerate(zip(parts, _shares(parts), strict=True)):
         watched = stats and i == len(parts) - 1
-        part = part.to(model.output_weight.device)
+        part = part.to(model.embedding.weight.device)
         seed_part(config.seed, step, i)
         with contextlib.ExitStack() as stack:
             norms = stack.enter_context(expert_output_norms(model)) if watched else []
@@ -106,10 +107,10 @@ def _choose_first(
     choices, counts = [], []
     for i, part in enumerate(parts):
         seed_part(config.seed, step, i)
-        batch = part.batch.to(model.output_weight.device)
+        batch = part.batch.to(model.embedding.weight.device)
         routing = model(batch, rows=batch.tokens_T.new_zeros(1)).routing  # one row of logits, which nobody reads
-        choices.append([layer.choice_TK for layer in routing])
-        counts.append([assignment_counts(layer) for layer in routing])
+        choices.append([layer.chosen_TK for layer in routing])
+        counts.append([counts_of(chosen_TK, model.config.n_experts) for chosen_TK in choices[-1]])
     optimizer.balancer.begin(step, [torch.stack(layer).sum(0) for layer in zip(*counts, strict=True)])
     return choices
 
@@ -129,7 +130,7 @@ class Validation(NamedTuple):
 
     cross_entropy: float  # nats a token
     bits_per_byte: float
-    loads: list[list[float]]  # per layer, the share of assignments of each expert; empty for a dense model
+    loads: list[list[float]]  # per layer, each expert's share of assignments, 0 if there are none; empty if dense
 
 
 @torch.no_grad()
@@ -145,13 +146,13 @@ def validate(model: Mixtral, batches: Iterable[TrainBatch], byte_lengths_V: torc
     model.train(isinstance(model.config.router_options, ExpertChoice))
     for part in batches:
         counted = part.targets_T[part.targets_T != NO_TARGET]
-        part = part.to(model.output_weight.device)
+        part = part.to(model.embedding.weight.device)
         output = model(part.batch, targets=part.targets_T)
         nats += float(output.loss) * len(counted)
         tokens += len(counted)
         n_bytes += int(byte_lengths_V[counted].sum())
-        taken = [assignment_counts(r) for r in output.routing]
+        taken = [counts_of(r.chosen_TK, model.config.n_experts) for r in output.routing]
         counts = taken if not counts else [a + b for a, b in zip(counts, taken, strict=True)]
     model.train(training)
-    loads = [(c / c.sum()).tolist() for c in counts]
+    loads = [share_of(c).tolist() for c in counts]
     return Validation(nats / max(1, tokens), nats / math.log(2) / max(1, n_bytes), loads)

@@ -15,23 +15,26 @@ import torch
 from torch import Tensor, nn
 
 from mixtral.model import Mixtral
-from mixtral.moe import Experts
+from mixtral.moe import MoE
 
 
 @contextlib.contextmanager
 def expert_output_norms(model: Mixtral) -> Iterator[list[Tensor]]:
-    """Inside the block every forward pass fills the list: fp32 [E] a layer, the mean norm of each expert's rows."""
-    layers = [module for module in model.modules() if isinstance(module, Experts)]
+    """Inside the block every forward pass fills the list: fp32 [E] a layer, the mean norm of each expert's rows.
+
+    Rows are those computed, without what a capacity dropped; experts are whatever stands in the layer.
+    """
+    layers = [module.experts for module in model.modules() if isinstance(module, MoE)]
     norms: list[Tensor] = [torch.empty(0)] * len(layers)
 
-    def watch(place: int) -> Any:
+    def watch(layer: int) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, Tensor], y_ND: Tensor) -> None:
             del module
-            norms[place] = mean_row_norms(y_ND.detach(), inputs[1])
+            norms[layer] = mean_row_norms(y_ND.detach(), inputs[1])
 
         return hook
 
-    handles = [layer.register_forward_hook(watch(place)) for place, layer in enumerate(layers)]
+    handles = [experts.register_forward_hook(watch(layer)) for layer, experts in enumerate(layers)]
     try:
         yield norms
     finally:

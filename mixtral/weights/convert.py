@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mixtral.config import ModelConfig
+from mixtral.config import DEFAULT_EOS, ModelConfig
 from mixtral.config_formats import read_config, to_mistral
 from mixtral.errors import MixtralError, UsageError, did_you_mean
 from mixtral.files import atomic_folder, atomic_write
@@ -19,7 +19,7 @@ from mixtral.weights.gguf_tokenizer import read_tokenizer, side_files
 from mixtral.weights.gguf_write import check_target, write_gguf
 from mixtral.weights.load import StateReader
 from mixtral.weights.progress import Progress
-from mixtral.weights.save import check_free, write_hf, write_mistral
+from mixtral.weights.save import check_free, write_end_tokens, write_hf, write_mistral
 
 _FORMATS = ("hf", "mistral", "gguf")
 log = logging.getLogger(__name__)
@@ -67,6 +67,8 @@ def convert(
         copy_tokenizer(src, new)
         if to == "hf":
             _add_tokenizer_json(new)
+        if to == "mistral":
+            write_end_tokens(config, new)  # the copied file may name none
 
 
 def _add_tokenizer_json(folder: Path) -> None:
@@ -93,7 +95,9 @@ def with_token_ids(config: ModelConfig, src: str | Path, tokenizer: Tokenizer | 
         return config
     if (tokenizer := tokenizer or _tokenizer(src)) is None:
         return config
-    ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
+    ids: dict[str, int] = {"bos_id": tokenizer.bos_id}
+    if config.eos_id == DEFAULT_EOS:  # a generation_config.json beside it may name others
+        ids["eos_id"] = tokenizer.eos_id
     return config.replace(**{name: i for name, i in ids.items() if i < config.vocab_size})
 
 

@@ -55,7 +55,8 @@ def write_gguf(
     """
     check_target(path, type)
     gguf = gguf_package()
-    metadata = tokenizer_metadata(tokenizer, config.vocab_size, files) | to_gguf(config)
+    metadata = tokenizer_metadata(tokenizer, config.vocab_size, files)
+    metadata |= to_gguf(config, tokenizer.eos_id if tokenizer else None)
     check_state(described(state), config, torch.float32)
     found = slots(config, "gguf", layouts(config, "gguf")[0])
     if config.tie_embeddings:

@@ -6,7 +6,7 @@ one tensor (`.pt` shards are memory-mapped: their pages are the system's to recl
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
@@ -16,14 +16,17 @@ import torch
 from torch import Tensor
 
 from mixtral.config import ModelConfig
-from mixtral.errors import UsageError, WeightsError
+from mixtral.errors import UsageError, WeightsError, shown
+from mixtral.json_files import LARGE, read_object
 from mixtral.weights.gguf_file import open_gguf
 from mixtral.weights.lazy import LazyState
-from mixtral.weights.names import Format, Slot, fixed_dtype, layouts, output_name, parameter_shapes, slots
+from mixtral.weights.names import Ffn, Format, Slot, fixed_dtype, layouts, output_name, parameter_shapes, slots
 from mixtral.weights.progress import Progress, counter
 from mixtral.weights.safetensors_file import Header, SafetensorsFile
 from mixtral.weights.torch_file import TorchFile
 
+_LISTED = 50_000  # tensors that are missing are told by name up to such a number: more than any model has
+_LONG = 250  # characters of complaints: beyond, each names one tensor alone
 _FLOATS = "F64, F32, F16 or BF16"
 _SINGLE, _INDEX, _NATIVE = "model.safetensors", "model.safetensors.index.json", "consolidated.safetensors"
 PACKED_FILE = "packed.safetensors"  # what `mixtral quantize` writes; quant/load.py reads it
@@ -48,9 +51,9 @@ def detect_format(folder: str | Path) -> Format:
     Raises UsageError when there is no such folder, WeightsError when it has no weights that we read.
     """
     folder = Path(folder)
-    if folder.suffix == ".gguf" and folder.is_file():
+    if folder.suffix == ".gguf" and os.path.exists(folder) and not folder.is_dir():
         return "gguf"
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path's own method raises for a name that is too long
         raise UsageError(f"{folder}: no such folder; a model folder with its weights, or a .gguf file, is wanted")
     if (folder / _SINGLE).is_file() or (folder / _INDEX).is_file():
         return "hf"
@@ -162,7 +165,7 @@ def _open_hf(folder: Path) -> list[TensorFile]:
     for shard in sorted(set(shard_of.values())):
         if Path(shard).name != shard:
             raise WeightsError(f"{folder / _INDEX}: a shard must be a file name, not {shard!r}")
-        if not (folder / shard).is_file():
+        if not os.path.isfile(folder / shard):
             raise WeightsError(f"{folder / _INDEX}: points at {shard}, which is not there")
         file = SafetensorsFile(folder / shard)
         promised = {name for name, where in shard_of.items() if where == shard}
@@ -174,15 +177,10 @@ def _open_hf(folder: Path) -> list[TensorFile]:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor name -> shard file name."""
-    try:
-        shard_of = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if not shard_of or not all(isinstance(shard, str) for shard in shard_of.values()):
-            raise TypeError
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise WeightsError(f'{path}: not an index; {{"weight_map": {{tensor: file}}}} is wanted') from None
-    return dict(shard_of)
+    shard_of = read_object(path, WeightsError, LARGE).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of or not all(isinstance(s, str) for s in shard_of.values()):
+        raise WeightsError(f'{path}: not an index; {{"weight_map": {{tensor: file}}}} is wanted')
+    return shard_of
 
 
 # -- do they fit -------------------------------------------------------------------------------------------------------
@@ -199,27 +197,51 @@ def _merge(files: list[TensorFile]) -> dict[str, Header]:
 
 def _match(headers: dict[str, Header], config: ModelConfig, format: Format, folder: Path) -> dict[str, Slot]:
     """The slots of the layout that the files are in; WeightsError unless each is filled by exactly one tensor."""
-    candidates = [slots(config, format, ffn) for ffn in layouts(config, format)]
+    candidates = [slots(config, format, ffn) for ffn in _possible(headers, config, format, folder)]
     found = max(candidates, key=lambda candidate: len(candidate.keys() & headers.keys()))
     if config.tie_embeddings and output_name(format) not in headers:
         del found[output_name(format)]
+    if complaints := "; ".join(_complaints(headers, found, 3)):
+        if len(complaints) > _LONG:
+            complaints = "; ".join(_complaints(headers, found, 1))
+        raise WeightsError(f"{folder}: the tensors do not fit the config: {complaints}")
+    return found
+
+
+def _possible(headers: dict[str, Header], config: ModelConfig, format: Format, folder: Path) -> list[Ffn]:
+    """The layouts in which such files may hold such a model.
+
+    A configuration of a few bytes may ask for any number of tensors: before they are listed by name, their number is
+    held against that of the files.
+    """
+    least = {
+        ffn: config.n_layers * (3 * config.n_experts if ffn == "per-expert" else 6) for ffn in layouts(config, format)
+    }
+    possible = [ffn for ffn, count in least.items() if count <= _LISTED + 10 * len(headers)]
+    if not possible:
+        shape = f"{config.n_layers:,} layers of {config.n_experts:,} experts"
+        asked = f"the config asks for at least {min(least.values()):,} ({shape})"
+        raise WeightsError(f"{folder}: {len(headers):,} tensors, where {asked}")
+    return possible
+
+
+def _complaints(headers: dict[str, Header], found: dict[str, Slot], names: int) -> list[str]:
+    """What does not fit, with so many names each."""
     complaints = []
     if missing := found.keys() - headers.keys():
-        complaints.append(f"{len(missing)} missing: {_some(missing)}")
+        complaints.append(f"{len(missing)} missing: {_some(missing, names)}")
     if unknown := headers.keys() - found.keys():
-        complaints.append(f"{len(unknown)} unknown: {_some(unknown)}")
+        complaints.append(f"{len(unknown)} unknown: {_some(unknown, names)}")
     common = found.keys() & headers.keys()
     if misshapen := [name for name in common if headers[name].shape != found[name].shape]:
         first = min(misshapen)
         shapes = f"{list(headers[first].shape)} where the config asks for {list(found[first].shape)}"
-        complaints.append(f"{len(misshapen)} misshapen: {_some(misshapen)} ({first} is {shapes})")
+        complaints.append(f"{len(misshapen)} misshapen: {_some(misshapen, names)} ({first} is {shapes})")
     if foreign := [name for name in common if not _readable(headers[name].dtype, fixed_dtype(found[name].ours))]:
         stored = ", ".join(sorted({headers[name].stored for name in foreign}))
         wanted = "I64" if all(fixed_dtype(found[name].ours) == torch.int64 for name in foreign) else _FLOATS
-        complaints.append(f"{len(foreign)} stored as {stored}, not as {wanted}: {_some(foreign)}")
-    if complaints:
-        raise WeightsError(f"{folder}: the tensors do not fit the config: {'; '.join(complaints)}")
-    return found
+        complaints.append(f"{len(foreign)} stored as {stored}, not as {wanted}: {_some(foreign, names)}")
+    return complaints
 
 
 def _readable(stored: torch.dtype | None, fixed: torch.dtype | None) -> bool:
@@ -231,7 +253,7 @@ def _readable(stored: torch.dtype | None, fixed: torch.dtype | None) -> bool:
 
 def _some(names: set[str] | list[str], count: int = 3) -> str:
     """The first few of many names."""
-    first = ", ".join(sorted(names)[:count])
+    first = ", ".join(shown(name)[1:-1] for name in sorted(names)[:count])
     return first if len(names) <= count else f"{first} and {len(names) - count} more"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +21,9 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from mixtral.errors import WeightsError
+from mixtral.errors import WeightsError, shown
+from mixtral.files import open_regular
+from mixtral.json_files import parse_object
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -29,8 +32,10 @@ DTYPES = {
 FLOATS = [dtype for dtype in DTYPES.values() if dtype.is_floating_point]
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_LIMIT = 100_000_000  # bytes; the reference implementation's
+_MOST_DIMENSIONS = 16
 # Else Linux refuses to map a file larger than memory, as all might be written to. Python names the flag from 3.13 on.
 _NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+_BAD_HEADER = "not a safetensors file, or a damaged one: bad header"
 _ALIGN = 64  # bytes: where the first tensor starts, a line of the processor's cache
 
 
@@ -70,14 +75,15 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
-                size = path.stat().st_size
+            with open_regular(path) as file:
+                size = os.fstat(file.fileno()).st_size
                 header, self._start = _read_header(file, size, path)
-            ranges = {name: _parse(value) for name, value in header.items() if name != "__metadata__"}
         except OSError as error:
             raise WeightsError(f"{path}: cannot be read: {error.strerror}") from None
-        except (ValueError, TypeError, KeyError) as error:
-            raise WeightsError(f"{path}: not a safetensors file, or a damaged one: bad header ({error})") from None
+        try:
+            ranges = {name: _parse(name, value) for name, value in header.items() if name != "__metadata__"}
+        except ValueError as error:
+            raise WeightsError(f"{path}: {_BAD_HEADER}: {error}") from None
         self._ranges = dict(sorted(ranges.items(), key=lambda item: item[1][1]))
         self._check(size - self._start)
         self.headers: dict[str, Header] = {name: head for name, (head, _, _) in self._ranges.items()}
@@ -155,18 +161,25 @@ def _read_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Any],
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or not 2 <= length <= min(size - 8, _HEADER_LIMIT):
         raise WeightsError(f"{path}: not a safetensors file, or cut off inside its header ({size:,} bytes)")
-    header = json.loads(file.read(length).decode())
-    if not isinstance(header, dict):
-        raise ValueError("no JSON object")
-    return header, 8 + length
+    return parse_object(file.read(length), f"{path}: {_BAD_HEADER}", WeightsError), 8 + length
 
 
-def _parse(value: dict[str, Any]) -> tuple[Header, int, int]:
+def _parse(name: str, value: object) -> tuple[Header, int, int]:
     """A header's entry: what the tensor is, and its first and last byte, counted from the end of the header."""
-    shape, (first, last) = tuple(value["shape"]), value["data_offsets"]
-    if not all(isinstance(n, int) and n >= 0 for n in (*shape, first, last)):
-        raise ValueError("sizes must be non-negative integers")
-    return Header(DTYPES.get(value["dtype"]), str(value["dtype"]), shape), first, last
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name} must have dtype, shape and data_offsets, not {shown(value)}")
+    stored, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(stored, str):
+        raise ValueError(f"{name}: dtype must be a text, not {shown(stored)}")
+    if not _are_sizes(shape) or len(shape) > _MOST_DIMENSIONS:
+        raise ValueError(f"{name}: shape must be a list of at most {_MOST_DIMENSIONS} sizes, not {shown(shape)}")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"{name}: data_offsets must be a list of two sizes, not {shown(offsets)}")
+    return Header(DTYPES.get(stored), shown(stored)[1:-1], tuple(shape)), *offsets
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
 
 def _read_into(file: BinaryIO, buffer: memoryview, path: Path) -> None:

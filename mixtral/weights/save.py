@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixtral.config import ModelConfig
+from mixtral.config import DEFAULT_EOS, ModelConfig
 from mixtral.config_formats import to_hf, to_mistral
 from mixtral.errors import UsageError, WeightsError
 from mixtral.files import atomic_folder
+from mixtral.generation_config import NAME as GENERATION_CONFIG
+from mixtral.generation_config import read_generation_config
 from mixtral.weights.lazy import LazyState
 from mixtral.weights.names import Ffn, Format, Slot, fixed_dtype, layouts, output_name, parameter_shapes, slots
 from mixtral.weights.progress import Progress, counter
@@ -101,6 +103,14 @@ def write_mistral(
     done = counter(progress, "writing", sum(entry.nbytes for entry in entries))
     write_safetensors(folder / "consolidated.safetensors", entries, done)
     _write_json(folder / "params.json", params)
+    write_end_tokens(config, folder)
+
+
+def write_end_tokens(config: ModelConfig, folder: Path) -> None:
+    """Say in generation_config.json what params.json cannot: end tokens that no reader would assume."""
+    file, values = folder / GENERATION_CONFIG, read_generation_config(folder)[1]
+    if "eos_token_id" not in values and config.eos_ids and config.eos_id != DEFAULT_EOS:
+        _write_json(file, {**values, "eos_token_id": config.eos_id})
 
 
 def _entries(state: State, config: ModelConfig, format: Format, ffn: Ffn, dtype: torch.dtype | None) -> list[Entry]:

@@ -1,4 +1,4 @@
-"""Information of domain and expert, and repetition, by cases computed by hand."""
+"""Information of domain and expert, by cases computed by hand."""
 
 from __future__ import annotations
 
@@ -9,21 +9,18 @@ import torch
 from torch import Tensor
 
 from mixtral.analysis.domains import (
-    Repeats,
-    count_repeats,
     domain_counts,
     domain_entropy,
     mutual_information,
     token_information,
 )
 from mixtral.moe import Routing
-from mixtral.moe.stats import any_choice_repeats, first_choice_repeats
 
 
 def routing(experts: list[list[int]], n_experts: int) -> Routing:
     experts_TK = torch.tensor(experts)
     logits_TE = torch.zeros(len(experts), n_experts)
-    return Routing(logits_TE, logits_TE, torch.ones_like(experts_TK).float(), experts_TK)
+    return Routing(logits_TE, logits_TE, torch.ones_like(experts_TK).float(), experts_TK, experts_TK)
 
 
 @pytest.mark.parametrize(
@@ -75,22 +72,3 @@ def test_counts_by_domain() -> None:
     counts = domain_counts(taken, torch.tensor([1, 1, 0, 1]), domains_T, n_domains=2, vocab_size=2)
     wanted = [(0, 1, 0), (0, 1, 2), (1, 1, 2), (1, 0, 0), (1, 0, 1)]  # (domain, token, expert)
     assert torch.equal(counts, counted(dict.fromkeys(wanted, 1), (2, 2, 3)))
-
-
-def test_repeats_by_hand() -> None:
-    taken = routing([[0, 1], [0, 2], [1, 0], [1, -1], [-1, -1], [-1, -1]], n_experts=3)
-    # pairs: same first; 0 in common; sequence ends; none in common as one takes nothing; both take nothing
-    found = count_repeats(taken, torch.tensor([0, 3, 6], dtype=torch.int32))
-    assert found == Repeats(pairs=4, first=1, any=2)
-    assert (found.first_share, found.any_share) == (0.25, 0.5)
-    assert found.plus(found) == Repeats(8, 2, 4)
-    assert Repeats().first_share == 0
-
-
-def test_repeats_are_those_that_training_logs() -> None:
-    generator = torch.Generator().manual_seed(0)
-    experts_TK = torch.rand(40, 8, generator=generator).topk(2).indices
-    taken, cu_seqlens = routing(experts_TK.tolist(), 8), torch.tensor([0, 11, 12, 40], dtype=torch.int32)
-    found = count_repeats(taken, cu_seqlens)
-    assert found.first_share == pytest.approx(first_choice_repeats(taken, cu_seqlens))
-    assert found.any_share == pytest.approx(any_choice_repeats(taken, cu_seqlens))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,6 +52,29 @@ def test_routing(chat: Run, dense_folder: Path) -> None:
 def test_unknown_commands_are_told_and_not_given_to_the_model(chat: Run) -> None:
     code, out, err = chat("/rest\n\n")
     assert code == 0 and out == "" and "[unknown command /rest; known: /reset, /routing, /quit]" in err
+
+
+def test_the_folder_says_how_unless_one_says_oneself(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a bound larger than the context, half the context is left to the text."""
+    shutil.copytree(folder, tmp_path / "model")
+    seen: list[tuple[int, engine.SamplingParams]] = []
+    monkeypatch.setattr(engine, "stream", lambda _, p, params, **__: seen.append((len(p[0]), params)) or iter(()))
+
+    def asked(said: str, *options: str) -> tuple[int, engine.SamplingParams]:
+        (tmp_path / "model/generation_config.json").write_text(said)
+        monkeypatch.setattr("sys.stdin", io.StringIO("to be " * 100 + "\n"))
+        assert run("chat", "--model", tmp_path / "model", *options).code == 0
+        return seen.pop()
+
+    params = engine.SamplingParams
+    assert asked("{}") == (64 - 128 // 4, params(32, temperature=0.8, top_p=0.95))
+    assert asked('{"max_new_tokens": 9}') == (64 - 9, params(9, temperature=0.8, top_p=0.95))
+    assert asked('{"max_new_tokens": 9}', "--max-tokens", "5")[1] == params(5, temperature=0.8, top_p=0.95)
+    assert asked('{"do_sample": true, "max_new_tokens": 999}') == (32, params(32, temperature=1.0, top_k=50))
+    assert asked('{"max_length": 40, "repetition_penalty": 1.5}', "--temperature", "0") == (
+        20, params(20, max_length=40, repetition_penalty=1.5, top_p=0.95))  # fmt: skip
 
 
 def test_a_long_text_loses_its_beginning(chat: Run, folder: Path) -> None:

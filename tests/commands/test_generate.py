@@ -4,9 +4,11 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mixtral import engine
 from mixtral.engine import Piece, SamplingParams, generate
 from mixtral.lm import load
 from tests.commands.conftest import Run
@@ -36,7 +38,7 @@ def test_the_folder_says_how_to_draw_unless_one_says_oneself(run: Run, folder: P
     file, ask = tmp_path / "model/generation_config.json", ("generate", "--model", tmp_path / "model", "--prompt", "To")
     greedy = run(*ask, "--max-tokens", "12").out
     drawn = run(*ask, *DRAW, "--top-k", "7", "--seed", "1").out
-    file.write_text('{"do_sample": true, "temperature": 1.0, "top_k": 7, "max_new_tokens": 5}')
+    file.write_text('{"do_sample": true, "temperature": 1.0, "top_k": 7, "max_new_tokens": 5, "eos_token_id": 2}')
     assert run(*ask, "--max-tokens", "12", "--seed", "1").out == drawn != greedy
     assert run(*ask, "--max-tokens", "12", "--seed", "1", "--temperature", "0").out == greedy
     assert run(*ask, "--max-tokens", "12", "--seed", "1", "--top-k", "1").out == greedy
@@ -59,6 +61,52 @@ def test_the_folder_says_whether_there_is_a_begin_unless_one_says_oneself(
     (tmp_path / "model/tokenizer.json").write_text(json.dumps(document))
     for option, wanted in (((), without), (("--no-bos",), without), (("--bos",), with_it)):
         assert json.loads(run(*ask, "--model", tmp_path / "model", *option).out)["tokens"] == wanted[0]
+
+
+OPTIONS: dict[str, Any] = {
+    "min_tokens": 3, "temperature": 1.5, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.8,
+    "repetition_penalty": 1.4, "no_repeat_ngram_size": 1, "suppress_tokens": [65, 66], "seed": 3, "max_tokens": 10,
+}  # fmt: skip
+
+
+def test_every_option_reaches_the_engine(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[SamplingParams] = []
+    piece = Piece(0, 65, -1.0, "a", "length")
+    monkeypatch.setattr(engine, "stream", lambda _, __, params, **___: seen.append(params) or iter([piece]))
+    for name, value in OPTIONS.items():
+        values = value if isinstance(value, list) else [value]
+        given = [text for v in values for text in (f"--{name.replace('_', '-')}", str(v))]
+        assert run("generate", "--model", folder, "--prompt", "To be", *given).code == 0
+        assert seen.pop() == SamplingParams(**{name: value})
+
+
+def test_command_line_and_python_follow_the_folder_alike(run: Run, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    free = load(folder).generate("To be", max_tokens=12)
+    (tmp_path / "model/generation_config.json").write_text(json.dumps({
+        "do_sample": True, "repetition_penalty": 1.2, "no_repeat_ngram_size": 2, "max_new_tokens": 12, "top_p": 0.9,
+        "stop_strings": [free[6:8]], "num_beams": 4, "eos_token_id": 2,
+    }))  # fmt: skip
+    lm = load(tmp_path / "model")
+    ask = ("generate", "--model", tmp_path / "model", "--prompt", "To be")
+    for given in ({"seed": 1}, {"seed": 2, "temperature": 0.0}, {"seed": 3, "max_tokens": 3}, {"seed": 1, "top_k": 1}):
+        options = [text for name, v in given.items() for text in (f"--{name.replace('_', '-')}", str(v))]
+        assert run(*ask, *options).out == lm.generate("To be", **given) + "\n"
+        assert "".join(lm.stream("To be", **given)) == lm.generate("To be", **given)
+    plain = SamplingParams(max_tokens=12, repetition_penalty=1.2, no_repeat_ngram_size=2, stop=(free[6:8],))
+    ids = lm.tokenizer.encode("To be")
+    [wanted] = generate(lm.model, [ids], plain, tokenizer=lm.tokenizer)
+    assert lm.generate("To be", temperature=0) == wanted.text
+
+
+def test_what_the_folder_asks_for_and_is_not_applied_is_told(
+    run: Run, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text('{"num_beams": 4, "eos_token_id": 2, "fou": 1}')
+    assert run("generate", "--model", tmp_path / "model", "--prompt", "To be", "--max-tokens", "2").code == 0
+    [record] = caplog.records
+    assert record.message.endswith("generation_config.json: not applied: num_beams 4; unknown: fou")
 
 
 def test_a_seed_repeats(run: Run, folder: Path) -> None:

@@ -34,6 +34,7 @@ class Fake:
         self.train = Documents([tokens], none_M, np.cumsum(length_M) - length_M, length_M, source_M, none_M)
         self.weights = weights or [None]
         self.domains = [""]
+        self.vocab_size = 1 << 16
 
     def documents(self, split: str) -> Documents:
         del split
@@ -228,3 +229,14 @@ def test_each_token_knows_its_domain(labelled: TokenData) -> None:
 def test_one_domain_is_no_label(make_data: Callable[..., TokenData]) -> None:
     data = make_data(["abc", "def"])
     assert len(data.domains) == 1 and Loader(data, 1, 4).batch(0).domains_T is None
+
+
+def test_a_token_beyond_the_vocabulary_is_refused(make_data: Callable[..., TokenData]) -> None:
+    """A shard that rotted in place keeps its size: no such id may reach the embedding."""
+    data = make_data(["a text", "another text"])
+    path = data.folder / f"{data.index.shards['train'][0].name}.npy"
+    content = path.read_bytes()
+    path.write_bytes(content[:-2] + b"\xff\xff")
+    damaged = TokenData(data.folder, ByteTokenizer())
+    with pytest.raises(DataError, match=r"prepared: damaged, token 65535 is not one of the vocabulary's \d+"):
+        Loader(damaged, rows=2, context=16, seed=0).batch(0)

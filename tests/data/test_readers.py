@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -98,3 +99,35 @@ def test_pieces_lose_nothing(text: str, limit: int) -> None:
 def test_pieces_cut_after_lines() -> None:
     assert list(pieces("aaaaaa\n\nb\ncc", 10)) == ["aaaaaa\n\n", "b\ncc"]
     assert list(pieces("aaaaaa\nbb\ncc", 8)) == ["aaaaaa\n", "bb\ncc"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_pipe_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=rf"{name}: (cannot be read: not a regular file|the file is empty)"):
+        list(read_texts(tmp_path / name, "text", BadInput()))
+
+
+def test_a_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixtral.data.readers.LARGE", 1000)
+    (tmp_path / "a.jsonl").write_bytes(GOOD + b'{"text": "' + b"x" * 5000 + b'"}\n' + GOOD)
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: longer than the 1,000 bytes that a line may have"):
+        list(read_texts(tmp_path / "a.jsonl", "text", BadInput()))
+    assert list(read_texts(tmp_path / "a.jsonl", "text", BadInput(skip=True))) == ["good", "good"]
+
+
+@pytest.mark.parametrize("content", [b'{"text": ' + b"[" * 100_000, b'{"text": "a", "text": "b"}', b"\xef\xbb\xbf{}"])
+def test_odd_lines_are_told(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.jsonl").write_bytes(GOOD + content + b"\n" + GOOD)
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: .*every line must be one JSON object in UTF-8"):
+        list(read_texts(tmp_path / "a.jsonl", "text", BadInput()))
+    assert list(read_texts(tmp_path / "a.jsonl", "text", BadInput(skip=True))) == ["good", "good"]
+
+
+def test_text_of_a_column_that_is_not_utf_8(tmp_path: Path) -> None:
+    column = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.array([0, 2], pa.int32()).buffers()[1], pa.py_buffer(b"\xff\xfe")]
+    )
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet, after row 0: damaged Parquet data"):
+        list(read_texts(tmp_path / "a.parquet", "text", BadInput()))

@@ -176,3 +176,39 @@ def test_unwritable_folder(tmp_path: Path, jsonl: Write, tokenizer: ByteTokenize
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(MixtralError, match="cannot write"):
         prepare([Source(str(jsonl("a", TEXTS)))], tokenizer, tmp_path / "file" / "p")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "change", "reason"),
+    [
+        (".npy", lambda array: array.astype(np.float64), "not what the index says"),
+        (".npy", lambda array: array[:-1], "not what the index says"),
+        (".npy", lambda array: array[None], "not what the index says"),
+        (".docs.npy", lambda table: table[:, :2], "not what the index says"),
+        (".docs.npy", lambda table: table * [1, 9, 1] + [0, 1, 0], "not what the index says"),  # no such source
+        (".docs.npy", lambda table: table * [-1, 1, 1], "not what the index says"),
+        (".docs.npy", lambda table: np.array([{"a": 1}] * len(table)), "damaged"),  # would want pickle
+    ],
+)
+def test_arrays_that_are_not_what_the_index_says(
+    make_data: Callable[..., TokenData], suffix: str, change: Callable[[np.ndarray], np.ndarray], reason: str
+) -> None:
+    data = make_data(["a text", "another text"])
+    record = json.loads((data.folder / "index.json").read_text())
+    shard = record["shards"]["train"][0]
+    file = data.folder / f"{shard['name']}{suffix}"
+    np.save(file, change(np.load(file)), allow_pickle=True)
+    shard["files"][file.name][0] = file.stat().st_size
+    (data.folder / "index.json").write_text(json.dumps(record))
+    with pytest.raises(DataError, match=reason):
+        TokenData(data.folder, ByteTokenizer())
+
+
+def test_a_header_of_an_array_that_promises_more_than_the_file_has(make_data: Callable[..., TokenData]) -> None:
+    data = make_data(["a text"])
+    file = data.folder / f"{data.index.shards['train'][0].name}.docs.npy"
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"(1, 3), }" + b" " * 10, b"(10000000000, 3), }"))
+    assert file.stat().st_size == len(content) and file.read_bytes() != content
+    with pytest.raises(DataError, match="damaged"):
+        TokenData(data.folder, ByteTokenizer())

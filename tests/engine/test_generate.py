@@ -126,6 +126,54 @@ def test_the_end_token_ends_it() -> None:
     assert none.tokens == free.tokens
 
 
+def test_any_of_several_end_tokens_ends_it() -> None:
+    [free] = generate(MODEL, [PROMPTS[0]], GREEDY)
+    at, later, *_ = (i for i, t in enumerate(free.tokens) if t not in free.tokens[:i] and i > 1)
+    for ends in ((free.tokens[later], free.tokens[at]), (free.tokens[at], free.tokens[later])):
+        model = make_model(eos_id=ends)
+        [out] = generate(model, [PROMPTS[0]], SamplingParams(max_tokens=12))
+        assert out.tokens == free.tokens[: at + 1] and out.finish_reason == "stop"
+        [ignored] = generate(model, [PROMPTS[0]], GREEDY)
+        assert ignored.tokens == free.tokens
+        [longer] = generate(model, [PROMPTS[0]], SamplingParams(max_tokens=12, min_tokens=at + 2))
+        assert not set(longer.tokens[: at + 1]) & set(ends) and longer.tokens[:at] == free.tokens[:at]
+
+
+def test_max_length_counts_the_prompt() -> None:
+    params = SamplingParams(max_tokens=50, max_length=20, ignore_eos=True)
+    found = generate(MODEL, PROMPTS[:2], params)
+    assert [len(g.tokens) for g in found] == [20 - len(p) for p in PROMPTS[:2]]
+    assert all(g.finish_reason == "length" for g in found)
+    with pytest.raises(UsageError, match="prompt 0: 23 tokens reach max_length 20, the most of prompt and text"):
+        generate(MODEL, [PROMPTS[2]], params)
+
+
+def test_a_log_probability_is_the_models_own_whatever_is_banned() -> None:
+    [free] = generate(MODEL, [PROMPTS[0]], GREEDY)
+    params = SamplingParams(max_tokens=1, suppress_tokens=(free.tokens[0],), repetition_penalty=1.5)
+    [out] = generate(MODEL, [PROMPTS[0]], params)
+    logits = MODEL(Packed.of([PROMPTS[0]])).logits
+    assert logits is not None and out.tokens != free.tokens[:1]
+    assert out.logprobs[0] == pytest.approx(logits[-1].log_softmax(-1)[out.tokens[0]].item(), abs=1e-5)
+
+
+def test_each_sequence_of_a_batch_has_its_own_history() -> None:
+    params = [SamplingParams(max_tokens=12, ignore_eos=True, **{"no_repeat_ngram_size": n, "repetition_penalty": x})
+              for n, x in ((0, 1.0), (1, 1.0), (0, 1.8), (2, 1.2))]  # fmt: skip
+    together = generate(MODEL, PROMPTS, params, prefill_chunk=4)
+    alone = [generate(MODEL, [p], q)[0].tokens for p, q in zip(PROMPTS, params, strict=True)]
+    assert [g.tokens for g in together] == alone
+    assert len({*PROMPTS[1], *together[1].tokens}) == 13
+
+
+def test_the_models_end_tokens_count_before_the_tokenizers() -> None:
+    [free] = generate(make_model(vocab_size=300, eos_id=None), [PROMPTS[0]], GREEDY)
+    own = copy.copy(own_tokenizer())
+    own.eos_id = free.tokens[2]
+    [out] = generate(make_model(vocab_size=300, eos_id=299), [PROMPTS[0]], SamplingParams(max_tokens=12), tokenizer=own)
+    assert out.tokens == free.tokens[: len(out.tokens)] and len(out.tokens) > 3
+
+
 def test_the_end_of_the_context_ends_it() -> None:
     [out] = generate(make_model(context=20), [random_tokens(17)], SamplingParams(max_tokens=100, ignore_eos=True))
     assert len(out.tokens) == 3 and out.finish_reason == "length"
@@ -177,7 +225,7 @@ def test_text_around_a_stop_string(pieces: list[bytes], stop: str, text: str, re
     assert "".join(piece.text for piece in shown) == text and shown[-1].finish_reason == reason
 
 
-def test_the_tokenizers_end_token_counts_too() -> None:
+def test_the_tokenizers_end_token_counts_where_the_model_names_none() -> None:
     """A Mistral folder's configuration names no end token; its tokenizer does."""
     [free] = generate(make_model(vocab_size=300, eos_id=None), [PROMPTS[0]], GREEDY)
     own = copy.copy(own_tokenizer())

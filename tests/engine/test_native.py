@@ -70,6 +70,16 @@ def test_plain_weights_are_rounded_to_bf16(shape: str, dtype: torch.dtype) -> No
     )
 
 
+def test_end_tokens_and_rules_hold_natively() -> None:
+    [free] = generate(packed(make_model()), [PROMPTS[0]], GREEDY)
+    model = packed(make_model(eos_id=[96, free.tokens[3]]))
+    params = [SamplingParams(max_tokens=12), SamplingParams(max_tokens=12, min_tokens=6),
+              SamplingParams(max_tokens=12, no_repeat_ngram_size=1, repetition_penalty=1.3)]  # fmt: skip
+    want, got = (generate(model, [PROMPTS[0]] * 3, params, native=n) for n in (None, NativeModel(model)))
+    assert [g.tokens for g in got] == [g.tokens for g in want]
+    assert got[0].tokens == free.tokens[:4] and got[0].finish_reason == "stop" and len(got[1].tokens) >= 6
+
+
 @pytest.mark.parametrize("shape", ["eight experts", "window"])
 def test_bits_do_not_depend_on_the_batch(shape: str) -> None:
     model = make_model(**SHAPES[shape])
@@ -177,6 +187,31 @@ def test_it_declines_what_it_cannot_do(change: Any, reason: str) -> None:
     assert reason in why_not(model)
     with pytest.raises(UsageError, match=f"native step: .*{reason}"):
         NativeModel(model)
+
+
+def _adapted(part: Any) -> None:
+    part.__class__ = type("Adapted", (type(part),), {})
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["", "embedding", "norm", "output", "layers.0", "layers.1.attention", "layers.1.attention.wo", "layers.0.ffn",
+     "layers.0.ffn_norm", "layers.1.ffn.router", "layers.1.ffn.experts", "layers.1.ffn.dispatcher"],
+)  # fmt: skip
+def test_it_declines_any_part_that_was_exchanged(part: str) -> None:
+    """The dispatcher too, which is no module: the step would compute the layer past it."""
+    model = make_model()
+    owner, _, name = part.rpartition(".")
+    _adapted(getattr(model.get_submodule(owner), name) if name else model)
+    assert why_not(model) == "it does not know Adapted in the model"
+
+
+def test_it_declines_a_model_whose_hooks_it_would_not_call() -> None:
+    model = make_model()
+    handle = model.layers[1].attention.wo.register_forward_hook(lambda *_: None)
+    assert why_not(model) == "it would not call the hooks on Linear in the model"
+    handle.remove()
+    assert why_not(model) == ""
 
 
 def test_without_the_library_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from mixtral.engine.sampling import SamplingParams, kept, make_generator, recommended, sample
-from mixtral.errors import ConfigError, UsageError
+from mixtral.engine.params import SamplingParams
+from mixtral.engine.sampling import kept, make_generator, sample
+from mixtral.errors import UsageError
 
 
 def naive(logits: list[float], params: SamplingParams) -> dict[int, float]:
     """The distribution after temperature, top_k, top_p and min_p, token by token: id -> probability."""
     order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
-    order = order[: params.top_k]
+    lowest = logits[order[: params.top_k][-1]]
+    order = [i for i in order if logits[i] >= lowest]  # with all that are equal to the last, as transformers
     weights = {i: math.exp((logits[i] - logits[order[0]]) / params.temperature) for i in order}
     total = sum(weights.values())
     left, mass = {}, 0.0
@@ -56,6 +61,64 @@ def test_what_is_kept_equals_the_naive_distribution(logits: list[float], params:
     assert ids.tolist() == (sorted(wanted) if unfiltered else list(wanted))
     expected = torch.tensor([wanted[i] for i in ids.tolist()])
     torch.testing.assert_close(probabilities / probabilities.sum(), expected, rtol=1e-4, atol=1e-6)
+
+
+FILTERS: dict[str, list[float | int]] = {  # in transformers' order: the values that are tried
+    "temperature": [0.3, 2.5], "top_h": [0.2, 0.7], "top_k": [1, 7, 90], "top_p": [0.03, 0.6], "min_p": [0.02, 0.4],
+    "typical_p": [0.05, 0.6], "epsilon_cutoff": [3e-4, 0.04, 0.9], "eta_cutoff": [3e-4, 0.1],
+}  # fmt: skip
+
+
+def warped(logits_BV: Tensor, values: dict[str, Any]) -> Tensor:
+    """The probabilities after transformers' own warpers, in its own order."""
+    config = transformers.GenerationConfig(do_sample=True, **{"top_k": 0, **values})
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(
+        vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, num_local_experts=2))  # fmt: skip
+    config._eos_token_tensor = None
+    return model._get_logits_processor(config, 0)(torch.zeros(len(logits_BV), 1).long(), logits_BV).softmax(-1)
+
+
+def is_clear(logits_V: Tensor, values: dict[str, Any]) -> bool:
+    """Whether no filter's bound is so near that rounding decides: a bound moved by 1e-4 of itself keeps the same."""
+    def left(factor: float) -> list[int]:
+        moved = {n: v if n in ("top_k", "temperature") else min(v * factor, 1.0) for n, v in values.items()}
+        return sorted(kept(logits_V, SamplingParams(**{"temperature": 1.0, **moved}))[1].tolist())
+
+    return left(1 - 1e-4) == left(1 + 1e-4)
+
+
+@pytest.mark.parametrize("names", [(n,) for n in FILTERS] + list(itertools.combinations(FILTERS, 2)) + [tuple(FILTERS)],
+                         ids="+".join)  # fmt: skip
+def test_what_is_kept_equals_transformers(names: tuple[str, ...]) -> None:
+    """Each filter, each pair of them, and all together: the order shows in the pairs."""
+    generator = torch.Generator().manual_seed(0)
+    logits_BV = torch.randn(6, 120, generator=generator) * torch.tensor([0.1, 1, 2, 3, 5, 8])[:, None]
+    logits_BV[3] = logits_BV[3].round()  # ties
+    logits_BV[4, ::3] = -math.inf  # banned
+    n_clear = 0
+    choices = list(itertools.product(*(FILTERS[name] for name in names)))
+    for choice in choices[:: max(1, len(choices) // 8)]:
+        values = dict(zip(names, choice, strict=True))
+        wanted_BV = warped(logits_BV, values)
+        for row, (logits_V, wanted_V) in enumerate(zip(logits_BV, wanted_BV, strict=True)):
+            if not is_clear(logits_V, values) or (row == 3 and "top_p" in values):  # its order of ties is not fixed
+                continue
+            n_clear += 1
+            probabilities, ids = kept(logits_V, SamplingParams(**{"temperature": 1.0, **values}))
+            found_V = torch.zeros(120).index_put((ids,), probabilities / probabilities.sum())
+            torch.testing.assert_close(found_V, wanted_V, rtol=1e-4, atol=1e-6, msg=lambda m, v=values: f"{v}: {m}")
+    assert n_clear >= 6
+
+
+def test_a_banned_token_is_never_sampled() -> None:
+    """A uniform number next to 1 rounds up to the whole sum: the last token that has a probability is meant."""
+    logits_V = torch.tensor([1.0, 2.0, -math.inf, -math.inf])
+    highest = SimpleNamespace(rand=lambda *_, **__: torch.tensor(1.0))
+    for params in (SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_k=4)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "rand", highest.rand)
+            assert sample(logits_V[None], [params], [make_generator(params, 0)]).item() in (0, 1)
 
 
 def test_draws_follow_the_distribution() -> None:
@@ -122,6 +185,20 @@ def test_seeds_and_indices_never_meet() -> None:
         ({"seed": "x"}, "seed must be an integer of at least 0 or None, not 'x'"),
         ({"stop": "end"}, "stop must be a tuple of strings that are not empty, not 'end'"),
         ({"stop": ("",)}, "stop must be a tuple of strings that are not empty"),
+        ({"max_length": 0}, "max_length must be a positive integer or None, not 0"),
+        ({"min_tokens": -1}, "min_tokens must be an integer of at least 0, not -1"),
+        ({"min_length": 1.0}, "min_length must be an integer of at least 0, not 1.0"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be a positive number from 1e-30 to 1e30, not 0"),
+        ({"repetition_penalty": 1e31}, "repetition_penalty must be a positive number from 1e-30 to 1e30, not 1e+31"),
+        ({"no_repeat_ngram_size": True}, "no_repeat_ngram_size must be an integer of at least 0, not True"),
+        ({"bad_words_ids": [[1], []]}, "bad_words_ids must be a list of lists of token ids, none of them empty"),
+        ({"bad_words_ids": [1]}, "bad_words_ids must be a list of lists of token ids"),
+        ({"suppress_tokens": 5}, "suppress_tokens must be a list of token ids, not 5"),
+        ({"begin_suppress_tokens": [1, -1]}, "begin_suppress_tokens must be a list of token ids, not (1, -1)"),
+        ({"top_h": 0}, "top_h must be above 0 and at most 1, or None, not 0"),
+        ({"typical_p": 0}, "typical_p must be above 0 and at most 1, not 0"),
+        ({"epsilon_cutoff": 1}, "epsilon_cutoff must be at least 0 and below 1, not 1"),
+        ({"eta_cutoff": float("inf")}, "eta_cutoff must be at least 0 and below 1, not inf"),
         ({"ignore_eos": 1}, "ignore_eos must be True or False, not 1"),
         ({"temprature": 1.0}, "unknown option 'temprature'; did you mean 'temperature'?"),
     ],
@@ -130,32 +207,3 @@ def test_bad_values_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as error:
         SamplingParams.from_dict(wrong)
     assert message in str(error.value)
-
-
-# -- what a model's folder says ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        (None, {}),
-        ("{}", {}),
-        ('{"temperature": 0.6}', {}),
-        ('{"do_sample": true, "top_k": 0}', {"temperature": 1.0}),
-        (
-            '{"do_sample": true, "temperature": 0.6, "top_p": 0.9, "top_k": 5, "min_p": null, "eos_token_id": 2}',
-            {"temperature": 0.6, "top_p": 0.9, "top_k": 5},
-        ),
-    ],
-)
-def test_recommended(tmp_path: Path, text: str | None, wanted: dict[str, float]) -> None:
-    if text is not None:
-        (tmp_path / "generation_config.json").write_text(text)
-    assert recommended(tmp_path) == wanted
-
-
-@pytest.mark.parametrize("text", ["{", '{"do_sample": true, "temperature": "hot"}', '{"do_sample": 1, "top_k": 0.5}'])
-def test_a_damaged_recommendation(tmp_path: Path, text: str) -> None:
-    (tmp_path / "generation_config.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"generation_config\.json: "):
-        recommended(tmp_path)

@@ -16,7 +16,8 @@ from mixtral.model import Mixtral, initialise, named_state
 from mixtral.moe import Router
 from mixtral.train.recompute import recompute_layers
 from tests.model import small
-from tests.moe.naive_routers import SPECS, config
+from tests.moe import naive
+from tests.moe.naive_routers import MODES, SPECS, config
 
 EACH = list({spec.partition("?")[0]: spec for spec in SPECS}.values())  # one spec a router
 NEEDED = ("top_p", "min_p", "threshold")
@@ -73,6 +74,27 @@ def test_trains_generates_saves_and_loads(spec: str, tmp_path: Path) -> None:
         assert made.routing[0].experts_TK.shape[0] == len(ids) - 1
 
 
+@pytest.mark.parametrize(("spec", "training"), MODES)
+def test_equals_the_model_without_dispatch_in_logits_loss_and_gradients(spec: str, training: bool) -> None:
+    """Every router, with and without a capacity and biases, through Mixtral.forward."""
+    model, batch = _model(spec).train(training), small.batch(50, 9, 1, 6)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if buffer.is_floating_point():
+                buffer += 0.02 * torch.randn(buffer.shape, generator=torch.Generator().manual_seed(len(name)))
+            else:
+                buffer.copy_(torch.arange(50) % 4)
+    found = []
+    for made in (model, naive.without_dispatch(copy.deepcopy(model))):
+        torch.manual_seed(3)
+        loss = made(batch, targets=small.targets(batch, 50)).loss
+        grads = torch.autograd.grad(loss, list(made.parameters()), materialize_grads=True)
+        torch.manual_seed(3)
+        found.append([loss.detach(), *grads, made(batch).logits.detach()])
+    for (name, _), got, want in zip([("loss", None), *model.named_parameters(), ("logits", None)], *found, strict=True):
+        assert (got - want).abs().max() <= 1e-5 * max(want.abs().max().item(), 1e-2), name
+
+
 @pytest.mark.parametrize("spec", EACH)
 def test_recomputing_layers_changes_no_bit(spec: str) -> None:
     plain, batch = _model(spec), small.batch(50, 7, 5)
@@ -105,7 +127,7 @@ def test_a_dense_model_refuses_k() -> None:
 def test_k_follows_the_class_of_the_token() -> None:
     model, batch = _model("token_k?most=4"), small.batch(50, 20)
     assert model.k_of_token.tolist() == [2] * 50
-    model.k_of_token.copy_(torch.arange(50) % 6)  # 5 is more than there are places
+    model.k_of_token.copy_(torch.arange(50) % 6)  # 5 is more than there are slots
     for routing in model(batch).routing:
         want = (batch.tokens_T % 6).clamp(max=4)
         assert torch.equal((routing.experts_TK >= 0).sum(-1), want) and routing.experts_TK.shape[1] == 4
@@ -124,16 +146,16 @@ def test_shared_experts_are_added_to_the_routed_ones() -> None:
 
 
 @pytest.mark.parametrize("spec", ["switch", "sigmoid?scale=2.5", "threshold", "token_k", "top_p?p=0.6"])
-def test_the_decode_road_agrees_with_the_long_one(spec: str) -> None:
-    """Weights that do not sum to 1, and places without an expert."""
+def test_decode_agrees_with_dispatch(spec: str) -> None:
+    """Weights that do not sum to 1, and slots without an expert."""
     model = _model(spec).eval()
     x = torch.randn(1, 6)
     moe = model.layers[1].ffn
     for k in [None] + ([torch.tensor([0])] if spec == "token_k" else []):
-        long, routing = moe(x, k=k)
+        want, routing = moe(x, k=k)
         with torch.no_grad():
             assert moe.experts.decode(x, routing) is not None
-            torch.testing.assert_close(moe(x, k=k)[0], long)
+            torch.testing.assert_close(moe(x, k=k)[0], want)
 
 
 def test_initialisation_of_router_tensors() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from mixtral import kernels
 from mixtral.config import ModelConfig
 from mixtral.errors import UsageError
 from mixtral.model import Mixtral, Packed, initialise
+from mixtral.model.linear import Linear
 from tests.model import small
 
 
@@ -47,16 +49,61 @@ def test_a_fresh_model_has_the_loss_of_a_uniform_guess(size: tuple[int, int, int
     assert loss.item() == pytest.approx(math.log(vocab), rel=0.02)
 
 
-def test_initialisation_is_what_it_says_and_repeats() -> None:
-    shape = small.config(vocab_size=400, dim=64, n_layers=8, ffn_dim=100, head_dim=32, init_std=0.03)
+INITIALISED = {
+    "sparse": {"shared_experts": 1},
+    "dense": {"n_experts": 1, "experts_per_token": 1},
+    "tied": {"tie_embeddings": True},
+    "noisy": {"router": "noisy?bias=true"},
+    "learned_k": {"router": "learned_k?most=3"},
+}
+
+
+def _stated_std(name: str, tied: bool) -> float:
+    """By the docstring of `initialise`, for init_std 0.03, 8 layers and a width of 64."""
+    if name == "output.weight" or (tied and name == "embedding.weight"):
+        return 0.1 / 8
+    if name.endswith(".noise_weight"):
+        return 0.0
+    return 0.03 / 4 if name.endswith((".wo.weight", ".w2")) else 0.03
+
+
+@pytest.mark.parametrize("changes", INITIALISED.values(), ids=INITIALISED)
+def test_initialisation_is_what_it_says_and_repeats(changes: dict[str, Any]) -> None:
+    """The mean and deviation of every parameter, within four deviations of what chance does; its shape, by the largest.
+
+    Each slice along the first axis by itself too, so that no expert, gate or head is an exception.
+    """
+    shape = small.config(vocab_size=400, dim=64, n_layers=8, ffn_dim=100, head_dim=32, init_std=0.03, **changes)
     models = [initialise(Mixtral(shape), torch.Generator().manual_seed(5)) for _ in range(2)]
     for (name, weight), again in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         assert torch.equal(weight, again), name
         if weight.dim() == 1:
             assert (weight == 1).all()
             continue
-        std = 0.03 / 4 if name.endswith((".wo.weight", ".w2")) else 0.1 / 8 if name == "output.weight" else 0.03
-        assert weight.std().item() == pytest.approx(std, rel=0.15), name
+        std = _stated_std(name, shape.tie_embeddings)
+        for part in (weight, *(weight.flatten(0, -3) if weight.dim() > 2 else ())):
+            n = part.numel()
+            assert abs(part.mean().item()) <= 4.5 * std / n**0.5, name
+            assert abs(part.std().item() - std) <= 4.5 * std / (2 * n) ** 0.5, name
+            assert part.abs().max().item() <= 6 * std, name
+            assert not std or part.abs().max().item() >= 1.8 * std, f"{name}: normal, not uniform"
+
+
+def test_no_two_initialised_parameters_are_the_same_numbers() -> None:
+    model = initialise(Mixtral(small.config(shared_experts=2)), torch.Generator().manual_seed(5))
+    rows = [row for _, p in model.named_parameters() if p.dim() > 1 for row in p.detach().flatten(0, -2)]
+    firsts = [(row[:8] / row[0]).round(decimals=4) for row in rows]  # whatever their scale
+    assert len({tuple(first.tolist()) for first in firsts}) == len(rows)
+
+
+def test_another_generator_gives_other_weights_and_none_takes_torch_s_own() -> None:
+    a, b = (initialise(Mixtral(small.config()), torch.Generator().manual_seed(seed)) for seed in (5, 6))
+    assert all(not torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True) if p.dim() > 1)
+    torch.manual_seed(5)
+    c = initialise(Mixtral(small.config()))
+    torch.manual_seed(5)
+    d = initialise(Mixtral(small.config()))
+    assert all(torch.equal(p, q) for p, q in zip(c.parameters(), d.parameters(), strict=True))
 
 
 def test_targets_give_the_cross_entropy_of_the_logits(config: ModelConfig) -> None:
@@ -174,6 +221,26 @@ def test_bf16_is_close_to_fp32_on_the_same_choice(config: ModelConfig) -> None:
     for (name, _), got, want in zip(low.named_parameters(), *grads, strict=True):
         assert got.dtype == torch.bfloat16
         assert (got.float() - want).norm() <= 0.06 * want.norm(), name
+
+
+def test_an_output_that_does_more_than_its_weight_says_is_respected_in_the_loss() -> None:
+    """A subclass and a hook: the loss by targets is that of the logits, and an adapter's gradient arrives."""
+
+    class Adapted(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.scale
+
+    batch = small.batch(50, 7, 5)
+    targets = small.targets(batch, 50)
+    adapted, hooked = small.model(small.config()), small.model(small.config())
+    adapted.output.__class__ = Adapted
+    adapted.output.scale = torch.nn.Parameter(torch.tensor(3.0))
+    hooked.output.register_forward_hook(lambda _, __, logits: 3 * logits)
+    want = torch.nn.functional.cross_entropy(3 * small.model(small.config())(batch).logits, targets)
+    for model in (adapted, hooked):
+        torch.testing.assert_close(model(batch, targets=targets).loss, want)
+    adapted(batch, targets=targets).loss.backward()
+    assert adapted.output.scale.grad.abs() > 0
 
 
 def test_other_parts_are_respected(config: ModelConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixtral.model import Mixtral
 from mixtral.moe import Experts, MoE, Router, Routing
 
 
@@ -31,6 +32,37 @@ def layer(moe: MoE, x_TD: Tensor, k: int) -> Tensor:
     return torch.stack(out)
 
 
+def weighted(experts: Experts, x_TD: Tensor, weights_TE: Tensor) -> Tensor:
+    """y = sum over all experts of weight * expert(x), most weights being 0: nothing is sorted or left out."""
+    y_TD = torch.zeros_like(x_TD)
+    for e in range(weights_TE.shape[1]):
+        hidden_TF = torch.nn.functional.silu(x_TD @ experts.w13[e, 0].T) * (x_TD @ experts.w13[e, 1].T)
+        y_TD = y_TD + weights_TE[:, e, None] * (hidden_TF @ experts.w2[e].T)
+    return y_TD
+
+
+class NaiveMoE(MoE):
+    """A layer's own router, experts and shared experts, put together by `weighted`."""
+
+    def forward(
+        self, x_TD: Tensor, replay: Tensor | None = None, k: int | Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        routing = self.router(x_TD, replay, k)
+        wide_TE = torch.zeros(len(x_TD), self.router.n_experts + 1).scatter_add(
+            1, routing.experts_TK + 1, routing.weights_TK
+        )
+        y_TD = weighted(self.experts, x_TD, wide_TE[:, 1:])
+        return y_TD if self.shared is None else y_TD + self.shared(x_TD), routing
+
+
+def without_dispatch(model: Mixtral) -> Mixtral:
+    """The same model, its sparse layers computed by `NaiveMoE`; in place."""
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.__class__ = NaiveMoE
+    return model
+
+
 def moe(n_experts: int = 5, k: int = 2, dim: int = 12, ffn: int = 7) -> MoE:
     """A layer with weights large enough for its parts to matter."""
     made = MoE(Router(dim, n_experts, k), Experts(n_experts, dim, ffn))
@@ -48,7 +80,7 @@ def routing(choice: list[list[int]], scores: Tensor | None = None, n_experts: in
             taken = [e for e in experts if e >= 0]
             scores[t, taken] = 1 / max(1, len(taken))
     weights_TK = torch.where(experts_TK < 0, 0.0, scores.gather(1, experts_TK.clamp(min=0)))
-    return Routing(scores.clamp(min=1e-30).log(), scores, weights_TK, experts_TK)
+    return Routing(scores.clamp(min=1e-30).log(), scores, weights_TK, experts_TK, experts_TK)
 
 
 def layer_with_ks(moe: MoE, x_TD: Tensor, k_T: Tensor) -> Tensor:

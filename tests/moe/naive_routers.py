@@ -6,6 +6,7 @@ Legend: T tokens, D model width, E experts.
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -28,12 +29,19 @@ from mixtral.router_options import (
 )
 
 SPECS = [
-    "topk", "topk?bias=true", "topk?capacity_factor=0.75", "topk?bias=true&capacity_factor=1", "switch",
-    "switch?capacity_factor=0.5", "noisy", "noisy?bias=true", "jitter?eps=0.3", "sigmoid",
-    "sigmoid?bias=true&scale=2.5&capacity_factor=0.9", "grouped?groups=4&taken=2", "grouped?groups=2&by=max&bias=true",
-    "learned_k", "learned_k?most=3&bias=true", "token_k", "top_p?p=0.6", "top_p?p=0.9&least=2&most=3", "min_p?p=0.4",
-    "min_p?p=0.9&least=2&most=4", "threshold", "threshold?most=2", "expert_choice",
+    "topk", "topk?bias=true", "topk?capacity_factor=0.75", "topk?bias=true&capacity_factor=1",
+    "switch", "switch?capacity_factor=0.5", "switch?bias=true&capacity_factor=0.8",
+    "noisy", "noisy?bias=true", "noisy?capacity_factor=0.7",
+    "jitter?eps=0.3", "jitter?eps=0.3&bias=true&capacity_factor=0.7",
+    "sigmoid", "sigmoid?bias=true&scale=2.5&capacity_factor=0.9",
+    "grouped?groups=4&taken=2", "grouped?groups=2&by=max&bias=true", "grouped?groups=4&taken=2&capacity_factor=0.6",
+    "learned_k", "learned_k?most=3&bias=true", "learned_k?most=5&bias=true&capacity_factor=0.7",
+    "token_k", "token_k?most=3&bias=true", "token_k?most=3&capacity_factor=0.5",
+    "top_p?p=0.6", "top_p?p=0.9&least=2&most=3", "top_p?p=1", "min_p?p=0.4", "min_p?p=0.9&least=2&most=4",
+    "threshold", "threshold?most=2", "expert_choice",
 ]  # fmt: skip
+TRAINING_ONLY = [spec for spec in SPECS if spec.startswith("expert_choice")]
+MODES = [(spec, training) for spec in SPECS for training in (True, False) if training or spec not in TRAINING_ONLY]
 
 
 def config(spec: str, **changes: Any) -> ModelConfig:
@@ -57,12 +65,15 @@ def router(spec: str, seed: int = 0) -> Router:
 
 def dense_weights(experts_TK: Tensor, weights_TK: Tensor, n_experts: int) -> Tensor:
     """-> [T, E], 0 where an expert is not taken."""
-    wide = torch.zeros(len(experts_TK), n_experts + 1).scatter_add(1, experts_TK + 1, weights_TK)
+    wide = weights_TK.new_zeros(len(experts_TK), n_experts + 1).scatter_add(1, experts_TK + 1, weights_TK)
     return wide[:, 1:]
 
 
-def route(made: Router, x_TD: Tensor, seed: int) -> Tensor:
-    """The weight of every expert for every token -> [T, E], 0 where it is not taken; noise as from `seed`."""
+def route(made: Router, x_TD: Tensor, seed: int, k_T: Tensor | None = None) -> Tensor:
+    """The weight of every expert for every token -> [T, E], 0 where it is not taken; noise as from `seed`.
+
+    `k_T`: how many experts each token takes, where it has a number of its own.
+    """
     options = made.options
     torch.manual_seed(seed)
     logits_TE = _logits(made, x_TD)
@@ -70,12 +81,26 @@ def route(made: Router, x_TD: Tensor, seed: int) -> Tensor:
     if isinstance(options, ExpertChoice):
         chosen = _experts_choose(scores_TE, made.experts_per_token)
     else:
-        chosen = [_choose(made, x_D, s_E) for x_D, s_E in zip(x_TD, scores_TE, strict=True)]
+        ks = [None] * len(x_TD) if k_T is None else k_T.tolist()
+        chosen = [_choose(made, x_D, s_E, k) for x_D, s_E, k in zip(x_TD, scores_TE, ks, strict=True)]
+    kept = chosen
     if isinstance(options, TopK) and options.capacity_factor and made.training:
-        limit = math.ceil(options.capacity_factor * len(x_TD) * made.experts_per_token / made.n_experts)
-        chosen = _drop(chosen, scores_TE, limit)
-    rows = [_weigh(made, s_E, experts) for s_E, experts in zip(scores_TE, chosen, strict=True)]
+        share = Fraction(made.experts_per_token, made.n_experts) * Fraction(str(options.capacity_factor))
+        kept = _drop(chosen, scores_TE, math.ceil(share * len(x_TD)))
+    rows = [_weigh(made, s_E, experts) for s_E, experts in zip(scores_TE, kept, strict=True)]
+    if isinstance(options, LearnedK) and made.training:
+        rows = [_with_head(made, x_D, *row) for x_D, *row in zip(x_TD, rows, chosen, strict=True)]
     return torch.stack(rows) if rows else scores_TE * 0
+
+
+def _with_head(made: Router, x_D: Tensor, row_E: Tensor, chosen: list[int]) -> Tensor:
+    """The same weights; the head gets the gradient of weight * P(K >= j) for the j-th expert chosen, from 1."""
+    p_J = (made.k_weight @ x_D).softmax(-1)
+    weights = list(row_E)
+    for j, e in enumerate(chosen):
+        probability = p_J[j:].sum()
+        weights[e] = row_E[e] + row_E[e].detach() * (probability - probability.detach())
+    return torch.stack(weights)
 
 
 def _logits(made: Router, x_TD: Tensor) -> Tensor:
@@ -93,12 +118,12 @@ def _order(values: list[float]) -> list[int]:
     return sorted(range(len(values)), key=lambda e: -values[e])
 
 
-def _choose(made: Router, x_D: Tensor, scores_E: Tensor) -> list[int]:
-    """The experts of one token."""
+def _choose(made: Router, x_D: Tensor, scores_E: Tensor, k: int | None) -> list[int]:
+    """The experts of one token, in the order in which they come in as K grows."""
     o, s = made.options, scores_E.tolist()
     if isinstance(o, TopP):
         order = _order(s)
-        n = next((n for n in range(1, len(s)) if sum(s[e] for e in order[:n]) >= o.p), len(s))
+        n = next((n for n in range(1, len(s)) if o.p < 1 and sum(s[e] for e in order[:n]) >= o.p), len(s))
         return order[: min(max(n, o.least), o.most or len(s))]
     if isinstance(o, MinP):
         n = sum(value >= o.p * max(s) for value in s)
@@ -107,7 +132,7 @@ def _choose(made: Router, x_D: Tensor, scores_E: Tensor) -> list[int]:
         return [e for e in _order(s) if s[e] > made.get_buffer("threshold")[e]][: o.most or len(s)]
     bias = [0.0] * len(s) if made.bias is None else made.bias.tolist()
     key = [a + b for a, b in zip(s, bias, strict=True)]
-    k = made.experts_per_token
+    k = made.experts_per_token if k is None else k
     if isinstance(o, LearnedK):
         k = int((made.k_weight @ x_D).argmax()) + 1
     if not isinstance(o, Grouped):

@@ -9,21 +9,27 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from mixtral.moe import Routing
 from mixtral.moe.balance import (
-    assignment_share,
     guidance,
     k_price,
     load_balance,
     load_balance_hf,
     score_shares,
+    share_of,
     z_loss,
 )
+from mixtral.moe.choice import counts_of
 from tests.moe.naive import routing
 
 
 def _random(tokens: int = 50, n_experts: int = 8, k: int = 2) -> Routing:
     torch.manual_seed(tokens)
     logits = (torch.randn(tokens, n_experts) * 2).requires_grad_()
-    return Routing(logits, logits.softmax(-1), *logits.softmax(-1).topk(k))
+    return _top(logits, k)
+
+
+def _top(logits: Tensor, k: int) -> Routing:
+    weights, experts = logits.softmax(-1).topk(k)
+    return Routing(logits, logits.softmax(-1), weights, experts, experts)
 
 
 def _balanced(n_experts: int, k: int) -> list[list[int]]:
@@ -45,7 +51,7 @@ def test_uneven_by_hand() -> None:
     """Three tokens, three experts, two each: f = (3, 2, 1) / 6, p = (0.5, 0.3, 0.2)."""
     scores = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.4, 0.2, 0.4]])
     uneven = routing([[0, 1], [0, 1], [0, 2]], scores, 3)
-    torch.testing.assert_close(assignment_share(uneven), torch.tensor([3.0, 2.0, 1.0]) / 6)
+    torch.testing.assert_close(share_of(counts_of(uneven.chosen_TK, 3)), torch.tensor([3.0, 2.0, 1.0]) / 6)
     assert load_balance(uneven).item() == pytest.approx(3 * (0.5 * 3 + 0.3 * 2 + 0.2 * 1) / 6)
 
 
@@ -62,14 +68,25 @@ def test_gradients_by_hand() -> None:
 
 def test_descending_it_moves_probability_off_the_busy_experts() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]] * 8, requires_grad=True)
-    made = Routing(logits, logits.softmax(-1), *logits.softmax(-1).topk(2))
+    made = _top(logits, 2)
     (grad,) = torch.autograd.grad(load_balance(made), logits)
     assert (grad[:, :2].sum(-1) > 0).all() and (grad[:, 2:] < 0).all()
 
 
-def test_unused_places_do_not_count() -> None:
-    made = routing([[0, 1], [2, -1], [-1, -1]])
-    torch.testing.assert_close(assignment_share(made), torch.tensor([1.0, 1.0, 1.0, 0.0]) / 3)
+def test_unused_slots_do_not_count() -> None:
+    assert counts_of(torch.tensor([[0, 1], [2, -1], [-1, -1]]), 4).tolist() == [1, 1, 1, 0]
+    assert counts_of(torch.empty(0, 2, dtype=torch.int64), 3).tolist() == [0, 0, 0]
+    assert share_of(torch.tensor([2, 1, 1, 0])).tolist() == [0.5, 0.25, 0.25, 0.0]
+    assert share_of(torch.tensor([0, 0])).tolist() == [0, 0]
+
+
+def test_losses_count_what_was_chosen_and_not_what_a_capacity_left() -> None:
+    """Three tokens chose expert 0, of which two were dropped: f = (3, 1) / 4, p = (0.8, 0.2)."""
+    chosen_TK = torch.tensor([[0], [0], [0], [1]])
+    made = routing([[0], [-1], [-1], [1]], torch.tensor([[0.8, 0.2]] * 4), 2)._replace(chosen_TK=chosen_TK)
+    assert load_balance(made).item() == load_balance_hf([made]).item() == pytest.approx(2 * (0.75 * 0.8 + 0.25 * 0.2))
+    three = torch.tensor([True, True, True, False])
+    assert load_balance(made, three).item() == load_balance_hf([made], three).item() == pytest.approx(2 * 0.8)
 
 
 def test_each_layer_collapsed_on_experts_of_its_own_is_seen_per_layer_alone() -> None:
@@ -100,18 +117,18 @@ def test_hf_form_equals_transformers(n_experts: int, k: int) -> None:
 
 def _shifted(made: Routing, by: int, k: int) -> Routing:
     logits = (made.logits_TE.detach() + by * torch.linspace(-1, 1, made.logits_TE.shape[1])).requires_grad_()
-    return Routing(logits, logits.softmax(-1), *logits.softmax(-1).topk(k))
+    return _top(logits, k)
 
 
 def _padded(made: Routing, at: Tensor) -> tuple[Routing, Tensor]:
     """`made` spread over the places of mask `at`, with rubbish tokens, all on expert 0, between."""
     parts = []
-    for value in made[:4]:
+    for value in made[:5]:
         wide = torch.zeros(len(at), value.shape[1], dtype=value.dtype)
         wide[:, 0] = 9
         wide[at] = value.detach()
         parts.append(wide)
-    parts[3][~at] = 0
+    parts[3][~at] = parts[4][~at] = 0
     return Routing(*parts), at
 
 
@@ -135,7 +152,7 @@ def test_nothing_that_counts_is_zero_not_nan(mask: Tensor | None) -> None:
 
 def test_z_loss_by_hand() -> None:
     logits = torch.tensor([[0.0, 0.0], [1.0, 1.0 + torch.tensor(3.0).log()]], requires_grad=True)
-    value = z_loss(Routing(logits, logits.softmax(-1), *logits.softmax(-1).topk(1)))
+    value = z_loss(_top(logits, 1))
     first, second = torch.tensor(2.0).log(), 1 + torch.tensor(4.0).log()
     torch.testing.assert_close(value, (first**2 + second**2) / 2)
     (grad,) = torch.autograd.grad(value, logits)
@@ -158,7 +175,7 @@ def test_with_given_counts_by_hand() -> None:
 def test_parts_with_the_counts_of_all_are_the_whole(cut: int) -> None:
     whole = _random(50)
     counts = torch.bincount(whole.experts_TK.flatten(), minlength=8)
-    parts = [Routing(*(t[a:b] for t in whole[:4])) for a, b in ((0, cut), (cut, 50))]
+    parts = [Routing(*(t[a:b] for t in whole[:5])) for a, b in ((0, cut), (cut, 50))]
     total = sum(load_balance(part, counts_E=counts) * len(part.scores_TE) / 50 for part in parts)
     assert isinstance(total, Tensor)
     torch.testing.assert_close(total, load_balance(whole), atol=1e-6, rtol=0)
@@ -170,7 +187,7 @@ def test_sigmoid_scores_count_as_shares() -> None:
     """Scores 0.9, 0.3 and 0.2, 0.6: shares 3/4, 1/4 and 1/4, 3/4; and scaling a token's scores changes nothing."""
     scores = torch.tensor([[0.9, 0.3], [0.2, 0.6]], requires_grad=True)
     torch.testing.assert_close(score_shares(scores), torch.tensor([[0.75, 0.25], [0.25, 0.75]]))
-    uneven = Routing(scores, scores, scores, torch.tensor([[0], [0]]))
+    uneven = Routing(scores, scores, scores, *[torch.tensor([[0], [0]])] * 2)
     assert load_balance(uneven).item() == pytest.approx(2 * 0.5)
     (grad,) = torch.autograd.grad(load_balance(uneven), scores)
     torch.testing.assert_close((grad * scores).sum(-1), torch.zeros(2))

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from mixtral.moe import Routing
-from mixtral.moe.balance import assignment_share
+from mixtral.moe.balance import share_of
+from mixtral.moe.choice import counts_of
 from mixtral.moe.updates import BINS, Histogram, centred, loss_free, margins, smebu
 
 
@@ -53,7 +54,7 @@ def scores_of(tokens: int, n_experts: int, seed: int = 0) -> Tensor:
 
 def made(scores_TE: Tensor, k: int, bias_E: Tensor) -> Routing:
     experts_TK = (scores_TE + bias_E).topk(k).indices
-    return Routing(scores_TE.log(), scores_TE, scores_TE.gather(1, experts_TK), experts_TK)
+    return Routing(scores_TE.log(), scores_TE, scores_TE.gather(1, experts_TK), experts_TK, experts_TK)
 
 
 def test_margins_by_hand() -> None:
@@ -112,7 +113,7 @@ def test_the_quantile_rule_balances_in_a_few_steps(n_experts: int, k: int) -> No
     bias, loads = torch.zeros(n_experts), []
     for _ in range(12):
         routing = made(scores, k, bias)
-        loads.append(float(assignment_share(routing).max()) * n_experts)
+        loads.append(float(share_of(counts_of(routing.chosen_TK, n_experts)).max()) * n_experts)
         histogram = Histogram(bias)
         histogram.add(margins(routing, bias, k))
         bias = centred(histogram.quantile(k / n_experts))

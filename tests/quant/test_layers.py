@@ -74,7 +74,7 @@ def test_a_swapped_gate_and_up_shows() -> None:
 
 
 @BOTH
-def test_decoding_equals_the_long_road(format: Format) -> None:
+def test_decoding_equals_dispatch(format: Format) -> None:
     quantised = QuantExperts(format, E, D, F)
     pack_into(quantised, Experts(E, D, F), format)
     router, dispatcher = Router(D, E, 2), LocalDispatcher()
@@ -82,7 +82,7 @@ def test_decoding_equals_the_long_road(format: Format) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         x_TD = random(1, D, seed=3).to(dtype)
         routing = router(x_TD)
-        routing.experts_TK[0, 1] = -1  # a place that is not used
+        routing.experts_TK[0, 1] = -1  # a slot that is not used
         routing = routing._replace(weights_TK=torch.tensor([[0.7, 0.0]]))
         dispatched = dispatcher.dispatch(x_TD, routing)
         want = dispatcher.combine(quantised(dispatched.rows_ND, dispatched.counts_E), dispatched)

@@ -78,3 +78,11 @@ def test_two_rules_for_one_buffer_are_refused() -> None:
 
 def test_numbers() -> None:
     assert numbers("0,2-4,3", "x") == {0, 2, 3, 4}
+
+
+@pytest.mark.parametrize("layers", ["0-9999999999", "0-" + "9" * 5000, "1" * 5000, "5-100000"])
+def test_a_range_of_billions_is_refused_at_once(layers: str) -> None:
+    for spec in (f"loss_free?layers={layers}", f"guided?groups={layers}"):
+        with pytest.raises(ConfigError, match="expected numbers and ranges, as in 0,2-4") as caught:
+            parse_balance([spec], 4)
+        assert len(str(caught.value)) < 400

@@ -14,7 +14,8 @@ from mixtral.data.loader import Loader, TrainBatch
 from mixtral.errors import ConfigError
 from mixtral.model import Packed, named_state
 from mixtral.moe import MoE, Routing, make_router
-from mixtral.moe.balance import assignment_counts, load_balance
+from mixtral.moe.balance import load_balance
+from mixtral.moe.choice import counts_of
 from mixtral.moe.updates import centred, margins
 from mixtral.train.balancing import Balancer
 from mixtral.train.checkpoint import checkpoints
@@ -124,7 +125,7 @@ def test_the_running_form_takes_the_counts_so_far(loader: Loader) -> None:
     counts = [torch.zeros(4), torch.zeros(4)]
     for part in parts:
         for layer, made in enumerate(model(part.batch).routing):
-            counts[layer] = counts[layer] + assignment_counts(made)
+            counts[layer] = counts[layer] + counts_of(made.chosen_TK, 4)
             wanted += float(load_balance(made, counts_E=counts[layer]).detach()) / 8
     assert result.aux["global_batch"] == pytest.approx(wanted, rel=1e-5)
 
@@ -145,7 +146,7 @@ def test_global_batch_takes_the_counts_of_all_ranks(form: str) -> None:
     part = routing([[0], [0]], torch.tensor([[0.4, 0.3, 0.2, 0.1]] * 2))
     balancer = balancer_of(config_of(f"global_batch?{form}"))
     balancer.sum_over_ranks = lambda counts: counts + torch.tensor([0, 0, 0, 6])
-    balancer.begin(0, [assignment_counts(part)] if form == "exact=true" else None)
+    balancer.begin(0, [counts_of(part.chosen_TK, 4)] if form == "exact=true" else None)
     balancer.observe([part])
     (term,) = balancer.terms([part])
     assert float(term.values[0]) == pytest.approx(4 * (0.4 + 3 * 0.1) / 4)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mixtral.config import ModelConfig
 from mixtral.moe import Experts, MoE, Routing, make_router
-from mixtral.moe.balance import assignment_counts
+from mixtral.moe.choice import counts_of
 from mixtral.train.balancing import Balancer
 from mixtral.train.config import TrainConfig
 
@@ -50,7 +50,7 @@ def batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def largest(routing: Routing) -> float:
-    counts_E = assignment_counts(routing).float()
+    counts_E = counts_of(routing.chosen_TK, routing.logits_TE.shape[1]).float()
     return float(counts_E.max() / counts_E.mean())
 
 

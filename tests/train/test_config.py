@@ -64,7 +64,7 @@ def test_a_passage_through_json_changes_nothing() -> None:
 
 
 def test_an_unknown_field_of_a_recorded_configuration_is_not_dropped() -> None:
-    with pytest.raises(TypeError, match="learning_rate"):
+    with pytest.raises(ConfigError, match=r"train: unknown field 'learning_rate'; known: "):
         TrainConfig.from_dict({**train_config().to_dict(), "learning_rate": 1})
 
 

@@ -39,7 +39,7 @@ def test_lines_of_later_steps_are_dropped(tmp_path: Path) -> None:
 
 def test_opening_where_it_stopped_keeps_every_byte(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, 0)
-    log.write("metrics", {"step": 2, "loss": 2 / 3, "layers": [[0.1, 1e-7]]})
+    log.write("metrics", {"step": 2, "loss": 2 / 3, "loads": [[0.1, 1e-7]]})
     before = (tmp_path / "metrics.jsonl").read_bytes()
     MetricsLog(tmp_path, 2)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before

@@ -53,6 +53,13 @@ def test_a_dense_model_has_no_loads(loader: Loader, lengths_V: torch.Tensor) -> 
     assert found.loads == [] and found.cross_entropy > 0
 
 
+def test_loads_are_numbers_when_no_token_takes_an_expert(loader: Loader, lengths_V: torch.Tensor) -> None:
+    model = fresh_model(model_config(router="threshold"))
+    for block in model.layers:
+        block.ffn.router.threshold.fill_(1.0)
+    assert validate(model, loader.val_batches(64), lengths_V).loads == [[0.0] * 4] * 2
+
+
 def test_a_batch_without_targets_changes_nothing(loader: Loader, lengths_V: torch.Tensor) -> None:
     """Such a batch comes when the held-out tokens end with one document's last token in a batch of its own."""
     model = fresh_model(model_config())

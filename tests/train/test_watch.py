@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from mixtral.model import Mixtral, Packed, initialise
 from mixtral.moe.stats import dead_experts
@@ -24,9 +25,45 @@ def test_dead_by_count_and_by_norm() -> None:
     assert dead_experts(even, torch.tensor([1.0, 1.0, 1.0, 1000.0])) == 0  # one loud expert does not kill the others
 
 
-def test_a_faded_expert_is_seen_and_the_hooks_go() -> None:
+def _model() -> Mixtral:
     torch.manual_seed(0)
-    model = initialise(Mixtral(tiny().replace(dim=32, n_layers=2, n_heads=1, head_dim=32, ffn_dim=16, vocab_size=64)))
+    return initialise(Mixtral(tiny().replace(dim=32, n_layers=2, n_heads=1, head_dim=32, ffn_dim=16, vocab_size=64)))
+
+
+class Doubled(torch.nn.Module):
+    """What may stand in the place of experts: two arguments, rows out."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
+        return 2 * self.inner(rows_ND, counts_E)
+
+
+@torch.no_grad()
+def test_other_experts_are_watched_too() -> None:
+    model = _model()
+    with expert_output_norms(model) as plain:
+        model(Packed.of([list(range(64))]))
+    model.layers[1].ffn.experts = Doubled(model.layers[1].ffn.experts)  # type: ignore[union-attr, arg-type]
+    with expert_output_norms(model) as norms:
+        model(Packed.of([list(range(64))]))
+    assert len(norms) == 2 and torch.equal(norms[0], plain[0])
+    torch.testing.assert_close(norms[1], 2 * plain[1])
+
+
+@torch.no_grad()
+def test_one_token_is_watched_too() -> None:
+    model = _model()
+    with expert_output_norms(model) as norms:
+        routing = model(Packed.of([[5]])).routing
+    for seen, layer in zip(norms, routing, strict=True):
+        assert (seen > 0).nonzero().flatten().tolist() == sorted(layer.experts_TK[0].tolist())
+
+
+def test_a_faded_expert_is_seen_and_the_hooks_go() -> None:
+    model = _model()
     with torch.no_grad():
         model.layers[1].ffn.experts.w2[3] = 0  # type: ignore[union-attr]
         with expert_output_norms(model) as norms:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tests.weights.weight_states import CONFIGS, DENSE, SPARSE, assert_same, ran
 
 BESIDE = ("tokenizer.model", "tokenizer.model.v3", "tekken.json", "tokenizer.json", "tokenizer_config.json",
           "special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template.jinja")  # fmt: skip
+GENERATION = '{"eos_token_id": 2, "temperature": 0.5}'
 
 
 @pytest.mark.parametrize("to", ["hf", "mistral"])
@@ -62,6 +64,7 @@ def test_files_beside_the_weights(tmp_path: Path) -> None:
     save_hf(random_state(DENSE), DENSE, tmp_path / "src")
     for name in (*BESIDE, "README.md", "optimizer.pt"):
         (tmp_path / "src" / name).write_text(name)
+    (tmp_path / "src/generation_config.json").write_text(GENERATION)  # which is read too
     (tmp_path / "src/additional_chat_templates").mkdir()
     (tmp_path / "src/additional_chat_templates/rag.jinja").write_text("rag")
     (tmp_path / "src/chat_templates").mkdir()
@@ -69,7 +72,35 @@ def test_files_beside_the_weights(tmp_path: Path) -> None:
     written = {path.name for path in (tmp_path / "dst").iterdir()}
     assert written == {*BESIDE, "additional_chat_templates", "params.json", "consolidated.safetensors"}
     assert (tmp_path / "dst/additional_chat_templates/rag.jinja").read_text() == "rag"
-    assert all((tmp_path / "dst" / name).read_text() == name for name in BESIDE)
+    assert (tmp_path / "dst/generation_config.json").read_text() == GENERATION
+    assert all((tmp_path / "dst" / name).read_text() == name for name in BESIDE if name != "generation_config.json")
+
+
+@pytest.mark.parametrize(
+    ("said", "ends"),
+    [
+        (None, (2, 7, 9)),
+        ({"temperature": 0.5}, (2, 7, 9)),
+        ({"eos_token_id": [7, 4]}, (7, 4)),
+        ({"eos_token_id": 4}, (4,)),
+    ],
+)
+@pytest.mark.parametrize("route", [("mistral",), ("hf",), ("gguf",), ("mistral", "hf"), ("gguf", "hf", "mistral")])
+def test_all_end_tokens_survive(
+    said: dict[str, object] | None, ends: tuple[int, ...], route: tuple[str, ...], tmp_path: Path
+) -> None:
+    config = DENSE.replace(eos_id=[2, 7, 9])
+    save_hf(random_state(config), config, tmp_path / "0")
+    if said is not None:
+        (tmp_path / "0/generation_config.json").write_text(json.dumps(said))
+    source = tmp_path / "0"
+    for number, to in enumerate(route, start=1):
+        target = tmp_path / (f"{number}.gguf" if to == "gguf" else str(number))
+        convert(source, target, to)
+        assert read_config(target).eos_ids == ends, to
+        source = target
+    if "gguf" not in route and said:
+        assert said.items() <= json.loads((source / "generation_config.json").read_text()).items()
 
 
 @pytest.mark.parametrize("kind", ["own", "added, added_tokens_decoder"])

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mixtral.config import ModelConfig
+from mixtral.config import LIMITS, ModelConfig
 from mixtral.errors import UsageError, WeightsError
 from mixtral.weights import detect_format, load, load_state, save_hf, save_mistral
 from mixtral.weights.load import PACKED_FILE, StateReader
@@ -173,14 +174,26 @@ def test_an_index_that_lies(shards: Path) -> None:
 
 
 def test_a_broken_index(shards: Path) -> None:
-    for content in ("", "[]", "{}", '{"weight_map": {}}', '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'):
+    for content in ("{}", '{"weight_map": {}}', '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'):
         (shards / "model.safetensors.index.json").write_text(content)
         assert "model.safetensors.index.json: not an index; " in refusal(shards, SPARSE)
+    for content in ("", "[]", '{"weight_map": ' + "[" * 10_000):
+        (shards / "model.safetensors.index.json").write_text(content)
+        assert "model.safetensors.index.json: " in refusal(shards, SPARSE)
 
 
-def test_an_unreadable_index(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "read_text", lambda *_, **__: os.listdir(__file__))
-    assert "model.safetensors.index.json: cannot be read: Not a directory" in refusal(shards, SPARSE)
+def test_a_config_of_any_number_of_tensors_is_refused_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A configuration may claim what it likes: nothing is listed, let alone built, that the files cannot hold."""
+    start = time.process_time()
+    claim = SPARSE.replace(n_layers=LIMITS["n_layers"], n_experts=LIMITS["n_experts"])
+    assert " missing: model.layers.0." in refusal(folder, claim)  # as transformers 5 stacks experts
+    assert " missing: model.layers.10." in refusal(folder, DENSE.replace(n_layers=LIMITS["n_layers"]))
+    monkeypatch.setattr("mixtral.weights.load._LISTED", 1000)
+    message = refusal(folder, claim)
+    assert message.endswith("21 tensors, where the config asks for at least 24,576 (4,096 layers of 65,536 experts)")
+    assert time.process_time() - start < 2
 
 
 def test_folders_without_weights(tmp_path: Path) -> None:
@@ -197,7 +210,7 @@ def test_folders_without_weights(tmp_path: Path) -> None:
 
 PEAK = """
 import re, sys, torch
-from mixtral.config import ModelConfig
+from mixtral.config import LIMITS, ModelConfig
 from mixtral.weights import load_state, parameter_shapes, save_hf, save_mistral
 
 def peak():

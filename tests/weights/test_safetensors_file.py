@@ -98,9 +98,9 @@ def entry(first: int, last: int, shape: object = (2,), **more: Any) -> dict[str,
         (pack({"a": entry(0, 8)})[:20], "not a safetensors file, or cut off inside its header (20 bytes)"),
         (pack(b"{no json"), "not a safetensors file, or a damaged one: bad header"),
         (pack(b'{"a": "\xff"}'), "not a safetensors file, or a damaged one: bad header"),
-        (pack([1]), "not a safetensors file, or a damaged one: bad header (no JSON object)"),
-        (pack({"a": {"dtype": "F32"}}), "not a safetensors file, or a damaged one: bad header ('shape')"),
-        (pack({"a": entry(0, 8, [-2])}, 8), "bad header (sizes must be non-negative integers)"),
+        (pack([1]), "not a safetensors file, or a damaged one: bad header: must hold a JSON object, not"),
+        (pack({"a": {"dtype": "F32"}}), "bad header: a must have dtype, shape and data_offsets, not {'dtype': 'F32'}"),
+        (pack({"a": entry(0, 8, [-2])}, 8), "bad header: a: shape must be a list of at most 16 sizes, not [-2]"),
         (pack({"a": entry(0, 8)}, 7), "truncated: the header promises 8 bytes of tensors, 7 are there"),
         (pack({"a": entry(0, 8)}, 9), "damaged: the header promises 8 bytes of tensors, 9 are there"),
         (pack({"a": entry(0, 12)}, 12), "damaged: the byte range of a does not fit its shape and place"),
@@ -155,3 +155,24 @@ def test_a_file_larger_than_memory_is_mapped(tmp_path: Path) -> None:
         file.write(struct.pack("<Q", len(header)) + header)
         file.truncate(8 + len(header) + size)
     assert SafetensorsFile(tmp_path / "a.safetensors").mapped()["w"][-1] == 0
+
+
+def test_a_header_that_is_no_plain_json(tmp_path: Path) -> None:
+    wrong = {
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], "more": 1}}': "must have dtype, shape",
+        b'{"a": {}, "a": {}}': "key 'a' stands twice",
+        b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}": "nested more than 64 deep",
+        b'{"a": 1e400}': "no finite number",
+        b'{"%s": 1}' % (b"x" * 5000): "must have dtype, shape and data_offsets, not 1",
+    }
+    for header, message in wrong.items():
+        (tmp_path / "x").write_bytes(pack(header, 8))
+        with pytest.raises(WeightsError) as error:
+            SafetensorsFile(tmp_path / "x")
+        assert message in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x")
+    with pytest.raises(WeightsError, match="cannot be read: not a regular file"):
+        SafetensorsFile(tmp_path / "x")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,16 @@ def test_round_trip(name: str, fused: bool, dtype: torch.dtype, tmp_path: Path) 
     assert_same(load_state(tmp_path / "model", config), state)
     held = load_file(tmp_path / "model" / "model.safetensors").keys()
     assert any("gate_up_proj" in key for key in held) == (fused and config.is_sparse)
+
+
+@pytest.mark.parametrize("write", [save_hf, save_mistral])
+@pytest.mark.parametrize("eos_id", [2, 7, (7, 2, 9)])
+def test_all_end_tokens_are_saved(write: Any, eos_id: int | tuple[int, ...], tmp_path: Path) -> None:
+    config = SPARSE.replace(eos_id=eos_id)
+    write(random_state(config), config, tmp_path / "model")
+    assert read_config(tmp_path / "model").eos_id == eos_id
+    beside = (tmp_path / "model/generation_config.json").exists()
+    assert beside == (write is save_mistral and eos_id != 2)
 
 
 def test_shards_stay_within_their_limit(tmp_path: Path) -> None:

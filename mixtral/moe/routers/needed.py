@@ -33,14 +33,15 @@ class _NeededRouter(Router):
 
 
 class TopPRouter(_NeededRouter):
-    """The fewest experts whose softmax scores sum to p or more (arXiv 2403.07652); weights are Mixtral's."""
+    """The fewest experts whose softmax scores sum to p or more (arXiv 2403.07652), all at p = 1; Mixtral's weights."""
 
     options: TopP
 
     def _needs(self, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:
         order_TE = logits_TE.sort(dim=-1, descending=True, stable=True).indices
         sorted_TE = scores_TE.gather(1, order_TE)
-        needed_TE = sorted_TE.cumsum(-1) - sorted_TE < self.options.p  # those before it do not suffice
+        p = self.options.p if self.options.p < 1 else math.inf  # a running sum rounds to 1 before the smallest scores
+        needed_TE = sorted_TE.cumsum(-1) - sorted_TE < p  # those before it do not suffice
         needed_TE[:, : self.options.least] = True
         return torch.empty_like(needed_TE).scatter_(1, order_TE, needed_TE)
 

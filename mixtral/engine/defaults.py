@@ -1,0 +1,112 @@
+"""What a model recommends of its own generation: generation_config.json, or the metadata of a GGUF file.
+
+Three sources, the first that says something counts: what is asked for, what the model recommends, the defaults of
+SamplingParams. Python and command line take them alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mixtral.config_table import warn_once
+from mixtral.engine.params import SamplingParams
+from mixtral.errors import ConfigError, UsageError, one_line, shown
+from mixtral.generation_config import GGUF_KEY, HONOURED, KEYS, NEUTRAL, SAMPLING, read_generation_config
+from mixtral.gguf_header import read_gguf_header
+from mixtral.json_files import parse_object
+
+_GGUF = "general.sampling."
+_GGUF_KEYS = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}  # -> field
+
+
+def recommended(path: str | Path) -> dict[str, Any]:
+    """What a model folder or GGUF file recommends -> fields of SamplingParams; without a temperature it is greedy.
+
+    What would change the result and is not applied is named in one warning. Raises ConfigError, naming file and key,
+    for values that are damaged; WeightsError for a damaged GGUF file.
+    """
+    path = Path(path)
+    if path.suffix != ".gguf":
+        return _of_json(*read_generation_config(path))
+    metadata = read_gguf_header(path).metadata
+    if isinstance(text := metadata.get(GGUF_KEY), str):
+        values = parse_object(text.encode(), f"{path}: {GGUF_KEY}")
+        return _of_json(path, {key: value for key, value in values.items() if value is not None})
+    return _of_gguf(path, metadata)
+
+
+def with_recommended(asked: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
+    """`asked` and, where it says nothing, what the model recommends.
+
+    A number of new tokens that is asked for also stands in for a recommended number of all tokens. `stop` may be one
+    string.
+    """
+    if isinstance(stop := asked.get("stop"), str):
+        asked = {**asked, "stop": (stop,)}
+    instead = {"max_tokens": "max_length", "min_tokens": "min_length"}
+    replaced = {whole for new, whole in instead.items() if new in asked}
+    return {name: value for name, value in model.items() if name not in replaced} | dict(asked)
+
+
+def _of_json(file: Path, values: dict[str, Any]) -> dict[str, Any]:
+    samples = values.get("do_sample", False)
+    if not isinstance(samples, bool):
+        raise ConfigError(f"{file}: do_sample must be true or false, not {shown(samples)}")
+    _warn(file, {
+        "not applied": [f"{key} {shown(v)}" for key, v in values.items() if key in NEUTRAL and v not in NEUTRAL[key]],
+        "no effect without do_sample": [
+            key for key, neutral in SAMPLING.items() if not samples and values.get(key, neutral) != neutral
+        ],
+        "unknown": [key for key in values if key not in KEYS],
+    })  # fmt: skip
+    if isinstance(stop := values.get("stop_strings"), str):
+        values["stop_strings"] = [stop]
+    if "max_new_tokens" in values:
+        values.pop("max_length", None)
+    if "min_new_tokens" in values:
+        values.pop("min_length", None)
+    found = {HONOURED[key]: _checked(file, key, HONOURED[key], v) for key, v in values.items() if key in HONOURED}
+    if "max_length" in found:
+        found["max_tokens"] = found["max_length"]  # no bound of its own on the new ones
+    return found | (_sampling(file, values) if samples else {})
+
+
+def _sampling(file: Path, values: dict[str, Any]) -> dict[str, Any]:
+    stated = {key: values.get(key, otherwise) for key, otherwise in SAMPLING.items()}
+    if stated["top_k"] == 0:  # as transformers writes "no such filter"
+        stated["top_k"] = None
+    neutral = SamplingParams()
+    found = {key: _checked(file, key, key, value) for key, value in stated.items()}
+    return {key: value for key, value in found.items() if key == "temperature" or value != getattr(neutral, key)}
+
+
+def _of_gguf(file: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    values = {key.removeprefix(_GGUF): value for key, value in metadata.items() if key.startswith(_GGUF)}
+    samples = "temp" in values
+    _warn(file, {
+        "not applied": [f"{_GGUF}{key} {shown(value)}" for key, value in values.items() if key not in _GGUF_KEYS],
+        f"no effect without {_GGUF}temp": [f"{_GGUF}{key}" for key in values if not samples and key in _GGUF_KEYS],
+    })  # fmt: skip
+    if not samples:
+        return {}
+    if values.get("top_k") == 0:
+        del values["top_k"]
+    return {
+        field: _checked(file, f"{_GGUF}{key}", field, values[key]) for key, field in _GGUF_KEYS.items() if key in values
+    }
+
+
+def _checked(file: Path, key: str, field: str, value: Any) -> Any:
+    """The value as SamplingParams holds it."""
+    try:
+        return getattr(SamplingParams(**{field: value}), field)
+    except UsageError as error:
+        raise ConfigError(f"{file}: {str(error).replace(f'sampling: {field}', f'sampling: {key}', 1)}") from None
+
+
+def _warn(file: Path, groups: dict[str, list[str]]) -> None:
+    parts = "; ".join(f"{what}: {', '.join(names)}" for what, names in groups.items() if names)
+    if parts:
+        warn_once(one_line(f"{file}: {parts}"))

@@ -1,0 +1,121 @@
+"""SamplingParams: how to continue one prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from mixtral.errors import UsageError, did_you_mean, shown
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to continue one prompt. Raises UsageError when a value is out of range.
+
+    Lists become tuples.
+    """
+
+    # how long
+    max_tokens: int = 256
+    max_length: int | None = None  # the most tokens of prompt and continuation together
+    min_tokens: int = 0  # no end token before so many new ones
+    min_length: int = 0  # no end token before prompt and continuation together have so many
+    stop: tuple[str, ...] = ()  # end before any of these strings
+    ignore_eos: bool = False  # go on after an end token
+    # which tokens may follow, whatever their probability
+    repetition_penalty: float = 1.0  # above 1: every token that occurred so far becomes less probable
+    no_repeat_ngram_size: int = 0  # no sequence of this many tokens occurs twice; 0: no such rule
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that are never completed
+    suppress_tokens: tuple[int, ...] = ()  # never sampled
+    begin_suppress_tokens: tuple[int, ...] = ()  # not as the first new token
+    # how to sample
+    temperature: float = 0.0  # 0: always the most probable token
+    top_h: float | None = None  # keep the most probable tokens up to this share of the entropy
+    top_k: int | None = None  # keep this many of the most probable tokens
+    top_p: float = 1.0  # keep the fewest of the most probable tokens whose probabilities reach this sum
+    min_p: float = 0.0  # keep tokens of at least this share of the highest probability
+    typical_p: float = 1.0  # keep the fewest tokens nearest to the expected surprise that reach this sum
+    epsilon_cutoff: float = 0.0  # keep tokens of at least this probability
+    eta_cutoff: float = 0.0  # the same, with a smaller bound where the distribution is flat
+    seed: int | None = None  # None: another text every time
+
+    def __post_init__(self) -> None:
+        self._make_tuples()
+        self._check_lengths()
+        self._check_history()
+        self._check_sampling()
+
+    def _make_tuples(self) -> None:
+        for name in ("stop", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"):
+            if isinstance(value := getattr(self, name), list | tuple):
+                object.__setattr__(self, name, tuple(tuple(v) if isinstance(v, list) else v for v in value))
+
+    def _check_lengths(self) -> None:
+        self._require("max_tokens", "a positive integer", _is_int(self.max_tokens, 1))
+        max_length = self.max_length is None or _is_int(self.max_length, 1)
+        self._require("max_length", "a positive integer or None", max_length)
+        for name in ("min_tokens", "min_length"):
+            self._require(name, "an integer of at least 0", _is_int(getattr(self, name), 0))
+        strings = isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop)
+        self._require("stop", "a tuple of strings that are not empty", strings)
+        self._require("ignore_eos", "True or False", isinstance(self.ignore_eos, bool))
+
+    def _check_history(self) -> None:
+        penalty = _is_number(self.repetition_penalty) and 1e-30 <= self.repetition_penalty <= 1e30  # 0 or inf in fp32
+        self._require("repetition_penalty", "a positive number from 1e-30 to 1e30", penalty)
+        self._require("no_repeat_ngram_size", "an integer of at least 0", _is_int(self.no_repeat_ngram_size, 0))
+        words = isinstance(self.bad_words_ids, tuple) and all(word and _are_ids(word) for word in self.bad_words_ids)
+        self._require("bad_words_ids", "a list of lists of token ids, none of them empty", words)
+        for name in ("suppress_tokens", "begin_suppress_tokens"):
+            self._require(name, "a list of token ids", _are_ids(getattr(self, name)))
+
+    def _check_sampling(self) -> None:
+        self._require("temperature", "a number of at least 0", _is_number(self.temperature) and self.temperature >= 0)
+        top_h = self.top_h is None or _is_share(self.top_h, above=True)
+        self._require("top_h", "above 0 and at most 1, or None", top_h)
+        self._require("top_k", "a positive integer or None", self.top_k is None or _is_int(self.top_k, 1))
+        for name in ("top_p", "typical_p"):
+            self._require(name, "above 0 and at most 1", _is_share(getattr(self, name), above=True))
+        self._require("min_p", "between 0 and 1", _is_share(self.min_p))
+        for name in ("epsilon_cutoff", "eta_cutoff"):
+            value = getattr(self, name)
+            self._require(name, "at least 0 and below 1", _is_share(value) and value < 1)
+        self._require("seed", "an integer of at least 0 or None", self.seed is None or _is_int(self.seed, 0))
+
+    def _require(self, name: str, wanted: str, holds: bool) -> None:
+        if not holds:
+            raise UsageError(f"sampling: {name} must be {wanted}, not {shown(getattr(self, name))}")
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether some filter may drop tokens before one is sampled."""
+        neutral = self.top_k is None and self.top_h is None and self.top_p == 1 and self.typical_p == 1
+        return not (neutral and self.min_p == self.epsilon_cutoff == self.eta_cutoff == 0)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SamplingParams:
+        """From field names; an unknown one raises UsageError with the nearest known one."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                raise UsageError(f"sampling: unknown option {name!r}; {did_you_mean(name, known)}")
+        return cls(**values)
+
+
+def _is_int(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_share(value: Any, above: bool = False) -> bool:
+    """Whether it lies in 0..1, or `above` 0."""
+    return _is_number(value) and 0 <= value <= 1 and not (above and value == 0)
+
+
+def _are_ids(value: object) -> bool:
+    return isinstance(value, tuple) and all(_is_int(i, 0) for i in value)

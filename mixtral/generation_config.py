@@ -1,0 +1,92 @@
+"""generation_config.json, key by key: what a model's folder says of generating, and which keys are honoured here.
+
+The tables name every key of transformers' GenerationConfig, each in one of them. The configuration takes the end tokens
+(config_formats.py), the engine makes sampling parameters of the rest (engine/defaults.py); docs/generation.md says what
+each key means.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mixtral.json_files import read_object
+
+NAME = "generation_config.json"
+GGUF_KEY = f"mixtral.file.{NAME}"  # where a GGUF file that we wrote keeps it, as text
+
+HONOURED = {  # key -> field of SamplingParams
+    "max_new_tokens": "max_tokens",
+    "max_length": "max_length",
+    "min_new_tokens": "min_tokens",
+    "min_length": "min_length",
+    "stop_strings": "stop",
+    "repetition_penalty": "repetition_penalty",
+    "no_repeat_ngram_size": "no_repeat_ngram_size",
+    "bad_words_ids": "bad_words_ids",
+    "suppress_tokens": "suppress_tokens",
+    "begin_suppress_tokens": "begin_suppress_tokens",
+}
+SAMPLING = {  # honoured with `do_sample` alone: key, which is also the field -> value where the file says nothing
+    "temperature": 1.0,
+    "top_h": None,
+    "top_k": 50,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+SWITCHES = frozenset({"do_sample", "eos_token_id"})  # read apart
+_CACHES = ("dynamic", "static", "hybrid", "sliding_window", "hybrid_chunked", "paged")
+NEUTRAL: dict[str, tuple[object, ...]] = {  # changes the result, not implemented -> values that ask for nothing
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "num_return_sequences": (1,),
+    "penalty_alpha": (0,),
+    "guidance_scale": (1,),
+    "encoder_repetition_penalty": (1,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "sequence_bias": (),
+    "exponential_decay_length_penalty": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "force_words_ids": (),
+    "constraints": (),
+    "remove_invalid_values": (False,),
+    "token_healing": (False,),
+    "watermarking_config": (),
+    "dola_layers": (),
+    "max_time": (),
+    "cache_implementation": _CACHES + tuple(f"offloaded{end}" for end in ("", "_static", "_hybrid", "_hybrid_chunked")),
+}
+HARMLESS = frozenset(
+    {"bos_token_id", "pad_token_id", "decoder_start_token_id", "renormalize_logits", "use_cache", "cache_config"}
+    | {"max_cache_len", "prefill_chunk_size", "compile_config", "disable_compile", "continuous_batching_config"}
+    # of beams, and of contrastive search: what switches these on is named
+    | {"early_stopping", "length_penalty", "diversity_penalty", "low_memory"}
+    # speculation, which changes the speed alone
+    | {"use_mtp", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_early_exit"}
+    | {"assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight"}
+    | {"prompt_lookup_num_tokens", "max_matching_ngram_size", "speculation_type"}
+    # what is returned beside the tokens, and where the file comes from
+    | {"output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"}
+    | {"transformers_version", "_from_model_config", "_commit_hash"}
+)
+KEYS = HONOURED.keys() | SAMPLING.keys() | SWITCHES | NEUTRAL.keys() | HARMLESS
+
+
+def read_generation_config(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """(file, what it says) of a model's folder; a null says nothing, and is left out.
+
+    Without generation_config.json, the keys of this kind in config.json: there old versions of transformers kept them,
+    and the new ones still read them. Raises ConfigError when the file is damaged.
+    """
+    file = folder / NAME
+    if file.exists():
+        values = read_object(file)
+    elif (file := folder / "config.json").exists():
+        values = {key: value for key, value in read_object(file).items() if key in KEYS}
+    else:
+        values = {}
+    return file, {key: value for key, value in values.items() if value is not None}
