@@ -11,7 +11,7 @@ import re
 import reprlib
 from collections.abc import Iterable
 
-_LONGEST_LINE = 390  # characters
+_LONGEST_LINE = 590  # characters
 _LONGEST_WORD = 160  # without a slash; a path is told in full
 _shortener = reprlib.Repr()
 _shortener.maxstring = _shortener.maxother = _shortener.maxlong = 60
