@@ -175,3 +175,11 @@ def test_what_a_folder_without_a_tokenizer_says(way: str, tmp_path: Path) -> Non
         (tmp_path / "source" / name).write_bytes(content)
     written = WAYS[way](tmp_path / "source", tmp_path / "target")
     assert side_files(written) == files and read_tokenizer(written) is None
+
+
+def test_params_json_gets_begin_and_end_from_the_tokenizer(source: Path, tmp_path: Path) -> None:
+    written = _convert("mistral")(source, tmp_path)
+    (written / "generation_config.json").unlink()
+    assert mixtral.load(written, device="cpu").config.eos_ids == (1000,)
+    convert(written, tmp_path / "back", "hf")
+    assert read_config(tmp_path / "back").eos_ids == (1000,)
