@@ -111,8 +111,10 @@ def check_value(name: str, value: object, kind: Any) -> Any:
         bound = " below 2^63"
     elif isinstance(value, str) and len(value) > _LONGEST_TEXT:
         bound = f" of at most {_LONGEST_TEXT} characters"
-    if type(value) is not wanted or bound:
-        raise ConfigError(f"{name} must be {_NAMES[wanted]}{bound if type(value) is wanted else ''}, not {shown(value)}")
+    if type(value) is not wanted:
+        raise ConfigError(f"{name} must be {_NAMES[wanted]}, not {shown(value)}")
+    if bound:
+        raise ConfigError(f"{name} must be {_NAMES[wanted]}{bound}, not {shown(value)}")
     return value
 
 

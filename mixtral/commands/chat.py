@@ -117,8 +117,8 @@ class Conversation:
         before = self.tokenizer.encode("", self.bos, eos=False)
         ids = self.tokenizer.encode(self.text, bos=False, eos=False)
         context = self.lm.config.context
-        room = max(1, min(self.params.max_length or context, context) - self.params.max_tokens - len(before))
-        return [*before, *ids[-room:]]
+        room = min(self.params.max_length or context, context) - self.params.max_tokens - len(before)
+        return [*before, *ids[-max(1, room) :]]
 
     def _answer(self, line: str) -> None:
         """Add a line to the text and let the model go on; Ctrl-C keeps what it has said so far."""

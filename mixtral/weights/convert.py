@@ -72,10 +72,10 @@ def convert(
         else:
             write_mistral(state, config, new, dtype, progress, allow_nonfinite)
         copy_tokenizer(src, new)
-        if to == "mistral":
-            write_end_tokens(config, new)  # after the copied file, which may name none
         if to == "hf":
             _add_tokenizer_json(new)
+        if to == "mistral":
+            write_end_tokens(config, new)  # the copied file may name none
 
 
 def _add_tokenizer_json(folder: Path) -> None:

@@ -49,6 +49,20 @@ def test_the_folder_says_how_to_draw_unless_one_says_oneself(run: Run, folder: P
     assert code != 0 and out == "" and "generation_config.json: sampling: top_p must be above 0 and at most 1" in err
 
 
+def test_the_folder_says_whether_there_is_a_begin_unless_one_says_oneself(
+    run: Run, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    ask = ("generate", "--prompt", "To be", "--max-tokens", "12", "--json")
+    with_it, without = ([json.loads(run(*ask, "--model", place, *option).out)["tokens"] for place, option in cases]
+                        for cases in ([(folder, ()), (folder, ("--bos",))], [(folder, ("--no-bos",))]))  # fmt: skip
+    assert with_it[0] == with_it[1] != without[0]
+    document = json.loads((tmp_path / "model/tokenizer.json").read_text()) | {"post_processor": None}
+    (tmp_path / "model/tokenizer.json").write_text(json.dumps(document))
+    for option, wanted in (((), without), (("--no-bos",), without), (("--bos",), with_it)):
+        assert json.loads(run(*ask, "--model", tmp_path / "model", *option).out)["tokens"] == wanted[0]
+
+
 OPTIONS: dict[str, Any] = {
     "min_tokens": 3, "temperature": 1.5, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.8,
     "repetition_penalty": 1.4, "no_repeat_ngram_size": 1, "suppress_tokens": [65, 66], "seed": 3, "max_tokens": 10,
@@ -93,18 +107,6 @@ def test_what_the_folder_asks_for_and_is_not_applied_is_told(
     assert run("generate", "--model", tmp_path / "model", "--prompt", "To be", "--max-tokens", "2").code == 0
     [record] = caplog.records
     assert record.message.endswith("generation_config.json: not applied: num_beams 4; unknown: fou")
-def test_the_folder_says_whether_there_is_a_begin_unless_one_says_oneself(
-    run: Run, folder: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(folder, tmp_path / "model")
-    ask = ("generate", "--prompt", "To be", "--max-tokens", "12", "--json")
-    with_it, without = ([json.loads(run(*ask, "--model", place, *option).out)["tokens"] for place, option in cases]
-                        for cases in ([(folder, ()), (folder, ("--bos",))], [(folder, ("--no-bos",))]))  # fmt: skip
-    assert with_it[0] == with_it[1] != without[0]
-    document = json.loads((tmp_path / "model/tokenizer.json").read_text()) | {"post_processor": None}
-    (tmp_path / "model/tokenizer.json").write_text(json.dumps(document))
-    for option, wanted in (((), without), (("--no-bos",), without), (("--bos",), with_it)):
-        assert json.loads(run(*ask, "--model", tmp_path / "model", *option).out)["tokens"] == wanted[0]
 
 
 def test_a_seed_repeats(run: Run, folder: Path) -> None:

@@ -165,3 +165,21 @@ def test_a_strangers_templates_become_files() -> None:
     assert files == {"chat_template.jinja": CHAT.encode(), "additional_chat_templates/rag.jinja": b"r"}
     changed = {**told, "mixtral.file.chat_template.jinja": "before", "mixtral.file.generation_config.json": "{}"}
     assert _files(changed) == {**files, "generation_config.json": b"{}"}  # another program changed the template
+
+
+@pytest.mark.parametrize("way", ["save", "hf", "mistral and back", "gguf and back", "quantised"])
+def test_what_a_folder_without_a_tokenizer_says(way: str, tmp_path: Path) -> None:
+    save_hf(random_state(CONFIG), CONFIG, tmp_path / "source")
+    files = {"generation_config.json": json.dumps(GENERATION).encode(), "chat_template.jinja": CHAT.encode()}
+    for name, content in files.items():
+        (tmp_path / "source" / name).write_bytes(content)
+    written = WAYS[way](tmp_path / "source", tmp_path / "target")
+    assert side_files(written) == files and read_tokenizer(written) is None
+
+
+def test_params_json_gets_begin_and_end_from_the_tokenizer(source: Path, tmp_path: Path) -> None:
+    written = _convert("mistral")(source, tmp_path)
+    (written / "generation_config.json").unlink()
+    assert mixtral.load(written, device="cpu").config.eos_ids == (1000,)
+    convert(written, tmp_path / "back", "hf")
+    assert read_config(tmp_path / "back").eos_ids == (1000,)
