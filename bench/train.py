@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from mixtral.cores import cpu_count
 from mixtral.data.loader import TrainBatch
-from mixtral.hardware import cpu_count
 from mixtral.kernels.memory import keep_freed_memory
 from mixtral.presets import small
 from mixtral.runtime import set_threads

@@ -12,6 +12,7 @@ from mixtral.commands.common import (
     DeviceOption,
     DtypeOption,
     ModelOption,
+    ThreadsOption,
     drawing,
     load_model,
     say,
@@ -38,6 +39,7 @@ def chat(
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End an answer before this text.")] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    threads: ThreadsOption = "auto",
 ) -> None:
     """Write a text in turn with a model.
 
@@ -55,7 +57,9 @@ def chat(
     """
     from mixtral.engine import SamplingParams
     from mixtral.errors import UsageError
+    from mixtral.runtime import set_threads
 
+    set_threads(threads)
     how = drawing(model, DRAWING, temperature=temperature, top_p=top_p)
     params = SamplingParams(max_tokens, **how, seed=seed, stop=tuple(stop or ()))
     lm, tokenizer = load_model(model, dtype, device)

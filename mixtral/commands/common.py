@@ -25,6 +25,10 @@ DtypeOption = Annotated[
     str, typer.Option(metavar="NAME", help="bf16, fp32 or fp16; auto: the file's, or fp32 where bf16 is slow.")
 ]
 DeviceOption = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:N; auto: a GPU when there is one.")]
+ThreadsOption = Annotated[
+    str,
+    typer.Option(metavar="N", help="auto: OMP_NUM_THREADS, or all cores; training measures what is fastest, or keeps."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead.")]
 
 

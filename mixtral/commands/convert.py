@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mixtral.commands.common import bytes_text, stages_bar
+from mixtral.commands.common import ThreadsOption, bytes_text, stages_bar
 
 
 def convert(
@@ -27,6 +27,7 @@ def convert(
     fused: Annotated[
         bool, typer.Option("--fused", help="One tensor a layer for all experts, as transformers 5 holds them; hf only.")
     ] = False,
+    threads: ThreadsOption = "auto",
 ) -> None:
     """Rewrite a model for Hugging Face's, Mistral's or llama.cpp's tools.
 
@@ -39,9 +40,10 @@ def convert(
     mixtral convert Mixtral-8x7B-v0.1 mixtral.gguf --to gguf --type q8_0
     """
     from mixtral import weights
-    from mixtral.runtime import choose_dtype
+    from mixtral.runtime import choose_dtype, set_threads
     from mixtral.shipped import model_folder
 
+    set_threads(threads)
     written = None if dtype == "auto" else choose_dtype(dtype, "cpu")
     with stages_bar(in_bytes=True) as progress:
         weights.convert(model_folder(source), target, to, written, fused, progress, type)

@@ -15,6 +15,7 @@ from mixtral.commands.common import (
     DeviceOption,
     DtypeOption,
     ModelOption,
+    ThreadsOption,
     console,
     drawing,
     load_model,
@@ -50,6 +51,7 @@ def generate(
     routing: Annotated[bool, typer.Option("--routing", help="Show which experts took the tokens.")] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    threads: ThreadsOption = "auto",
 ) -> None:
     """Continue a prompt.
 
@@ -65,7 +67,9 @@ def generate(
     """
     from mixtral.engine import SamplingParams
     from mixtral.errors import UsageError
+    from mixtral.runtime import set_threads
 
+    set_threads(threads)
     how = drawing(model, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     params = SamplingParams(max_tokens, **how, seed=seed, stop=tuple(stop or ()))
     prompt = read_stdin() if prompt == "-" else prompt

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sentencepiece import SentencePieceProcessor
 
+from mixtral.cores import threads
 from mixtral.errors import MixtralError, UsageError
 from mixtral.tokenizer.base import Tokenizer
 from mixtral.tokenizer.export import hf_config, spm_to_json, tekken_to_json
@@ -62,7 +62,7 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def _encode_batch(self, texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = self._processor.encode(texts, num_threads=os.cpu_count() or 1)
+        ids: list[list[int]] = self._processor.encode(texts, num_threads=threads())
         return ids
 
     def _files(self) -> dict[str, bytes]:

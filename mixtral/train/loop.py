@@ -29,6 +29,7 @@ from mixtral.train.metrics import MatrixRate, MetricsLog, Speed, bits_per_byte, 
 from mixtral.train.nonfinite import first_bad_layer, keep_batch
 from mixtral.train.optim import Optimizer
 from mixtral.train.step import NonFiniteLoss, StepResult, Validation, train_step, validate
+from mixtral.train.threads import ThreadWatch
 from mixtral.train.trackers import Trackers
 from mixtral.train.view import View
 
@@ -69,6 +70,7 @@ class Run:
     byte_lengths_V: torch.Tensor
     view: View
     matrix_rate: MatrixRate | None = None  # None: steps are not told as a share of it
+    watch: ThreadWatch | None = None  # None: nobody looks whether the run becomes slow
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
@@ -103,6 +105,7 @@ class Run:
         if self.matrix_rate:
             rate = self.matrix_rate
             log.write("timings", {"step": self.progress.step, "matrix_rate": rate.flops, "matrix_dtype": rate.dtype})
+        log.write("timings", {"step": self.progress.step, "threads": torch.get_num_threads()})
         if self.progress.start_loss is None:
             last = self._validate(log)
             self.progress.start_loss = last.cross_entropy
@@ -140,6 +143,8 @@ class Run:
         log.write("timings", {"step": self.progress.step, **speed.line()})
         self._tell_failure()
         self.view.step(self.progress.step, result, bits, speed)
+        if self.watch:
+            self.watch.step(speed.tokens_per_second)
 
     def _validate(self, log: MetricsLog) -> Validation:
         result = validate(self.model, self.val_batches, self.byte_lengths_V)

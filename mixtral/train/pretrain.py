@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from mixtral.cores import asked_threads, cpu_count
 from mixtral.data.loader import Loader
 from mixtral.data.readers import BadInput
 from mixtral.data.shards import prepare
@@ -36,6 +38,7 @@ from mixtral.train.metrics import MatrixRate
 from mixtral.train.optim import Optimizer
 from mixtral.train.recompute import recompute_layers
 from mixtral.train.step import Validation
+from mixtral.train.threads import ThreadWatch, choose_threads, counts_to_try, measure_training
 from mixtral.train.trackers import require_packages
 from mixtral.train.view import View
 from mixtral.weights.save import write_hf
@@ -55,8 +58,8 @@ class Trained(NamedTuple):
     run: Run
 
 
-def begin(config: TrainConfig, out: Path) -> None:
-    """Claim a new run's folder and record what it is to do.
+def begin(config: TrainConfig, out: Path, threads: int | str | None = None, view: View | None = None) -> None:
+    """Claim a new run's folder and record what it is to do, and with how many threads: None or "auto" as measured.
 
     A run that failed before its first checkpoint, on bad data perhaps, is begun anew. Raises UsageError when the folder
     holds anything else, or the package of a tracker is missing.
@@ -68,6 +71,7 @@ def begin(config: TrainConfig, out: Path) -> None:
         raise UsageError(f"{out} is not empty; choose another --out, or go on with: mixtral train --resume {out}")
     if (out / "tokenizer").exists():
         remove_folder(out / "tokenizer")  # it may be of other data
+    set_threads(asked_threads(threads) or choose_threads(config, view or View()))
     record = {"train": config.to_dict(), "environment": environment()}
     atomic_write(out / "config.json", json.dumps(record, indent=1))
 
@@ -80,13 +84,38 @@ def split_checkpoint(path: Path) -> tuple[Path, Path | None]:
 
 def recorded_config(out: Path) -> TrainConfig:
     """The configuration of the run in `out`, or of the run that the checkpoint `out` is of; UsageError without one."""
+    path, record = _record(out)
+    try:
+        return TrainConfig.from_dict(record["train"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not a training configuration: {error}") from error
+
+
+def recorded_threads(out: Path) -> int:
+    """How many threads the run in `out` computes with: its bits depend on that, so it keeps them when it goes on."""
+    path, record = _record(out)
+    try:
+        return int(record["environment"]["threads"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: environment.threads is no number of threads ({error})") from error
+
+
+def change_threads(out: Path, threads: int | str) -> None:
+    """Let the run in `out` go on with another number of threads, and from there on with other bits."""
+    recorded_threads(out)  # or it is no training run
+    path, record = _record(out)
+    record["environment"]["threads"] = asked_threads(threads)
+    atomic_write(path, json.dumps(record, indent=1))
+
+
+def _record(out: Path) -> tuple[Path, dict[str, Any]]:
     out = split_checkpoint(out)[0]
     path = out / "config.json"
     try:
-        return TrainConfig.from_dict(json.loads(path.read_text())["train"])
+        return path, dict(json.loads(path.read_text()))
     except FileNotFoundError as error:
         raise UsageError(f"{out} is not a training run: it has no config.json") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path} is not a training configuration: {error}") from error
 
 
@@ -98,7 +127,7 @@ def pretrain(out: Path, view: View) -> Trained:
     out, checkpoint = split_checkpoint(out)
     config = recorded_config(out)
     require_packages(config.trackers)
-    set_threads()
+    _keep_threads(out, view)
     keep_freed_memory()
     tokenizer = _tokenizer(config, out, view)
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
@@ -111,6 +140,15 @@ def pretrain(out: Path, view: View) -> Trained:
     final = save_final(run, tokenizer)
     assert run.progress.start_loss is not None  # a run validates before its first step
     return Trained(final, run.progress.start_loss, validation, run)
+
+
+def _keep_threads(out: Path, view: View) -> None:
+    """Compute with the threads that are recorded; what speaks against them is told when the run goes on."""
+    threads, cores, asked = recorded_threads(out), cpu_count(), asked_threads()
+    set_threads(threads)
+    if latest_checkpoint(out) and (threads > cores or asked not in (None, threads)):
+        here = f"there are {cores} cores, so it is slower" if threads > cores else f"not OMP_NUM_THREADS={asked}"
+        view.say(f"threads: {threads} as before, for the same bits; {here}; --resume with --threads N changes it")
 
 
 def save_final(run: Run, tokenizer: Tokenizer) -> Path:
@@ -181,8 +219,16 @@ def _run(config: TrainConfig, tokenizer: Tokenizer, data: TokenData, out: Path, 
     loader = Loader(data, config.rows, config.context, config.seed)
     with view.working("measuring the matrix rate"):
         rate = MatrixRate.measure(dtype, device)
+    watch = _watch(config, out, view) if device.type == "cpu" else None
     return Run(
         folder=out, config=config, model=model, optimizer=Optimizer(model, config, dtype, data.domains), loader=loader,
         val_batches=loader.val_batches(config.val_tokens),
-        byte_lengths_V=torch.from_numpy(tokenizer.byte_lengths()), view=view, matrix_rate=rate,
+        byte_lengths_V=torch.from_numpy(tokenizer.byte_lengths()), view=view, matrix_rate=rate, watch=watch,
     )  # fmt: skip
+
+
+def _watch(config: TrainConfig, out: Path, view: View) -> ThreadWatch:
+    threads = torch.get_num_threads()
+    counts = {*counts_to_try(cpu_count()), threads}
+    measure = None if config.compile else partial(measure_training, config, counts)  # compiling anew takes long
+    return ThreadWatch(out, threads, measure, view.say)

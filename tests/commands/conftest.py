@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from mixtral import cli
+from mixtral import cli, cores
 from mixtral.config import ModelConfig
 from mixtral.lm import LM
 from mixtral.model import Mixtral, initialise
@@ -33,7 +33,9 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     """Run `mixtral ARGUMENTS` at 80 columns; logging and threads of the test process stay as they are."""
     monkeypatch.setattr(cli, "_prepare", lambda: None)
     monkeypatch.setenv("COLUMNS", "80")
-    level = logging.getLogger("mixtral").level
+    monkeypatch.setattr(cores, "_chosen", None)
+    monkeypatch.setenv("RAYON_NUM_THREADS", "1")
+    level, threads = logging.getLogger("mixtral").level, torch.get_num_threads()
 
     def call(*arguments: str | Path) -> Outcome:
         capsys.readouterr()
@@ -41,6 +43,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return Outcome(code, *capsys.readouterr())
 
     yield call
+    torch.set_num_threads(threads)
     logging.getLogger("mixtral").setLevel(level)
 
 

@@ -168,7 +168,7 @@ def test_programs_that_fail() -> None:
 
 
 def test_the_command(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nano_quantised, "set_threads", lambda: None)
+    monkeypatch.setattr(nano_quantised, "set_threads", lambda *_: None)
     options = ["--tokens", "60", "--json", str(tmp_path / "out.json")]
     monkeypatch.setattr(sys, "argv", ["nano_quantised.py", str(run), *options])
     nano_quantised.main()
