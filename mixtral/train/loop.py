@@ -104,8 +104,8 @@ class Run:
         config, last = self.config, None
         if self.matrix_rate:
             rate = self.matrix_rate
-            log.write("timings", {"step": self.progress.step, "matrix_rate": rate.flops, "matrix_dtype": rate.dtype})
-        log.write("timings", {"step": self.progress.step, "threads": torch.get_num_threads()})
+            ceiling = {"matrix_rate": rate.flops, "matrix_dtype": rate.dtype, "threads": torch.get_num_threads()}
+            log.write("timings", {"step": self.progress.step, **ceiling})
         if self.progress.start_loss is None:
             last = self._validate(log)
             self.progress.start_loss = last.cross_entropy

@@ -147,7 +147,8 @@ def _keep_threads(out: Path, view: View) -> None:
     threads, cores, asked = recorded_threads(out), cpu_count(), asked_threads()
     set_threads(threads)
     if latest_checkpoint(out) and (threads > cores or asked not in (None, threads)):
-        here = f"there are {cores} cores, so it is slower" if threads > cores else f"not OMP_NUM_THREADS={asked}"
+        few = "there is 1 core" if cores == 1 else f"there are {cores} cores"
+        here = f"{few}, so it is slower" if threads > cores else f"not OMP_NUM_THREADS={asked}"
         view.say(f"threads: {threads} as before, for the same bits; {here}; --resume with --threads N changes it")
 
 
