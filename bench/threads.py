@@ -1,8 +1,9 @@
-"""A training step on one and on all threads, alone and beside busy processes, by how torch's threads wait.
+"""Training and decoding on one and on all threads, alone and beside busy processes, by how torch's threads wait.
 
-The step is that of the recipe `tiny`. Each setting has a process of its own, and runs in turn with the others: beside
-no busy process, then beside as many as there are cores, and whatever --busy names. Tokens a second, and the processor
-time of a step: what waiting threads burn is in it.
+Training steps are those of the recipe `tiny`; decoding is of mixtral-nano, by torch in fp32 and by the native step in
+bf16, whose pool of threads waits by itself. Each setting has a process of its own, and runs in turn with the others:
+beside no busy process, then beside as many as there are cores, or as --busy says. Tokens a second, and processor time
+for 1,000 tokens: what waiting threads burn is in it.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
@@ -22,13 +23,14 @@ from common import Apart, publish
 from rich.console import Console
 from rich.table import Table
 
+import mixtral
 from mixtral.cores import cpu_count
 from mixtral.data.loader import TrainBatch
 from mixtral.kernels.memory import keep_freed_memory
 from mixtral.model import Mixtral, Packed, initialise
 from mixtral.recipes import recipe
 from mixtral.runtime import set_threads
-from mixtral.train.config import TrainConfig
+from mixtral.shipped import SHIPPED
 from mixtral.train.optim import Optimizer
 from mixtral.train.step import train_step
 
@@ -41,19 +43,27 @@ WAITS: dict[str, dict[str, str]] = {  # how long an idle thread spins before it 
 
 
 class Setting(NamedTuple):
+    work: str  # of WORK
     threads: int
-    wait: str
+    wait: str  # of WAITS
 
 
 class Cost(NamedTuple):
-    """Of one step."""
+    """Of one token."""
 
     seconds: float
     processor_seconds: float
 
 
-def our_steps(config: TrainConfig, threads: int, steps: int) -> Callable[[], Cost]:
-    """Some steps as `mixtral train` makes them -> the mean of one."""
+def cost(work: Callable[[], object], tokens: int) -> Cost:
+    began, processor = time.perf_counter(), time.process_time()
+    work()
+    return Cost((time.perf_counter() - began) / tokens, (time.process_time() - processor) / tokens)
+
+
+def training(threads: int, steps: int) -> Callable[[], Cost]:
+    """Some steps as `mixtral train` makes them."""
+    config = recipe("tiny")
     set_threads(threads)
     keep_freed_memory()
     model = initialise(Mixtral(config.model), torch.Generator().manual_seed(0))
@@ -61,26 +71,33 @@ def our_steps(config: TrainConfig, threads: int, steps: int) -> Callable[[], Cos
     ids_BS = torch.randint(config.model.vocab_size, (config.rows, config.context))
     batch = TrainBatch(Packed.of(ids_BS.tolist()), ids_BS.roll(-1, 1).flatten(), torch.zeros(ids_BS.numel()).long())
 
-    def run() -> Cost:
-        began, processor = time.perf_counter(), time.process_time()
+    def run() -> None:
         for _ in range(steps):
             train_step(model, optimizer, [batch], config, 0, stats=False)
-        return Cost((time.perf_counter() - began) / steps, (time.process_time() - processor) / steps)
 
-    return run
+    return lambda: cost(run, steps * config.tokens_per_step)
 
 
-def apart(config: TrainConfig, setting: Setting, steps: int) -> Apart:
+def decoding(native: bool, threads: int, steps: int) -> Callable[[], Cost]:
+    """A short prompt continued, as `mixtral generate` does it."""
+    set_threads(threads)
+    lm, tokens = mixtral.load(SHIPPED, dtype="bf16" if native else "fp32"), 24 * steps
+    lm.native = native
+    how = {"max_tokens": tokens, "temperature": 0.0, "ignore_eos": True}
+    return lambda: cost(lambda: lm.generate(list(range(300, 332)), **how), tokens)
+
+
+WORK: dict[str, Callable[[int, int], Callable[[], Cost]]] = {
+    "training": training,
+    "decoding, torch": partial(decoding, False),
+    "decoding, native": partial(decoding, True),
+}
+
+
+def apart(setting: Setting, steps: int) -> Apart:
     """A process whose OpenMP waits as the setting says: it inherits the variables, and loads torch after that."""
-    kept = {name: os.environ.pop(name, None) for name in VARIABLES}
-    os.environ.update(WAITS[setting.wait])
-    try:
-        return Apart(our_steps, (config, setting.threads, steps))
-    finally:
-        for name, value in kept.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+    variables = {name: WAITS[setting.wait].get(name) for name in VARIABLES}
+    return Apart(WORK[setting.work], (setting.threads, steps), environment=variables)
 
 
 @contextlib.contextmanager
@@ -103,11 +120,11 @@ def _spin() -> None:
         pass
 
 
-def measure(config: TrainConfig, loads: list[int], rounds: int, steps: int) -> list[dict[str, Any]]:
+def measure(work: str, loads: list[int], rounds: int, steps: int) -> list[dict[str, Any]]:
     """A row for each number of neighbours and setting: medians over the rounds."""
-    settings = [Setting(1, "passive")]  # one thread waits for nobody
-    settings += [Setting(n, wait) for n in sorted({2, cpu_count()}) for wait in WAITS]
-    runs = {setting: apart(config, setting, steps) for setting in settings}
+    settings = [Setting(work, 1, "passive")]  # one thread waits for nobody
+    settings += [Setting(work, n, wait) for n in sorted({2, cpu_count()}) for wait in WAITS]
+    runs = {setting: apart(setting, steps) for setting in settings}
     for run in runs.values():
         run()
     costs: dict[tuple[int, Setting], list[Cost]] = {(load, setting): [] for load in loads for setting in settings}
@@ -118,13 +135,12 @@ def measure(config: TrainConfig, loads: list[int], rounds: int, steps: int) -> l
                     costs[load, setting].append(run())
     for run in runs.values():
         run.close()
-    tokens = config.tokens_per_step
     return [
         {
             "busy": load, **setting._asdict(),
-            "tokens_per_second": tokens / statistics.median(c.seconds for c in taken),
-            "tokens_per_second_by_round": [tokens / c.seconds for c in taken],
-            "processor_seconds": statistics.median(c.processor_seconds for c in taken),
+            "tokens_per_second": 1 / statistics.median(c.seconds for c in taken),
+            "tokens_per_second_by_round": [1 / c.seconds for c in taken],
+            "processor_seconds_per_1000": 1000 * statistics.median(c.processor_seconds for c in taken),
         }
         for (load, setting), taken in costs.items()
     ]  # fmt: skip
@@ -132,14 +148,15 @@ def measure(config: TrainConfig, loads: list[int], rounds: int, steps: int) -> l
 
 def card(rows: list[dict[str, Any]], title: str) -> Table:
     table = Table(title=title)
-    for column in ("busy processes", "threads", "waiting", "tokens/s", "slowest, fastest round", "processor s a step"):
+    for column in ("busy processes", "threads", "waiting", "tokens/s", "slowest, fastest round", "processor s"):
         table.add_column(column, justify="left" if column == "waiting" else "right")
     for i, row in enumerate(rows):
         rates = row["tokens_per_second_by_round"]
+        last = i + 1 < len(rows) and rows[i + 1]["busy"] != row["busy"]
         table.add_row(
             str(row["busy"]), str(row["threads"]), row["wait"] if row["threads"] > 1 else "",
             f"{row['tokens_per_second']:,.0f}", f"{min(rates):,.0f}, {max(rates):,.0f}",
-            f"{row['processor_seconds']:.2f}", end_section=i + 1 < len(rows) and rows[i + 1]["busy"] != row["busy"],
+            f"{row['processor_seconds_per_1000']:.2f}", end_section=last,
         )  # fmt: skip
     return table
 
@@ -147,17 +164,19 @@ def card(rows: list[dict[str, Any]], title: str) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="timed runs of each setting (default 7)")
-    parser.add_argument("--steps", type=int, default=3, help="training steps of a run (default 3)")
+    parser.add_argument("--steps", type=int, default=3, help="training steps, or 24 tokens each, of a run (default 3)")
+    parser.add_argument("--work", choices=WORK, nargs="+", default=list(WORK), help="by default all")
     parser.add_argument("--busy", type=int, nargs="+", help="numbers of busy processes (default 0 and the cores)")
     parser.add_argument("--quick", action="store_true", help="one round of one step: does it run?")
     parser.add_argument("--json-out", action="store_true", help="write bench/results/threads_<hardware>_<date>.json")
     args = parser.parse_args()
     loads = sorted({0, cpu_count()}) if args.busy is None else args.busy
     rounds, steps = (1, 1) if args.quick else (args.rounds, args.steps)
-    config = recipe("tiny").replace(dtype="fp32", device="cpu")
-    rows = measure(config, loads, rounds, steps)
-    title = f"training step of tiny, fp32, {config.rows} x {config.context} tokens; medians of {rounds} rounds in turn"
-    Console(width=110).print(card(rows, title))
+    rows = []
+    for work in args.work:
+        rows += (some := measure(work, loads, rounds, steps))
+        title = f"{work}: tokens/s, and processor time for 1,000 tokens; medians of {rounds} rounds in turn"
+        Console(width=110).print(card(some, title))
     publish("threads", {"rows": rows, "rounds": rounds, "steps": steps, "waits": WAITS}, args.json_out)
 
 
