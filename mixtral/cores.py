@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from mixtral.errors import UsageError
@@ -25,6 +28,24 @@ def cpu_count(root: Path = Path("/")) -> int:
     quotas = [_quota_v2(folder) for folder in cgroup_folders("", root)]
     quotas += [_quota_v1(folder) for folder in cgroup_folders("cpu", root)]
     return max(1, min(cores, *(math.floor(quota) for quota in quotas)) if quotas else cores)
+
+
+def free_cores(root: Path = Path("/"), pause: Callable[[float], None] = time.sleep) -> int:
+    """How many of our cores are free of other work just now: what short work begins with; at least 1.
+
+    The median of some looks at how many threads run or wait to run in the whole machine, 10 ms in all. Threads that
+    wait for each other at every product are slower than one where another process holds one of their cores. Where
+    the system does not tell, all our cores.
+    """
+    looks = []
+    for _ in range(5):
+        try:
+            looks.append(int((root / "proc/loadavg").read_text().split()[3].partition("/")[0]))
+        except (OSError, ValueError, IndexError):
+            return cpu_count()
+        pause(0.002)
+    others = statistics.median_low(looks) - 1  # we run too, while we look
+    return max(1, min(cpu_count(), (os.cpu_count() or 1) - others))
 
 
 def asked_threads(threads: int | str | None = None) -> int | None:

@@ -13,7 +13,7 @@ import numpy
 import torch
 
 import mixtral
-from mixtral.cores import asked_threads, cpu_count, use_threads
+from mixtral.cores import asked_threads, cpu_count, free_cores, use_threads
 from mixtral.errors import UsageError, did_you_mean
 from mixtral.hardware import hardware_name, has_fast_bf16
 
@@ -74,12 +74,16 @@ def seed_everything(seed: int) -> None:
 def set_threads(threads: int | str | None = None) -> int:
     """Let this process compute with `threads` threads: torch, the native library, tokenizers. -> the number.
 
-    None or "auto": OMP_NUM_THREADS where it is set, else all cores allowed to us; torch by itself looks at the whole
-    machine, and in a container with a quota starts too many. More threads than cores are a warning: they take turns.
+    None and "auto" are OMP_NUM_THREADS where it is set; else None is all cores allowed to us (torch by itself looks at
+    the whole machine, and in a container with a quota starts too many), and "auto" those of them that are free just
+    now. More threads than cores are a warning: they take turns.
 
     Raises UsageError for what is no number of threads.
     """
-    count, cores = asked_threads(threads) or cpu_count(), cpu_count()
+    cores = cpu_count()
+    count = asked_threads(threads) or (free_cores() if threads == "auto" else cores)
+    if threads == "auto" and count < cores:
+        _log.info("%d of %d cores: other processes are busy; OMP_NUM_THREADS or a number decides", count, cores)
     if count > cores and count != torch.get_num_threads():
         _log.warning("%d threads on %d core%s: they take turns, which is slower", count, cores, "s" * (cores > 1))
     torch.set_num_threads(count)

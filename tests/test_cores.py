@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from mixtral import cores
+from mixtral import cores as module
 from mixtral.errors import UsageError
 from tests.machines import machine
 
-REAL_CPU_COUNT = cores.cpu_count
+REAL_CPU_COUNT = module.cpu_count
 
 
 @pytest.fixture(autouse=True)
 def _as_if_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cores, "_chosen", None)
-    monkeypatch.setattr(cores, "cpu_count", lambda: 3)
+    monkeypatch.setattr(module, "_chosen", None)
+    monkeypatch.setattr(module, "cpu_count", lambda: 3)
     for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
         monkeypatch.setenv(name, "")  # put back afterwards, whatever the test sets
         monkeypatch.delenv(name)
@@ -56,6 +56,37 @@ def test_cores_respect_quota(
 
 
 @pytest.mark.parametrize(
+    ("running", "cores", "free"),
+    [
+        ("1 1 1 1 1", 3, 3),  # nobody but us
+        ("2 2 2 2 2", 3, 2),
+        ("1 9 1 9 1", 3, 3),  # some moments only
+        ("9 9 9 9 9", 3, 1),
+        ("9 9 9 9 9", 64, 3),  # there are other cores for them
+        ("0 0 0 0 0", 3, 3),  # a system that does not count
+    ],
+)
+def test_cores_that_others_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, running: str, cores: int, free: int
+) -> None:
+    looks = iter(running.split())
+
+    def look(_: float = 0.0) -> None:
+        machine(tmp_path, {"proc/loadavg": f"7.12 3.1 2.0 {next(looks, 0)}/135 27461\n"})
+
+    look()
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert module.free_cores(tmp_path, look) == free
+
+
+@pytest.mark.parametrize("text", [None, "", "1 2 3", "1 2 3 x/y"])
+def test_a_system_that_does_not_tell_who_runs(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        machine(tmp_path, {"proc/loadavg": text})
+    assert module.free_cores(tmp_path) == 3
+
+
+@pytest.mark.parametrize(
     ("given", "environment", "want"),
     [(None, None, None), ("auto", None, None), (None, "2", 2), ("auto", "4,2", 4), ("5", "2", 5), (7, None, 7),
      (1024, None, 1024)],
@@ -65,29 +96,29 @@ def test_what_the_user_asked_for(
 ) -> None:
     if environment is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", environment)
-    assert cores.asked_threads(given) == want
+    assert module.asked_threads(given) == want
 
 
 @pytest.mark.parametrize("given", [0, -1, 1025, "0", "many", "2.5", "", "99999999999999999999"])
 def test_no_number_of_threads(monkeypatch: pytest.MonkeyPatch, given: int | str) -> None:
     wanted = rf"a number from 1 to 1024 is wanted, or auto, not {given}"
     with pytest.raises(UsageError, match=f"^threads: {wanted}$"):
-        cores.asked_threads(given)
+        module.asked_threads(given)
     if given != "":  # a variable that is empty is as good as none
         monkeypatch.setenv("OMP_NUM_THREADS", str(given))
         with pytest.raises(UsageError, match=f"^OMP_NUM_THREADS: {wanted}$"):
-            cores.asked_threads()
+            module.asked_threads()
 
 
 def test_libraries_use_what_was_chosen_else_asked_for_else_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cores.threads() == 3
+    assert module.threads() == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert cores.threads() == 2
-    cores.use_threads(5)
-    assert cores.threads() == 5 and os.environ["RAYON_NUM_THREADS"] == "5"
-    cores.use_threads(1)  # as a worker process does, which finds its parent's number there
-    assert cores.threads() == 1 and os.environ["RAYON_NUM_THREADS"] == "1"
-    cores.use_threads(4)
+    assert module.threads() == 2
+    module.use_threads(5)
+    assert module.threads() == 5 and os.environ["RAYON_NUM_THREADS"] == "5"
+    module.use_threads(1)  # as a worker process does, which finds its parent's number there
+    assert module.threads() == 1 and os.environ["RAYON_NUM_THREADS"] == "1"
+    module.use_threads(4)
     assert os.environ["RAYON_NUM_THREADS"] == "1"
 
 

@@ -71,6 +71,9 @@ def test_threads_by_number_by_environment_and_by_cores(monkeypatch: pytest.Monke
         monkeypatch.delenv("OMP_NUM_THREADS")
         assert runtime.set_threads() == torch.get_num_threads() == 3
         assert cores.threads() == 3
+        monkeypatch.setattr(runtime, "free_cores", lambda: 1)
+        assert runtime.set_threads("auto") == torch.get_num_threads() == 1
+        assert runtime.set_threads() == 3  # who asks from Python for all cores gets them
         assert runtime.set_threads("2") == cores.threads() == torch.get_num_threads() == 2
         with pytest.raises(UsageError, match=r"threads: a number from 1 to 1024 is wanted, or auto, not 0"):
             runtime.set_threads(0)

@@ -27,7 +27,7 @@ DtypeOption = Annotated[
 DeviceOption = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:N; auto: a GPU when there is one.")]
 ThreadsOption = Annotated[
     str,
-    typer.Option(metavar="N", help="auto: OMP_NUM_THREADS, or all cores; training measures what is fastest, or keeps."),
+    typer.Option(metavar="N", help="auto: OMP_NUM_THREADS, or as many as cores are free; training measures."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead.")]
 

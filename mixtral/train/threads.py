@@ -24,7 +24,7 @@ from mixtral.train.view import View
 Rates = dict[int, float]  # tokens a second by number of threads
 
 BUDGET_SECONDS = 1.0  # no round of trials starts later
-TRIAL_SECONDS = 0.05  # one trial gets as many tokens as take so long, or a whole part of a step
+TRIAL_SECONDS = 0.15  # one trial gets as many tokens as take so long, or a whole part of a step
 MOST_ROUNDS = 9
 MOST_PARAMETERS = 64_000_000  # of the model tried; a larger one takes too long to make, and has work for all cores
 ENOUGH = 0.95  # of the fastest rate: then fewer threads are preferred, which leave cores to others
@@ -109,12 +109,14 @@ def _training_piece(config: TrainConfig, most_threads: int) -> Callable[[int], i
             weight.grad = None
         return tokens
 
-    tokens, seconds = min(64, part), 0.0
-    while tokens < part and seconds < TRIAL_SECONDS:
+    tokens, seconds = min(256, part), 0.0
+    work(tokens, most_threads)  # the first time takes longer
+    while tokens < part and seconds < TRIAL_SECONDS / 2:
         began = time.perf_counter()
         work(tokens, most_threads)
         seconds = time.perf_counter() - began
-        tokens = min(2 * tokens, part)
+        if seconds < TRIAL_SECONDS / 2:
+            tokens = min(2 * tokens, part)
     return lambda threads: work(tokens, threads)
 
 
