@@ -35,7 +35,7 @@ def train_demo(out: Path, max_steps: int | None, threads: str, as_json: bool) ->
         )
     elif max_steps is not None:
         raise UsageError(f"--max-steps: the run in {out} was begun with its own number; choose another --out")
-    elif threads != "auto":
+    else:
         change_threads(out, threads)
     trained = pretrain(out, TerminalView(terminal))
     figures = _figures(trained)

@@ -76,7 +76,7 @@ def train(
     view = TerminalView(console(stderr=True))
     if resume is None:
         begin(config, folder, threads, view)
-    elif threads != "auto":
+    else:
         change_threads(folder, threads)
     trained = pretrain(folder, view)
     if as_json:

@@ -101,11 +101,12 @@ def recorded_threads(out: Path) -> int:
 
 
 def change_threads(out: Path, threads: int | str) -> None:
-    """Let the run in `out` go on with another number of threads, and from there on with other bits."""
+    """Let the run in `out` go on with another number of threads, and from there on with other bits; "auto": its own."""
     recorded_threads(out)  # or it is no training run
-    path, record = _record(out)
-    record["environment"]["threads"] = asked_threads(threads)
-    atomic_write(path, json.dumps(record, indent=1))
+    if threads != "auto":
+        path, record = _record(out)
+        record["environment"]["threads"] = asked_threads(threads)
+        atomic_write(path, json.dumps(record, indent=1))
 
 
 def _record(out: Path) -> tuple[Path, dict[str, Any]]:
@@ -230,6 +231,6 @@ def _run(config: TrainConfig, tokenizer: Tokenizer, data: TokenData, out: Path, 
 
 def _watch(config: TrainConfig, out: Path, view: View) -> ThreadWatch:
     threads = torch.get_num_threads()
-    counts = {*counts_to_try(cpu_count()), threads}
+    counts = sorted({*counts_to_try(cpu_count()), threads})
     measure = None if config.compile else partial(measure_training, config, counts)  # compiling anew takes long
     return ThreadWatch(out, threads, measure, view.say)

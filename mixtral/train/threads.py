@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -60,7 +60,7 @@ def rates_text(rates: Rates) -> str:
 
 
 def measure_rates(
-    piece: Callable[[int], int], counts: Iterable[int], clock: Callable[[], float] = time.perf_counter
+    piece: Callable[[int], int], counts: Sequence[int], clock: Callable[[], float] = time.perf_counter
 ) -> Rates:
     """Median rates of a piece of work, each number of threads in turn; the first round warms up and is not counted.
 
@@ -78,12 +78,12 @@ def measure_rates(
     return {count: statistics.median(rates[1:] or rates) for count, rates in taken.items()}
 
 
-def measure_training(config: TrainConfig, counts: Iterable[int]) -> Rates:
+def measure_training(config: TrainConfig, counts: Sequence[int]) -> Rates:
     """Of forward and backward through one layer of a run's model; torch's state is then what it was."""
     before = torch.get_num_threads()
     with torch.random.fork_rng([]):
         try:
-            return measure_rates(_training_piece(config, max(counts := list(counts))), counts)
+            return measure_rates(_training_piece(config, max(counts)), counts)
         finally:
             torch.set_num_threads(before)
 

@@ -194,6 +194,7 @@ def test_what_is_refused(corpus: Path, tmp_path: Path) -> None:
         change_threads(tmp_path / "run", 1)
     begin(config_of(corpus), tmp_path / "run", threads=1)
     before = (tmp_path / "run/config.json").read_text()
+    change_threads(tmp_path / "run", "auto")
     with pytest.raises(UsageError, match="not many"):
         change_threads(tmp_path / "run", "many")
     assert (tmp_path / "run/config.json").read_text() == before
