@@ -24,7 +24,7 @@ from mixtral.train.view import View
 Rates = dict[int, float]  # tokens a second by number of threads
 
 BUDGET_SECONDS = 1.0  # no round of trials starts later
-TRIAL_SECONDS = 0.15  # one trial gets as many tokens as take so long, or a whole part of a step
+TRIAL_SECONDS = 0.15  # one trial gets as many tokens as take about so long, at most a part of a step
 MOST_ROUNDS = 9
 MOST_PARAMETERS = 64_000_000  # of the model tried; a larger one takes too long to make, and has work for all cores
 ENOUGH = 0.95  # of the fastest rate: then fewer threads are preferred, which leave cores to others
