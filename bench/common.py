@@ -6,10 +6,11 @@ import contextlib
 import datetime
 import json
 import multiprocessing
+import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from mixtral.files import atomic_write
 from mixtral.hardware import hardware_name, measure_matmul
 from mixtral.runtime import environment
 
+PEERS = {"OMP_WAIT_POLICY": None}  # a peer's environment: without what mixtral sets, which its users do not have
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -35,16 +37,19 @@ class Apart:
 
     Args:
         patience: seconds that making it, or a run, may take; then, and when the process dies, PeerError is raised.
+        environment: variables of that process that are other than here, from before torch is loaded; None: not set.
     """
 
     def __init__(
-        self, make: Callable[..., Callable[..., object]], args: tuple[Any, ...], patience: float | None = None
-    ) -> None:
+        self, make: Callable[..., Callable[..., object]], args: tuple[Any, ...], patience: float | None = None,
+        environment: Mapping[str, str | None] | None = None,
+    ) -> None:  # fmt: skip
         context = multiprocessing.get_context("spawn")
         self.ours, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, make, args), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, make, args, environment or {}), daemon=True)
         self.patience = patience
-        self.process.start()
+        with other_environment(environment or {}):
+            self.process.start()
         theirs.close()
         self._answer()  # it is made
 
@@ -68,12 +73,35 @@ class Apart:
         self.process.join()
 
 
-def _serve(pipe: Connection, make: Callable[..., Callable[..., object]], args: tuple[Any, ...]) -> None:
-    run = make(*args)
+def _serve(
+    pipe: Connection, make: Callable[..., Callable[..., object]], args: tuple[Any, ...],
+    environment: Mapping[str, str | None],
+) -> None:  # fmt: skip
+    with other_environment(environment):  # importing mixtral has set its own again
+        run = make(*args)
     pipe.send(None)
     with contextlib.suppress(EOFError):
         while True:
             pipe.send(run(*pipe.recv()))
+
+
+@contextlib.contextmanager
+def other_environment(variables: Mapping[str, str | None]) -> Iterator[None]:
+    """The process's environment with these variables while the block runs; None: not set."""
+    before = {name: os.environ.get(name) for name in variables}
+    _set_variables(variables)
+    try:
+        yield
+    finally:
+        _set_variables(before)
+
+
+def _set_variables(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def seconds(run: Callable[[], object]) -> float:

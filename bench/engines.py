@@ -10,12 +10,12 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from common import Apart
+from common import PEERS, Apart, other_environment
 
 import mixtral
 from mixtral.engine import SamplingParams, stream
@@ -64,9 +64,10 @@ def peak_bytes(process: int | str = "self") -> int:
 class InProcess:
     """An engine that Python code runs: `make(*args)`, in a process of its own, returns what turns a Task into a Run."""
 
-    def __init__(self, title: str, settings: str, make: Callable[..., Callable[..., object]], *args: Any) -> None:
+    def __init__(self, title: str, settings: str, make: Callable[..., Callable[..., object]], *args: Any,
+                 environment: Mapping[str, str | None] | None = None) -> None:
         self.title, self.settings = title, settings
-        self._run = Apart(make, args)
+        self._run = Apart(make, args, environment=environment)
 
     def __call__(self, task: Task) -> Run:
         run: Run = self._run(task)
@@ -169,7 +170,7 @@ def parse_batched_bench(output: str) -> float:
 def _program(command: list[object]) -> tuple[str, int]:
     """-> (what it printed, the most memory it had when looked at, ten times a second)."""
     words, pipe, peak = [str(word) for word in command], subprocess.PIPE, 0
-    with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True) as p:
+    with other_environment(PEERS), subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True) as p:
         while True:
             try:
                 output, errors = p.communicate(timeout=0.1)
@@ -186,7 +187,7 @@ def _program(command: list[object]) -> tuple[str, int]:
 
 def vllm(folder: Path, threads: int) -> Engine:
     """Its CPU build, at bf16. Written after its documentation and never run: there was none to run."""
-    return InProcess("vLLM", "bf16, CPU build", _vllm_run, str(folder), threads)
+    return InProcess("vLLM", "bf16, CPU build", _vllm_run, str(folder), threads, environment=PEERS)
 
 
 def _vllm_run(path: str, threads: int) -> Callable[[Task], Run]:

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 import transformers
-from common import Apart, interleave, matrix_rate, publish, seconds
+from common import PEERS, Apart, interleave, matrix_rate, publish, seconds
 from model import DTYPES, make_ours, pack
 from peer import EXPERTS, peer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from mixtral.cores import cpu_count
 from mixtral.data.loader import TrainBatch
-from mixtral.hardware import cpu_count
 from mixtral.kernels.memory import keep_freed_memory
 from mixtral.presets import small
 from mixtral.runtime import set_threads
@@ -79,7 +79,7 @@ def trials(config: TrainConfig, dtype: str) -> dict[str, float]:
     """Seconds of one step on a quarter of the rows in each of transformers' settings."""
     tried: dict[str, float] = {}
     for experts in EXPERTS:
-        step = Apart(their_step, (config, experts, dtype, max(1, config.rows // 4)))
+        step = Apart(their_step, (config, experts, dtype, max(1, config.rows // 4)), environment=PEERS)
         if dtype == "fp32":
             step()  # bf16 steps are too long, where they are emulated, for a warm-up to matter
         tried[experts] = seconds(step)
@@ -94,7 +94,7 @@ def contest(config: TrainConfig, dtype: str, repeats: int) -> dict[str, Any]:
     fastest = min(tried, key=lambda name: tried[name])
     slow = 4 * tried[fastest] > SLOW_SECONDS
     ours = Apart(our_step, (config, dtype))
-    theirs = Apart(their_step, (config, fastest, dtype, config.rows))
+    theirs = Apart(their_step, (config, fastest, dtype, config.rows), environment=PEERS)
     rate = matrix_rate(DTYPES[dtype])
     medians = interleave({"ours": ours, "theirs": theirs}, 1 if slow else repeats, warm_up=0 if slow else 1)
     rate = max(rate, matrix_rate(DTYPES[dtype]))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import Apart, PeerError
+from common import PEERS, Apart, PeerError
 from engines import Engine, InProcess, Run, Task, peak_bytes, prompts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -57,7 +57,7 @@ def best(folder: Path, threads: int, trial: Task, title: str | None = None) -> t
     rates: dict[Setting, float] = {}
     for setting in settings:
         try:
-            run = Apart(_run, (str(folder), threads, setting), PATIENCE)
+            run = Apart(_run, (str(folder), threads, setting), PATIENCE, PEERS)
             run(trial)  # of the same length: a compiled step is made for one size of cache
             rates[setting] = run(trial).rate
             run.close()
@@ -70,7 +70,7 @@ def best(folder: Path, threads: int, trial: Task, title: str | None = None) -> t
 
 
 def engine(folder: Path, threads: int, setting: Setting) -> Engine:
-    return InProcess("transformers", setting.title, _run, str(folder), threads, setting)
+    return InProcess("transformers", setting.title, _run, str(folder), threads, setting, environment=PEERS)
 
 
 def _run(path: str, threads: int, setting: Setting) -> Callable[[Task], Run]:

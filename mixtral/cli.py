@@ -87,7 +87,6 @@ def _prepare() -> None:
 
     verbose = _is_verbose()
     runtime.setup_logging(verbose)
-    runtime.set_threads()
     if not verbose:
         logging.getLogger().addHandler(logging.NullHandler())  # else Python prints other libraries' warnings itself
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""What this machine is and what it can do: names, cores and memory allowed to us, and measured ceilings.
+"""What this machine is and what it can do: its name, memory allowed to us, and measured ceilings.
 
 Every speed that `mixtral` reports is a fraction of a ceiling measured here, on the same machine and in the same minute.
 """
@@ -17,18 +17,9 @@ from pathlib import Path
 
 import torch
 
+from mixtral.cores import cgroup_folders, cpu_count, read_number
+
 MEASURE_SECONDS = 0.6  # one measurement starts no new round after this long
-
-
-def cpu_count(root: Path = Path("/")) -> int:
-    """Cores this process may use: the affinity mask and the cgroup's quota, whichever is smaller; at least 1.
-
-    `root` stands for the file system's root, so that tests can show another machine's /proc and /sys.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quotas = [_quota_v2(folder) for folder in _cgroup_folders("", root)]
-    quotas += [_quota_v1(folder) for folder in _cgroup_folders("cpu", root)]
-    return max(1, min(cores, *(math.floor(quota) for quota in quotas)) if quotas else cores)
 
 
 def available_memory_bytes(root: Path = Path("/")) -> int:
@@ -41,10 +32,10 @@ def available_memory_bytes(root: Path = Path("/")) -> int:
         ("", "memory.max", "memory.current"),
         ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        for folder in _cgroup_folders(controller, root):
-            most = _read_number(folder / limit)
+        for folder in cgroup_folders(controller, root):
+            most = read_number(folder / limit)
             if most < math.inf:
-                bounds.append(max(0, most - (_read_number(folder / usage) - _reclaimable(folder))))
+                bounds.append(max(0, most - (read_number(folder / usage) - _reclaimable(folder))))
     best = min(bounds)
     return int(best) if best < math.inf else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -147,33 +138,6 @@ def _wait(device: torch.device) -> None:
 # -- what Linux tells ------------------------------------------------------------------------------------------------
 
 
-def _cgroup_folders(controller: str, root: Path) -> list[Path]:
-    """Folders of this process's control group and of all above it; `controller` is "" for version 2.
-
-    A container may see its group's path without seeing the folders on the way, so missing ones are left out.
-    """
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    mount = root / "sys/fs/cgroup" / controller
-    for line in lines:  # such as 4:memory:/a/b or, in version 2, 0::/a/b
-        _, names, path = line.split(":", 2)
-        if controller in names.split(","):
-            inner = mount / path.lstrip("/")
-            return [folder for folder in (inner, *inner.parents) if folder.is_relative_to(mount) and folder.is_dir()]
-    return []
-
-
-def _read_number(path: Path) -> float:
-    """A file's first number; infinity where there is no file, or it says "max" or, as version 1 does, about 2^63."""
-    try:
-        value = float(path.read_text().split()[0])
-    except (OSError, ValueError, IndexError):
-        return math.inf
-    return value if 0 <= value < 2**62 else math.inf
-
-
 def _reclaimable(folder: Path) -> float:
     """Bytes of cached files that count as used by the group but are given up on demand."""
     try:
@@ -181,19 +145,6 @@ def _reclaimable(folder: Path) -> float:
     except (OSError, ValueError):
         return 0.0
     return float(stat.get("inactive_file", 0))
-
-
-def _quota_v2(folder: Path) -> float:
-    try:
-        quota, period = (folder / "cpu.max").read_text().split()
-        return float(quota) / float(period)
-    except (OSError, ValueError):  # no file, or "max 100000"
-        return 1e9
-
-
-def _quota_v1(folder: Path) -> float:
-    quota, period = _read_number(folder / "cpu.cfs_quota_us"), _read_number(folder / "cpu.cfs_period_us")
-    return quota / period if quota < math.inf and 0 < period < math.inf else 1e9
 
 
 def _meminfo_available(root: Path) -> float:

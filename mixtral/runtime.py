@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import random
 import subprocess
@@ -14,8 +13,11 @@ import numpy
 import torch
 
 import mixtral
+from mixtral.cores import asked_threads, cpu_count, free_cores, use_threads
 from mixtral.errors import UsageError, did_you_mean
-from mixtral.hardware import cpu_count, hardware_name, has_fast_bf16
+from mixtral.hardware import hardware_name, has_fast_bf16
+
+_log = logging.getLogger(__name__)
 
 DTYPES = {
     "float32": torch.float32,
@@ -69,18 +71,24 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def set_threads(threads: int | None = None) -> int:
-    """Let torch use `threads` threads, by default the cores allowed to us (or OMP_NUM_THREADS).
+def set_threads(threads: int | str | None = None) -> int:
+    """Let this process compute with `threads` threads: torch, the native library, tokenizers. -> the number.
 
-    Returns the number. torch by itself looks at the whole machine: in a container with a quota it starts too many.
-    Raises UsageError unless threads is positive.
+    None and "auto" are OMP_NUM_THREADS where it is set; else None is all cores allowed to us (torch by itself looks at
+    the whole machine, and in a container with a quota starts too many), and "auto" those of them that are free just
+    now. More threads than cores are a warning: they take turns.
+
+    Raises UsageError for what is no number of threads.
     """
-    if threads is None:
-        threads = torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else cpu_count()
-    if threads < 1:
-        raise UsageError(f"threads: must be a positive number, not {threads}")
-    torch.set_num_threads(threads)
-    return threads
+    cores = cpu_count()
+    count = asked_threads(threads) or (free_cores() if threads == "auto" else cores)
+    if threads == "auto" and count < cores:
+        _log.info("%d of %d cores: other processes are busy; OMP_NUM_THREADS or a number decides", count, cores)
+    if count > cores and count != torch.get_num_threads():
+        _log.warning("%d threads on %d core%s: they take turns, which is slower", count, cores, "s" * (cores > 1))
+    torch.set_num_threads(count)
+    use_threads(count)
+    return count
 
 
 def setup_logging(verbose: bool = False) -> None:

@@ -29,11 +29,11 @@ from perform import finished, perform
 from plan import GROUPS, Run, planned
 from report import report
 
+from mixtral.cores import cpu_count
 from mixtral.data.readers import BadInput
 from mixtral.data.sources import Source, documents
 from mixtral.errors import MixtralError
 from mixtral.files import atomic_folder
-from mixtral.hardware import cpu_count
 from mixtral.presets import tiny
 from mixtral.tokenizer import Tokenizer, load_tokenizer, train_bpe
 

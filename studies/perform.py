@@ -22,7 +22,8 @@ from mixtral.tokenizer import Tokenizer, load_tokenizer
 from mixtral.train.checkpoint import checkpoints, load_checkpoint
 from mixtral.train.metrics import read_lines
 from mixtral.train.optim import Optimizer
-from mixtral.train.pretrain import begin, pretrain, recorded_config
+from mixtral.train.pretrain import pretrain
+from mixtral.train.run_folder import begin, recorded_config
 from mixtral.train.view import View
 
 

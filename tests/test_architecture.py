@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A file imports only from strictly lower rows, or from its own folder; files of row 0 may also import each other.
 # The longest name that fits a file decides its row. `__init__` and `__main__` are the package's own doors, on top.
 ROWS = {
-    "errors files hardware runtime shipped specs router_options": 0,
+    "cores errors files hardware runtime shipped specs router_options": 0,
     "config config_table config_formats config_gguf generation_config gguf_header json_files": 0,
     "weights/safetensors_file weights/torch_file weights/finite": 0,
     "kernels tokenizer": 1,

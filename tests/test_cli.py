@@ -141,7 +141,7 @@ def test_other_libraries_are_quiet_unless_verbose() -> None:
     code = (
         "import logging, sys, types, warnings; from mixtral import cli\n"
         "nothing = lambda *_: None\n"  # the real one loads torch
-        "sys.modules['mixtral.runtime'] = types.SimpleNamespace(setup_logging=nothing, set_threads=nothing)\n"
+        "sys.modules['mixtral.runtime'] = types.SimpleNamespace(setup_logging=nothing)\n"
         "def speak():\n"
         "    'Speak.\\n\\nExamples:\\nmixtral speak'\n"
         "    warnings.warn('a warning'); logging.getLogger('library').warning('a log line')\n"

@@ -8,16 +8,10 @@ import pytest
 import torch
 
 from mixtral import hardware
+from mixtral.cores import cpu_count
+from tests.machines import machine
 
 GIB = 2**30
-
-
-def machine(root: Path, files: dict[str, str]) -> Path:
-    """A file system's root with just these files in it, for the functions that read /proc and /sys."""
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return root
 
 
 def test_memory_is_what_the_system_has_left(tmp_path: Path) -> None:
@@ -68,38 +62,6 @@ def test_memory_of_a_system_that_tells_nothing(tmp_path: Path) -> None:
     assert hardware.available_memory_bytes(tmp_path) == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.parametrize(
-    ("files", "cores"),
-    [
-        ({}, 8),
-        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cpu.max": "250000 100000"}, 2),
-        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cpu.max": "50000 100000"}, 1),
-        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cpu.max": "max 100000"}, 8),
-        (
-            {
-                "proc/self/cgroup": "2:cpu:/\n",
-                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "300000",
-                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
-            },
-            3,
-        ),
-        (
-            {
-                "proc/self/cgroup": "2:cpu:/\n",
-                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1",
-                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
-            },
-            8,
-        ),
-    ],
-)
-def test_cores_respect_quota(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cores: int
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert hardware.cpu_count(machine(tmp_path, files)) == cores
-
-
 def test_fast_bf16_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     for avx512, amx in ((False, False), (True, False), (False, True)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda x=avx512: x)
@@ -112,7 +74,7 @@ def test_fast_bf16_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_name_tells_cores_and_instructions() -> None:
     name = hardware.hardware_name()
-    assert f"{hardware.cpu_count()} core" in name and name.endswith(torch.backends.cpu.get_cpu_capability())
+    assert f"{cpu_count()} core" in name and name.endswith(torch.backends.cpu.get_cpu_capability())
 
 
 def test_ceilings_are_at_least_what_a_plain_run_reaches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import numpy
 import pytest
 import torch
 
-from mixtral import runtime
+from mixtral import cores, runtime
 from mixtral.errors import UsageError
 
 
@@ -61,6 +61,8 @@ def test_one_seed_sets_all_three_generators() -> None:
 
 def test_threads_by_number_by_environment_and_by_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
+    monkeypatch.setattr(cores, "_chosen", None)
+    monkeypatch.setenv("RAYON_NUM_THREADS", "1")
     try:
         assert runtime.set_threads(2) == torch.get_num_threads() == 2
         monkeypatch.setattr(runtime, "cpu_count", lambda: 3)
@@ -68,10 +70,33 @@ def test_threads_by_number_by_environment_and_by_cores(monkeypatch: pytest.Monke
         assert runtime.set_threads() == 2
         monkeypatch.delenv("OMP_NUM_THREADS")
         assert runtime.set_threads() == torch.get_num_threads() == 3
-        with pytest.raises(UsageError, match=r"threads: must be a positive number, not 0"):
+        assert cores.threads() == 3
+        monkeypatch.setattr(runtime, "free_cores", lambda: 1)
+        assert runtime.set_threads("auto") == torch.get_num_threads() == 1
+        assert runtime.set_threads() == 3  # who asks from Python for all cores gets them
+        assert runtime.set_threads("2") == cores.threads() == torch.get_num_threads() == 2
+        with pytest.raises(UsageError, match=r"threads: a number from 1 to 1024 is wanted, or auto, not 0"):
             runtime.set_threads(0)
+        assert cores.threads() == torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_more_threads_than_cores_are_a_warning_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(cores, "_chosen", None)
+    monkeypatch.setenv("RAYON_NUM_THREADS", "1")
+    monkeypatch.setattr(runtime, "cpu_count", lambda: 2)
+    monkeypatch.setattr(logging.getLogger("mixtral"), "propagate", True)
+    try:
+        for _ in range(2):
+            assert runtime.set_threads(3) == torch.get_num_threads() == 3
+        runtime.set_threads(2)
+    finally:
+        torch.set_num_threads(before)
+    assert caplog.messages == ["3 threads on 2 cores: they take turns, which is slower"]
 
 
 def test_logging_says_each_line_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from mixtral.train.checkpoint import load_checkpoint
 from mixtral.train.config import TrainConfig
 from mixtral.train.loop import Progress
 from mixtral.train.metrics import _KINDS, _LAYER, read_lines
-from mixtral.train.pretrain import recorded_config
+from mixtral.train.run_folder import recorded_config
 from mixtral.weights.safetensors_file import SafetensorsFile
 from tests.fuzz.mutate import dumped
 

@@ -168,7 +168,7 @@ def aftermath(run: Path, older: set[Path]) -> Kill:
     from mixtral.runtime import choose_dtype
     from mixtral.train.checkpoint import checkpoints, load_checkpoint
     from mixtral.train.optim import Optimizer
-    from mixtral.train.pretrain import recorded_config
+    from mixtral.train.run_folder import recorded_config
 
     config = recorded_config(run)
     for path in checkpoints(run):

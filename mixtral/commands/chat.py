@@ -14,6 +14,7 @@ from mixtral.commands.common import (
     DeviceOption,
     DtypeOption,
     ModelOption,
+    ThreadsOption,
     load_model,
     sampling_params,
     say,
@@ -42,6 +43,7 @@ def chat(
     bos: BosOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    threads: ThreadsOption = "auto",
 ) -> None:
     """Write a text in turn with a model.
 
@@ -58,7 +60,9 @@ def chat(
     mixtral chat --model DIR --stop "You:"
     """
     from mixtral.errors import UsageError
+    from mixtral.runtime import set_threads
 
+    set_threads(threads)
     params = sampling_params(
         model, OTHERWISE, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop
     )

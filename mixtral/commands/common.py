@@ -33,6 +33,10 @@ BosOption = Annotated[
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Write weights that are NaN or infinite, or become so when rounded.")
 ]
+ThreadsOption = Annotated[
+    str,
+    typer.Option(metavar="N", help="auto: OMP_NUM_THREADS, or as many as cores are free; training measures."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead.")]
 
 

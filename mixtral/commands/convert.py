@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mixtral.commands.common import AllowNonfinite, bytes_text, stages_bar
+from mixtral.commands.common import AllowNonfinite, ThreadsOption, bytes_text, stages_bar
 
 
 def convert(
@@ -28,6 +28,7 @@ def convert(
         bool, typer.Option("--fused", help="One tensor a layer for all experts, as transformers 5 holds them; hf only.")
     ] = False,
     allow_nonfinite: AllowNonfinite = False,
+    threads: ThreadsOption = "auto",
 ) -> None:
     """Rewrite a model for Hugging Face's, Mistral's or llama.cpp's tools.
 
@@ -41,9 +42,10 @@ def convert(
     mixtral convert Mixtral-8x7B-v0.1 mixtral.gguf --to gguf --type q8_0
     """
     from mixtral import weights
-    from mixtral.runtime import choose_dtype
+    from mixtral.runtime import choose_dtype, set_threads
     from mixtral.shipped import model_folder
 
+    set_threads(threads)
     written = None if dtype == "auto" else choose_dtype(dtype, "cpu")
     with stages_bar(in_bytes=True) as progress:
         weights.convert(model_folder(source), target, to, written, fused, progress, type, allow_nonfinite)

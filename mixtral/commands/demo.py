@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixtral.commands.common import JsonOption, console, loads, shown, working
+from mixtral.commands.common import JsonOption, ThreadsOption, console, loads, shown, working
 from mixtral.commands.demo_train import train_demo
 from mixtral.shipped import FOLDER, SHIPPED
 
@@ -39,6 +39,7 @@ def demo(
     max_steps: Annotated[
         int | None, typer.Option(metavar="N", help="With --train: fewer or more steps than the recipe's.")
     ] = None,
+    threads: ThreadsOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Let the model that comes with the package write Python, and show which experts take what.
@@ -52,9 +53,11 @@ def demo(
     mixtral demo --train --out runs/quick --max-steps 100
     """
     from mixtral.errors import UsageError
+    from mixtral.runtime import set_threads
 
+    set_threads(threads)
     if train:
-        train_demo(out or DEFAULT_OUT, max_steps, as_json)
+        train_demo(out or DEFAULT_OUT, max_steps, threads, as_json)
     elif out is not None or max_steps is not None:
         raise UsageError("--out and --max-steps are for a training of your own; add --train")
     else:

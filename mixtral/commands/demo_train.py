@@ -16,17 +16,18 @@ PROMPT = "def __init__(self, name, value=None):\n"
 SEED = 1
 
 
-def train_demo(out: Path, max_steps: int | None, as_json: bool) -> None:
+def train_demo(out: Path, max_steps: int | None, threads: str, as_json: bool) -> None:
     """Train the recipe `tiny` in `out`, or go on with it, and show what has become of it."""
     from mixtral.errors import UsageError
     from mixtral.recipes import recipe
-    from mixtral.train.pretrain import begin, pretrain
+    from mixtral.train.pretrain import pretrain
+    from mixtral.train.run_folder import begin, change_threads
     from mixtral.train.view import TerminalView
 
     terminal = console(stderr=True)
     if not (out / "config.json").exists():
         config = recipe("tiny") if max_steps is None else recipe("tiny").replace(steps=max_steps)
-        begin(config, out)
+        begin(config, out, threads, TerminalView(terminal))
         shape = config.model
         terminal.print(
             f"A Mixtral of {shape.n_params() / 1e6:.1f} M parameters, {shape.n_active_params() / 1e6:.1f} M active: "
@@ -35,6 +36,8 @@ def train_demo(out: Path, max_steps: int | None, as_json: bool) -> None:
         )
     elif max_steps is not None:
         raise UsageError(f"--max-steps: the run in {out} was begun with its own number; choose another --out")
+    else:
+        change_threads(out, threads)
     trained = pretrain(out, TerminalView(terminal))
     figures = _figures(trained)
     if as_json:

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 from typing import TYPE_CHECKING, Any
 
-from mixtral.commands.common import JsonOption, bytes_text, console, rate_text, working
+from mixtral.commands.common import JsonOption, ThreadsOption, bytes_text, console, rate_text, working
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ COST = (  # of a missing native library, as measured on two cores (docs/kernels.
 )
 
 
-def doctor(as_json: JsonOption = False) -> None:
+def doctor(threads: ThreadsOption = "auto", as_json: JsonOption = False) -> None:
     """Show the device, its measured speed, and each op's kernel.
 
     Measures memory bandwidth and matrix products for some seconds. Each is what this process gets now: on a machine
@@ -43,6 +43,9 @@ def doctor(as_json: JsonOption = False) -> None:
     mixtral doctor
     mixtral doctor --json
     """
+    from mixtral.runtime import set_threads
+
+    set_threads(threads)
     with working("measuring"):
         report = examine()
     if as_json:

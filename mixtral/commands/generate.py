@@ -16,6 +16,7 @@ from mixtral.commands.common import (
     DeviceOption,
     DtypeOption,
     ModelOption,
+    ThreadsOption,
     bytes_text,
     console,
     load_model,
@@ -67,6 +68,7 @@ def generate(
     bos: BosOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    threads: ThreadsOption = "auto",
 ) -> None:
     """Continue a prompt.
 
@@ -81,7 +83,9 @@ def generate(
     echo "To be or" | mixtral generate --model DIR --prompt - --json
     """
     from mixtral.errors import UsageError
+    from mixtral.runtime import set_threads
 
+    set_threads(threads)
     params = sampling_params(
         model, max_tokens=max_tokens, min_tokens=min_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         min_p=min_p, typical_p=typical_p, repetition_penalty=repetition_penalty,

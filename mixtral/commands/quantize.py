@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixtral.commands.common import AllowNonfinite, JsonOption, bytes_text, console, stages_bar
+from mixtral.commands.common import AllowNonfinite, JsonOption, ThreadsOption, bytes_text, console, stages_bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +33,7 @@ def quantize(
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Read at most this many tokens of each text.")] = 8192,
     allow_nonfinite: AllowNonfinite = False,
+    threads: ThreadsOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Quantise a model: attention, experts and output to 8.5 or 4.5 bits a weight.
@@ -47,9 +48,11 @@ def quantize(
     """
     from mixtral.quant.quantize import quantise_folder
     from mixtral.quant.recipe import Recipe
+    from mixtral.runtime import set_threads
     from mixtral.shipped import model_folder
     from mixtral.weights.save import check_free
 
+    set_threads(threads)
     recipe, source = Recipe.of(bits), str(model_folder(source))
     check_free(target)
     to_compare = None if text is None else _sequences(source, text, tokens)  # a bad text is told before the work

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mixtral.commands.common import bytes_text, stages_bar
+from mixtral.commands.common import ThreadsOption, bytes_text, stages_bar
 
 
 def synth(
@@ -15,6 +15,7 @@ def synth(
     target: Annotated[str, typer.Argument(metavar="DST", help="Folder to write; must not exist, or be empty.")],
     bits: Annotated[str, typer.Option(metavar="BITS", help="16, 8, 4, or mixed: 8, and 4 for the experts.")],
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="The same seed gives the same weights.")] = 0,
+    threads: ThreadsOption = "auto",
 ) -> None:
     """Write random weights of a published shape, to try its size without a download.
 
@@ -27,7 +28,9 @@ def synth(
     """
     from mixtral import presets
     from mixtral.quant.synth import write_random
+    from mixtral.runtime import set_threads
 
+    set_threads(threads)
     config = presets.preset(preset)
     with stages_bar(in_bytes=True) as progress:
         write_random(config, target, bits, seed, progress)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mixtral.commands.common import JsonOption, console
+from mixtral.commands.common import JsonOption, ThreadsOption, console
 
 if TYPE_CHECKING:
     from mixtral.train.config import TrainConfig
@@ -38,6 +38,7 @@ def train(
         list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any other field; may be repeated.")
     ] = None,
     show: Annotated[bool, typer.Option("--show", help="Print the resolved configuration and do nothing.")] = False,
+    threads: ThreadsOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Train a model from text: vocabulary, token shards, steps, checkpoints, and the finished model in DIR/final.
@@ -55,7 +56,8 @@ def train(
     mixtral train --resume runs/mine
     """
     from mixtral.errors import UsageError
-    from mixtral.train.pretrain import begin, pretrain, recorded_config
+    from mixtral.train.pretrain import pretrain
+    from mixtral.train.run_folder import begin, change_threads, recorded_config
     from mixtral.train.view import TerminalView
 
     if resume is not None:
@@ -72,9 +74,12 @@ def train(
         return
     if folder is None:
         raise UsageError("train: name a new folder with --out DIR")
+    view = TerminalView(console(stderr=True))
     if resume is None:
-        begin(config, folder)
-    trained = pretrain(folder, TerminalView(console(stderr=True)))
+        begin(config, folder, threads, view)
+    else:
+        change_threads(folder, threads)
+    trained = pretrain(folder, view)
     if as_json:
         print(json.dumps(summary(trained)))
     else:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mixtral.cores import use_threads
 from mixtral.data.store import FORMAT, Encoder, Shard
 from mixtral.errors import DataError
 from mixtral.files import atomic_write
@@ -154,6 +155,7 @@ _worker_tokenizer: Encoder | None = None
 
 def _start_worker(tokenizer: Encoder) -> None:
     global _worker_tokenizer
+    use_threads(1)  # there are as many workers as are wanted; each with threads of its own would be too many
     _worker_tokenizer = tokenizer
 
 

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import hashlib
 import statistics
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,14 +20,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mixtral.cores import cpu_count
 from mixtral.errors import UsageError
-from mixtral.hardware import cpu_count
 from mixtral.kernels.packed import LANES, check_packed
 
 FOLDER = Path(__file__).parent / "native"
 REMEDY = "install a C++17 compiler (g++ or clang++), then run `make native` in a checkout, or reinstall the package"
-SPIN_MICROSECONDS = 50  # how long an idle thread of the pool waits awake; none where threads outnumber cores
-_pool_threads: int | None = None  # of the library inside cores_for_library; None: as many as torch has
+SPIN_MICROSECONDS = 50  # spin time before a worker of the pool sleeps; none where threads outnumber cores
+
+
+class _Blocks:
+    """The blocks of cores_for_library that are running in the whole process."""
+
+    count = 0
+    threads: int | None = None  # of the library inside them; None: as many as torch has
+
+
+_blocks, _lock = _Blocks(), threading.Lock()
+_mine = threading.local()  # .blocks: those running in this thread
 
 FORMATS = {"bf16": 0, "int8": 1, "int4": 2}  # enum Format of native/packed.h
 
@@ -54,7 +65,7 @@ def library() -> ctypes.CDLL:
     loaded = _load()
     if not isinstance(loaded, ctypes.CDLL):
         raise UsageError(f"native kernels: {loaded}; {REMEDY}")
-    threads = _pool_threads or torch.get_num_threads()
+    threads = _blocks.threads or torch.get_num_threads()
     loaded.mx_set_threads(threads, SPIN_MICROSECONDS if threads <= _cores() else 0)
     return loaded
 
@@ -64,17 +75,26 @@ def cores_for_library() -> Iterator[None]:
     """While the block runs, torch computes on one thread, and the library on as many as torch had.
 
     For loops of native calls with small ops of torch between them: after every op that it spreads, torch's OpenMP
-    threads spin for a while and keep the cores from the library's pool (docs/log.md, 2026-11-22).
+    threads may spin for a while and keep the cores from the library's pool (docs/log.md, 2026-11-22).
+
+    Blocks may overlap, in one thread or in several: each thread has torch's number back when its last block ends.
     """
-    global _pool_threads
-    before, threads = _pool_threads, torch.get_num_threads()
-    _pool_threads = before or threads
+    with _lock:  # torch keeps a number for each thread, and one for threads that are yet to use it
+        _blocks.threads = _blocks.threads or torch.get_num_threads()
+        _blocks.count += 1
+        threads = _blocks.threads
+    _mine.blocks = getattr(_mine, "blocks", 0) + 1
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        _pool_threads = before
-        torch.set_num_threads(threads)
+        _mine.blocks -= 1
+        with _lock:
+            _blocks.count -= 1
+            if not _mine.blocks:
+                torch.set_num_threads(threads)
+            if not _blocks.count:
+                _blocks.threads = None
 
 
 def instruction_set() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from functools import cached_property
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sentencepiece import SentencePieceProcessor
 
+from mixtral.cores import threads
 from mixtral.errors import MixtralError, UsageError, shown
 from mixtral.tokenizer.base import MOST_TOKENS, Tokenizer
 from mixtral.tokenizer.beside import Beside, parse_vocabulary
@@ -70,7 +70,7 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def _encode_batch(self, texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = self._processor.encode(texts, num_threads=os.cpu_count() or 1)
+        ids: list[list[int]] = self._processor.encode(texts, num_threads=threads())
         return ids
 
     def _files(self) -> dict[str, bytes]:

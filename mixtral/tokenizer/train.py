@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterable
 
 from sentencepiece import SentencePieceTrainer
@@ -41,8 +40,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, version: str = "v3", name: 
             sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size, model_type="bpe",
             control_symbols=CONTROL[version], pad_id=-1, byte_fallback=True, split_digits=True,
             normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-            character_coverage=0.99995, max_sentence_length=4 * LONGEST_LINE, num_threads=os.cpu_count() or 1,
-            minloglevel=2,
+            character_coverage=0.99995, max_sentence_length=4 * LONGEST_LINE, minloglevel=2,
+            num_threads=1,  # more make BPE no faster, and the number is written into the file: a machine's own there
         )
     except RuntimeError as error:
         reason = str(error).removeprefix("INTERNAL: ").partition("] ")[2].partition("\n")[0] or str(error)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from mixtral.errors import MixtralError, UsageError
 from mixtral.files import atomic_file, check_writable
 from mixtral.train.metrics import read_lines
-from mixtral.train.pretrain import recorded_config
+from mixtral.train.run_folder import recorded_config
 
 PLOTTED_BY = "mixtral runs"  # stands in the file: a plot may be replaced by a newer one, another picture may not
 SMOOTHED = 20  # steps that a point of the speed's curve is the median of

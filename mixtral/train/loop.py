@@ -31,6 +31,7 @@ from mixtral.train.metrics import MatrixRate, MetricsLog, Speed, bits_per_byte, 
 from mixtral.train.nonfinite import first_bad_layer, keep_batch
 from mixtral.train.optim import Optimizer
 from mixtral.train.step import NonFiniteLoss, StepResult, Validation, train_step, validate
+from mixtral.train.threads import ThreadWatch
 from mixtral.train.trackers import Trackers
 from mixtral.train.view import View
 
@@ -74,6 +75,7 @@ class Run:
     byte_lengths_V: torch.Tensor
     view: View
     matrix_rate: MatrixRate | None = None  # None: steps are not told as a share of it
+    watch: ThreadWatch | None = None  # None: nobody looks whether the run becomes slow
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
@@ -111,7 +113,8 @@ class Run:
         config, last = self.config, None
         if self.matrix_rate:
             rate = self.matrix_rate
-            log.write("timings", {"step": self.progress.step, "matrix_rate": rate.flops, "matrix_dtype": rate.dtype})
+            ceiling = {"matrix_rate": rate.flops, "matrix_dtype": rate.dtype, "threads": torch.get_num_threads()}
+            log.write("timings", {"step": self.progress.step, **ceiling})
         if self.progress.start_loss is None:
             last = self._validate(log)
             self.progress.start_loss = last.cross_entropy
@@ -142,13 +145,15 @@ class Run:
             kept, where = keep_batch(parts, self.folder, step + 1), first_bad_layer(self.model, parts)
             raise NonFiniteLoss(f"{error}; first seen in {where}; batch: {kept}") from error
         seconds = time.perf_counter() - begin
-        speed = Speed.of(seconds, config, self.matrix_rate, self.model.output_weight.device)
+        speed = Speed.of(seconds, config, self.matrix_rate, self.model.embedding.weight.device)
         bits = bits_per_byte(result.cross_entropy, parts, self.byte_lengths_V)
         self.progress.step += 1
         log.write("metrics", {**_metrics_line(self.progress.step, result, config), "bits_per_byte": bits})
         log.write("timings", {"step": self.progress.step, **speed.line()})
         self._tell_failure()
         self.view.step(self.progress.step, result, bits, speed)
+        if self.watch:
+            self.watch.step(speed.tokens_per_second)
 
     def _validate(self, log: MetricsLog) -> Validation:
         result = validate(self.model, self.val_batches, self.byte_lengths_V)

@@ -11,35 +11,30 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import re
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from mixtral.cores import asked_threads, cpu_count
 from mixtral.data.loader import Loader
 from mixtral.data.readers import BadInput
 from mixtral.data.shards import prepare
 from mixtral.data.sources import Source, documents
 from mixtral.data.store import TokenData
-from mixtral.errors import ConfigError, DataError, MixtralError, UsageError, WeightsError, shown
+from mixtral.errors import ConfigError, DataError, WeightsError
 from mixtral.files import (
     atomic_folder,
     atomic_write,
-    is_temporary,
     lock_folder,
-    remove_folder,
     unlock_folder,
 )
-from mixtral.json_files import SMALL, parse_object, read_object, read_regular
 from mixtral.kernels import use_backend
 from mixtral.kernels.memory import keep_freed_memory
 from mixtral.model import Mixtral, initialise
-from mixtral.runtime import choose_device, choose_dtype, environment, set_threads
+from mixtral.runtime import choose_device, choose_dtype, set_threads
 from mixtral.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from mixtral.tokenizer.beside import TEMPLATES, is_side_file
 from mixtral.train.checkpoint import latest_checkpoint
 from mixtral.train.config import TrainConfig
 from mixtral.train.loop import Run
@@ -47,7 +42,9 @@ from mixtral.train.memory import check_memory
 from mixtral.train.metrics import MatrixRate
 from mixtral.train.optim import Optimizer
 from mixtral.train.recompute import recompute_layers
+from mixtral.train.run_folder import recorded_config, recorded_threads, split_checkpoint
 from mixtral.train.step import Validation
+from mixtral.train.threads import ThreadWatch, counts_to_try, measure_training
 from mixtral.train.trackers import require_packages
 from mixtral.train.view import View
 from mixtral.weights.save import write_hf
@@ -55,8 +52,6 @@ from mixtral.weights.save import write_hf
 TOKENIZER_CHARACTERS = 4_000_000  # of text are enough to learn a vocabulary from; more costs time and changes little
 
 
-_BEFORE_TRAINING = {"config.json", "tokenizer", "data"}  # what a run writes before its first checkpoint
-_TOKENIZER_FILES = re.compile(r"tekken\.json|tokenizer(_config)?\.json|.+\.model(\.v\w+)?")
 
 
 class Trained(NamedTuple):
@@ -66,82 +61,6 @@ class Trained(NamedTuple):
     start_loss: float  # validation cross-entropy before the first step, nats a token
     validation: Validation
     run: Run
-
-
-def begin(config: TrainConfig, out: Path) -> None:
-    """Claim a new run's folder, keep other processes out of it until `pretrain` ends, and record what the run is to do.
-
-    A run that failed before its first checkpoint, on bad data perhaps, is begun anew. Raises UsageError when the folder
-    holds anything else, when another process trains in it, or when the package of a tracker is missing; MixtralError
-    when the memory is too small for the run.
-    """
-    require_packages(config.trackers)
-    check_memory(config)
-    if out.exists() and not out.is_dir():
-        raise _taken(out)
-    lock_folder(out)
-    try:
-        _check_failed(out)
-        if (out / "tokenizer").exists():
-            remove_folder(out / "tokenizer")  # it may be of other data
-        record = {"train": config.to_dict(), "environment": environment()}
-        atomic_write(out / "config.json", json.dumps(record, indent=1))
-    except BaseException:
-        unlock_folder(out)
-        raise
-
-
-def _check_failed(out: Path) -> None:
-    """Raise UsageError unless a folder is empty, or holds what a run that failed before its first checkpoint wrote.
-
-    The run wrote config.json before all else, so the other names count as a run's only beside such a file.
-    """
-    try:
-        names = {path.name for path in out.iterdir() if not is_temporary(path.name)}
-        if names - _BEFORE_TRAINING or (names and not _is_record(out / "config.json")):
-            raise _taken(out)
-        if "tokenizer" in names:
-            for path in (out / "tokenizer").iterdir():
-                if not (_TOKENIZER_FILES.fullmatch(path.name) or is_side_file(path.name) or path.name == TEMPLATES):
-                    raise UsageError(f"{path}: no run has written this; move it, or choose another --out")
-    except OSError as error:
-        raise MixtralError(f"cannot read {out}: {error.strerror}") from error
-
-
-def _taken(out: Path) -> UsageError:
-    return UsageError(f"{out} is not empty; choose another --out, or go on with: mixtral train --resume {out}")
-
-
-def _is_record(path: Path) -> bool:
-    """Whether a file is what `begin` writes, of this version or another."""
-    try:
-        record = read_object(path)
-    except ConfigError:
-        return False
-    environment = record.get("environment")
-    return record.keys() == {"train", "environment"} and isinstance(environment, dict) and "mixtral" in environment
-
-
-def split_checkpoint(path: Path) -> tuple[Path, Path | None]:
-    """(the run's folder, the checkpoint) for RUN/checkpoints/step_N, and (path, None) for a run's folder itself."""
-    path = path.resolve() if path.name in ("", ".") else path
-    return (path.parents[1], path) if path.parent.name == "checkpoints" else (path, None)
-
-
-def recorded_config(out: Path) -> TrainConfig:
-    """The configuration of the run in `out`, or of the run that the checkpoint `out` is of; UsageError without one."""
-    out = split_checkpoint(out)[0]
-    path = out / "config.json"
-    if not os.path.isfile(path):
-        raise UsageError(f"{out} is not a training run: it has no config.json")
-    what = f"{path} is not a training configuration"
-    values = parse_object(read_regular(path, ConfigError, SMALL), what).get("train")
-    if not isinstance(values, dict):
-        raise ConfigError(f"{what}: train must be an object, not {shown(values)}")
-    try:
-        return TrainConfig.from_dict(values)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
 
 
 def pretrain(out: Path, view: View) -> Trained:
@@ -162,7 +81,7 @@ def pretrain(out: Path, view: View) -> Trained:
 def _pretrain(config: TrainConfig, out: Path, checkpoint: Path | None, view: View) -> Trained:
     require_packages(config.trackers)
     check_memory(config)
-    set_threads()
+    _keep_threads(out, view)
     keep_freed_memory()
     tokenizer = _tokenizer(config, out, view)
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
@@ -175,6 +94,16 @@ def _pretrain(config: TrainConfig, out: Path, checkpoint: Path | None, view: Vie
     final = save_final(run, tokenizer)
     assert run.progress.start_loss is not None  # a run validates before its first step
     return Trained(final, run.progress.start_loss, validation, run)
+
+
+def _keep_threads(out: Path, view: View) -> None:
+    """Compute with the threads that are recorded; what speaks against them is told when the run goes on."""
+    threads, cores, asked = recorded_threads(out), cpu_count(), asked_threads()
+    set_threads(threads)
+    if latest_checkpoint(out) and (threads > cores or asked not in (None, threads)):
+        few = "there is 1 core" if cores == 1 else f"there are {cores} cores"
+        here = f"{few}, so it is slower" if threads > cores else f"not OMP_NUM_THREADS={asked}"
+        view.say(f"threads: {threads} as before, for the same bits; {here}; --resume with --threads N changes it")
 
 
 def save_final(run: Run, tokenizer: Tokenizer) -> Path:
@@ -252,8 +181,16 @@ def _run(config: TrainConfig, tokenizer: Tokenizer, data: TokenData, out: Path, 
     loader = Loader(data, config.rows, config.context, config.seed)
     with view.working("measuring the matrix rate"):
         rate = MatrixRate.measure(dtype, device)
+    watch = _watch(config, out, view) if device.type == "cpu" else None
     return Run(
         folder=out, config=config, model=model, optimizer=Optimizer(model, config, dtype, data.domains), loader=loader,
         val_batches=loader.val_batches(config.val_tokens),
-        byte_lengths_V=torch.from_numpy(tokenizer.byte_lengths()), view=view, matrix_rate=rate,
+        byte_lengths_V=torch.from_numpy(tokenizer.byte_lengths()), view=view, matrix_rate=rate, watch=watch,
     )  # fmt: skip
+
+
+def _watch(config: TrainConfig, out: Path, view: View) -> ThreadWatch:
+    threads = torch.get_num_threads()
+    counts = sorted({*counts_to_try(cpu_count()), threads})
+    measure = None if config.compile else partial(measure_training, config, counts)  # compiling anew takes long
+    return ThreadWatch(out, threads, measure, view.say)

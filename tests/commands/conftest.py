@@ -10,14 +10,14 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from mixtral import cli
+from mixtral import cli, cores
 from mixtral.config import ModelConfig
 from mixtral.lm import LM
 from mixtral.model import Mixtral, initialise
 from mixtral.presets import preset
 from mixtral.tokenizer import train_bpe
 from mixtral.train.config import TrainConfig
-from mixtral.train.pretrain import begin
+from mixtral.train.run_folder import begin
 
 TEXT = ["To be, or not to be, that is the question:", "def add(a, b):\n    return a + b", "Whether 'tis nobler"] * 20
 
@@ -36,7 +36,9 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     """Run `mixtral ARGUMENTS` at 80 columns; logging and threads of the test process stay as they are."""
     monkeypatch.setattr(cli, "_prepare", lambda: None)
     monkeypatch.setenv("COLUMNS", "80")
-    level = logging.getLogger("mixtral").level
+    monkeypatch.setattr(cores, "_chosen", None)
+    monkeypatch.setenv("RAYON_NUM_THREADS", "1")
+    level, threads = logging.getLogger("mixtral").level, torch.get_num_threads()
 
     def call(*arguments: str | Path) -> Outcome:
         capsys.readouterr()
@@ -44,6 +46,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return Outcome(code, *capsys.readouterr())
 
     yield call
+    torch.set_num_threads(threads)
     logging.getLogger("mixtral").setLevel(level)
 
 

@@ -36,7 +36,7 @@ def _small_recipe(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
         model=shape, data=(str(corpus),), steps=8, rows=4, context=32, dtype="fp32",
         device="cpu", lr=1e-2, val_every=4, val_tokens=128, save_every=4)  # fmt: skip
     monkeypatch.setitem(mixtral.recipes.RECIPES, "tiny", lambda: small)
-    monkeypatch.setattr(pretrain, "set_threads", lambda: None)
+    monkeypatch.setattr(pretrain, "set_threads", lambda *_: None)
     monkeypatch.setattr(MatrixRate, "measure", lambda *_: MatrixRate(1e12, "float32"))
 
 

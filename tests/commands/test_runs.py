@@ -10,7 +10,7 @@ import pytest
 from mixtral.cli import main
 from mixtral.presets import preset
 from mixtral.train.config import TrainConfig
-from mixtral.train.pretrain import begin
+from mixtral.train.run_folder import begin
 
 LAYER = {"load": [0.5, 0.5], "max_over_mean": 1.0, "gini": 0.1, "entropy": 0.9, "repeats": 0.1, "dead": 1}
 

@@ -12,9 +12,9 @@ import pytest
 from mixtral.data.shards import prepare
 from mixtral.data.sources import Source
 from mixtral.data.store import NO_TARGET, TokenData
-from mixtral.data.writer import Progress, token_dtype
+from mixtral.data.writer import Progress, encoder, token_dtype
 from mixtral.errors import DataError, MixtralError, UsageError
-from tests.data.byte_tokenizer import ByteTokenizer
+from tests.data.byte_tokenizer import ByteTokenizer, ThreadTeller
 
 TEXTS = [f"document {number} " + "x" * (number % 7) for number in range(60)]
 Write = Callable[..., Path]
@@ -68,6 +68,14 @@ def test_workers_change_nothing(tmp_path: Path, jsonl: Write, tokenizer: ByteTok
     for workers in (1, 2):
         prepare([source], tokenizer, tmp_path / str(workers), val_share=0.1, shard_bytes=300, workers=workers)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+def test_each_of_several_workers_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
+        monkeypatch.setenv(name, "4")  # as the workers inherit them
+    with encoder(ThreadTeller(), 2) as encode:
+        found = [tokens.tolist() for tokens, _ in encode([["a"], ["b", "c"]])]
+    assert found == [[1, 1], [1, 1, 1, 1]]
 
 
 def test_interrupted_it_goes_on(tmp_path: Path, jsonl: Write, tokenizer: ByteTokenizer) -> None:

@@ -29,7 +29,7 @@ from mixtral.train.checkpoint import load_checkpoint, write_checkpoint
 from mixtral.train.compare import summarise
 from mixtral.train.config import TrainConfig
 from mixtral.train.loop import Progress
-from mixtral.train.pretrain import begin
+from mixtral.train.run_folder import begin
 from mixtral.weights import convert, save_hf, save_mistral
 from mixtral.weights.gguf_write import write_gguf
 from tests.train.tiny_run import fresh_optimizer, texts, train_config

@@ -269,6 +269,54 @@ def test_the_library_has_the_cores_that_torch_leaves(monkeypatch: pytest.MonkeyP
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("order", ["ABab", "ABba", "AaBb", "ABaCbc"])
+def test_blocks_that_overlap_leave_torch_its_threads(order: str) -> None:
+    """Capital letters enter, small ones leave: two generations whose steps a caller takes in turn."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        blocks = {name: native.cores_for_library() for name in order.upper()}
+        for name in order:
+            if name.isupper():
+                blocks[name].__enter__()
+                assert torch.get_num_threads() == 1
+            else:
+                assert torch.get_num_threads() == 1
+                blocks[name.upper()].__exit__(None, None, None)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_blocks_in_two_threads_leave_each_its_threads() -> None:
+    """B begins within A and ends after it; torch keeps a number for each thread, and B's starts as A's is just then."""
+    before, a_entered, a_left = torch.get_num_threads(), threading.Event(), threading.Event()
+    found: list[int] = []
+
+    def other() -> None:
+        a_entered.wait(60)
+        with native.cores_for_library():
+            found.append(native.library().mx_threads())
+            b_entered.set()
+            a_left.wait(60)
+            found.append(native.library().mx_threads())
+        found.append(torch.get_num_threads())
+
+    b_entered, thread = threading.Event(), threading.Thread(target=other)
+    try:
+        torch.set_num_threads(3)
+        thread.start()
+        with native.cores_for_library():
+            a_entered.set()
+            b_entered.wait(60)
+        found.append(torch.get_num_threads())
+        a_left.set()
+        thread.join(60)
+        assert found == [3, 3, 3, 3]
+    finally:
+        torch.set_num_threads(before)
+
+
 class Told(ctypes.CDLL):
     """A library that only notes how many threads it is told to have."""
 

@@ -23,7 +23,7 @@ from mixtral.model import Mixtral, initialise
 from mixtral.presets import tiny
 from mixtral.recipes import recipe
 from mixtral.tokenizer import load_tokenizer
-from mixtral.train.pretrain import begin
+from mixtral.train.run_folder import begin
 from mixtral.weights import convert
 
 pytest.importorskip("gguf")
@@ -168,7 +168,7 @@ def test_programs_that_fail() -> None:
 
 
 def test_the_command(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nano_quantised, "set_threads", lambda: None)
+    monkeypatch.setattr(nano_quantised, "set_threads", lambda *_: None)
     options = ["--tokens", "60", "--json", str(tmp_path / "out.json")]
     monkeypatch.setattr(sys, "argv", ["nano_quantised.py", str(run), *options])
     nano_quantised.main()

@@ -18,7 +18,7 @@ from mixtral.model import Mixtral, Packed, initialise
 from mixtral.presets import tiny
 from mixtral.recipes import recipe
 from mixtral.tokenizer import load_tokenizer
-from mixtral.train.pretrain import begin
+from mixtral.train.run_folder import begin
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +35,29 @@ def test_what_is_learnt() -> None:
 
 def test_training_repeats_itself() -> None:
     assert train_bpe(TEXTS, 320).fingerprint == train_bpe(iter(TEXTS), 320).fingerprint
+
+
+def test_the_file_is_the_same_on_every_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = set()
+    for cores in (1, 5):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr("mixtral.cores._chosen", cores)
+        train_bpe(TEXTS, 320).save(tmp_path)
+        found.add((tmp_path / "own.model.v3").read_bytes())
+    assert len(found) == 1
+
+
+def test_many_texts_take_the_threads_that_were_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, taken = train_bpe(TEXTS, 320), list[int]()
+
+    class Processor:
+        def encode(self, texts: list[str], num_threads: int) -> list[list[int]]:
+            taken.append(num_threads)
+            return [[5] for _ in texts]
+
+    monkeypatch.setattr(own, "_processor", Processor())
+    monkeypatch.setattr("mixtral.cores._chosen", 3)
+    assert own.encode_batch(TEXTS, bos=False) == [[5], [5]] and taken == [3]
 
 
 def test_long_lines_are_learnt_too() -> None:

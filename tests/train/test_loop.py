@@ -210,7 +210,7 @@ def test_steps_as_a_share_of_the_matrix_rate(run_in: MakeRun, tmp_path: Path) ->
     run.matrix_rate = MatrixRate(1e9, "float32")
     run.train()
     rate, *timings = read_lines(tmp_path / "timings.jsonl")
-    assert rate == {"step": 0, "matrix_rate": 1e9, "matrix_dtype": "float32"}
+    assert rate == {"step": 0, "matrix_rate": 1e9, "matrix_dtype": "float32", "threads": 1}
     for line in timings:
         flops = line["tokens_per_second"] * config.model.flops_per_token(32, backward=True)
         assert line["matrix_share"] == pytest.approx(flops / 1e9, rel=1e-2)

@@ -22,13 +22,14 @@ from mixtral.train import pretrain as module
 from mixtral.train.checkpoint import checkpoints
 from mixtral.train.config import TrainConfig
 from mixtral.train.metrics import MatrixRate, read_lines
-from mixtral.train.pretrain import Trained, begin, pretrain, recorded_config, save_final
+from mixtral.train.pretrain import Trained, pretrain, save_final
+from mixtral.train.run_folder import begin, recorded_config
 from tests.train.tiny_run import Killed, Watching, kill_after, texts, train_config
 
 
 @pytest.fixture(autouse=True)
 def _threads_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "set_threads", lambda: None)
+    monkeypatch.setattr(module, "set_threads", lambda *_: None)
     monkeypatch.setattr(module, "keep_freed_memory", lambda: None)  # it would last for the whole test process
     monkeypatch.setattr(MatrixRate, "measure", lambda *_: MatrixRate(1e12, "float32"))
 
@@ -41,7 +42,7 @@ def config_of(source: Path | str, **changes: Any) -> TrainConfig:
 def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     out = tmp_path_factory.mktemp("runs") / "new" / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "set_threads", lambda: None)
+        patch.setattr(module, "set_threads", lambda *_: None)
         patch.setattr(module, "keep_freed_memory", lambda: None)
         patch.setattr(MatrixRate, "measure", lambda *_: MatrixRate(1e12, "float32"))
         begin(config_of(corpus), out)

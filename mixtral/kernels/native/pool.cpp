@@ -24,7 +24,11 @@ void pause() {
 #endif
 }
 
-// A counter to wait for: spinning at first, then asleep.
+// After so many waits in a row that spinning did not shorten, only one in PROBE still spins: on a busy machine the thread
+// waited for is often not running, and who spins keeps it from the core.
+constexpr int MISSES = 4, PROBE = 64;
+
+// A counter to wait for: spinning at first, where that has helped of late, then asleep.
 class Epoch {
  public:
   uint32_t now() const { return value_.load(std::memory_order_acquire); }
@@ -39,11 +43,10 @@ class Epoch {
   // Returns when the counter is not at `old` any more; `spin` is in microseconds.
   void wait(uint32_t old, int spin) {
     if (now() != old) return;
-    for (const auto end = Clock::now() + std::chrono::microseconds(spin); Clock::now() < end;)
-      for (int i = 0; i < 64; ++i) {
-        if (now() != old) return;
-        pause();
-      }
+    if (spin > 0 && worth_spinning()) {
+      if (spun(old, spin)) return misses_.store(0, std::memory_order_relaxed);
+      misses_.fetch_add(1, std::memory_order_relaxed);
+    }
     std::unique_lock<std::mutex> lock(mutex_);
     sleepers_.fetch_add(1);
     wake_.wait(lock, [&] { return value_.load() != old; });
@@ -51,8 +54,23 @@ class Epoch {
   }
 
  private:
-  std::atomic<uint32_t> value_{0};
-  std::atomic<int> sleepers_{0};
+  bool worth_spinning() {
+    if (misses_.load(std::memory_order_relaxed) < MISSES) return true;
+    return slept_.fetch_add(1, std::memory_order_relaxed) % PROBE == PROBE - 1;
+  }
+
+  // Whether the counter left `old` in that time.
+  bool spun(uint32_t old, int microseconds) const {
+    for (const auto end = Clock::now() + std::chrono::microseconds(microseconds); Clock::now() < end;)
+      for (int i = 0; i < 64; ++i) {
+        if (now() != old) return true;
+        pause();
+      }
+    return false;
+  }
+
+  std::atomic<uint32_t> value_{0}, slept_{0};
+  std::atomic<int> sleepers_{0}, misses_{0};  // misses_: waits in a row that spinning did not end
   std::mutex mutex_;
   std::condition_variable wake_;
 };

@@ -1,0 +1,133 @@
+"""The folder of a training run: claimed by one process, known by the record that is written first.
+
+The record, `config.json`, holds the resolved configuration, versions, hardware and the number of threads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from mixtral.cores import MOST_THREADS, asked_threads
+from mixtral.errors import ConfigError, MixtralError, UsageError, shown
+from mixtral.files import atomic_write, is_temporary, lock_folder, remove_folder, unlock_folder
+from mixtral.json_files import SMALL, parse_object, read_object, read_regular
+from mixtral.runtime import environment, set_threads
+from mixtral.tokenizer.beside import TEMPLATES, is_side_file
+from mixtral.train.config import TrainConfig
+from mixtral.train.memory import check_memory
+from mixtral.train.threads import choose_threads
+from mixtral.train.trackers import require_packages
+from mixtral.train.view import View
+
+_BEFORE_TRAINING = {"config.json", "tokenizer", "data"}  # what a run writes before its first checkpoint
+_TOKENIZER_FILES = re.compile(r"tekken\.json|tokenizer(_config)?\.json|.+\.model(\.v\w+)?")
+
+
+def begin(config: TrainConfig, out: Path, threads: int | str | None = None, view: View | None = None) -> None:
+    """Claim a new run's folder and record what it is to do, and with how many threads: None or "auto" as measured.
+
+    A run that failed before its first checkpoint, on bad data perhaps, is begun anew. Raises UsageError when the folder
+    holds anything else, when another process trains in it, or when the package of a tracker is missing; MixtralError
+    when the memory is too small for the run.
+    """
+    require_packages(config.trackers)
+    check_memory(config)
+    asked = asked_threads(threads)
+    if out.exists() and not out.is_dir():
+        raise _taken(out)
+    lock_folder(out)
+    try:
+        _check_failed(out)
+        if (out / "tokenizer").exists():
+            remove_folder(out / "tokenizer")  # it may be of other data
+        set_threads(asked or choose_threads(config, view or View()))
+        record = {"train": config.to_dict(), "environment": environment()}
+        atomic_write(out / "config.json", json.dumps(record, indent=1))
+    except BaseException:
+        unlock_folder(out)
+        raise
+
+
+def _check_failed(out: Path) -> None:
+    """Raise UsageError unless a folder is empty, or holds what a run that failed before its first checkpoint wrote.
+
+    The run wrote config.json before all else, so the other names count as a run's only beside such a file.
+    """
+    try:
+        names = {path.name for path in out.iterdir() if not is_temporary(path.name)}
+        if names - _BEFORE_TRAINING or (names and not _is_record(out / "config.json")):
+            raise _taken(out)
+        if "tokenizer" in names:
+            for path in (out / "tokenizer").iterdir():
+                if not (_TOKENIZER_FILES.fullmatch(path.name) or is_side_file(path.name) or path.name == TEMPLATES):
+                    raise UsageError(f"{path}: no run has written this; move it, or choose another --out")
+    except OSError as error:
+        raise MixtralError(f"cannot read {out}: {error.strerror}") from error
+
+
+def _taken(out: Path) -> UsageError:
+    return UsageError(f"{out} is not empty; choose another --out, or go on with: mixtral train --resume {out}")
+
+
+def _is_record(path: Path) -> bool:
+    """Whether a file is what `begin` writes, of this version or another."""
+    try:
+        record = read_object(path)
+    except ConfigError:
+        return False
+    environment = record.get("environment")
+    return record.keys() == {"train", "environment"} and isinstance(environment, dict) and "mixtral" in environment
+
+
+def split_checkpoint(path: Path) -> tuple[Path, Path | None]:
+    """(the run's folder, the checkpoint) for RUN/checkpoints/step_N, and (path, None) for a run's folder itself."""
+    path = path.resolve() if path.name in ("", ".") else path
+    return (path.parents[1], path) if path.parent.name == "checkpoints" else (path, None)
+
+
+def recorded_config(out: Path) -> TrainConfig:
+    """The configuration of the run in `out`, or of the run that the checkpoint `out` is of; UsageError without one."""
+    path, record = _read_record(out)
+    if not isinstance(values := record.get("train"), dict):
+        raise ConfigError(f"{path} is not a training configuration: train must be an object, not {shown(values)}")
+    try:
+        return TrainConfig.from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def recorded_threads(out: Path) -> int:
+    """How many threads the run in `out` computes with: its bits depend on that, so it keeps them when it goes on."""
+    path, record = _read_record(out)
+    environment = record.get("environment")
+    threads = environment.get("threads") if isinstance(environment, dict) else None
+    if type(threads) is not int or not 1 <= threads <= MOST_THREADS:
+        most = f"a number of threads from 1 to {MOST_THREADS}"
+        raise ConfigError(f"{path}: environment.threads must be {most}, not {shown(threads)}")
+    return threads
+
+
+def change_threads(out: Path, threads: int | str) -> None:
+    """Let the run in `out` go on with another number of threads, and from there on with other bits; "auto": its own.
+
+    Raises UsageError when another process trains in the folder: the folder stays this process's until `pretrain` ends.
+    """
+    recorded_threads(out)  # or it is no training run
+    if threads != "auto":
+        lock_folder(split_checkpoint(out)[0])
+        path, record = _read_record(out)
+        record["environment"]["threads"] = asked_threads(threads)
+        atomic_write(path, json.dumps(record, indent=1))
+
+
+def _read_record(out: Path) -> tuple[Path, dict[str, Any]]:
+    """-> (the run's config.json, what it says)."""
+    out = split_checkpoint(out)[0]
+    path = out / "config.json"
+    if not os.path.isfile(path):
+        raise UsageError(f"{out} is not a training run: it has no config.json")
+    return path, parse_object(read_regular(path, ConfigError, SMALL), f"{path} is not a training configuration")
