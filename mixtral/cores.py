@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mixtral.errors import UsageError, shown
+from mixtral.errors import UsageError
 
 MOST_THREADS = 1024  # a larger number is taken for a slip
 
@@ -63,7 +63,7 @@ def asked_threads(threads: int | str | None = None) -> int | None:
     except ValueError:
         count = 0
     if not 1 <= count <= MOST_THREADS:
-        raise UsageError(f"{name}: a number from 1 to {MOST_THREADS} is wanted, or auto, not {shown(threads)}")
+        raise UsageError(f"{name}: a number from 1 to {MOST_THREADS} is wanted, or auto, not {threads}")
     return count
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mixtral import cores as module
-from mixtral.errors import UsageError, shown
+from mixtral.errors import UsageError
 from tests.machines import machine
 
 REAL_CPU_COUNT = module.cpu_count
@@ -102,12 +101,12 @@ def test_what_the_user_asked_for(
 
 @pytest.mark.parametrize("given", [0, -1, 1025, "0", "many", "2.5", "", "99999999999999999999"])
 def test_no_number_of_threads(monkeypatch: pytest.MonkeyPatch, given: int | str) -> None:
-    wanted = r"a number from 1 to 1024 is wanted, or auto, not "
-    with pytest.raises(UsageError, match=f"^threads: {wanted}{re.escape(shown(given))}$"):
+    wanted = f"a number from 1 to 1024 is wanted, or auto, not {given}".rstrip()
+    with pytest.raises(UsageError, match=f"^threads: {wanted}$"):
         module.asked_threads(given)
     if given != "":  # a variable that is empty is as good as none
         monkeypatch.setenv("OMP_NUM_THREADS", str(given))
-        with pytest.raises(UsageError, match=f"^OMP_NUM_THREADS: {wanted}{re.escape(shown(str(given)))}$"):
+        with pytest.raises(UsageError, match=f"^OMP_NUM_THREADS: {wanted}$"):
             module.asked_threads()
 
 
