@@ -21,7 +21,7 @@ from mixtral.files import atomic_write
 from mixtral.hardware import hardware_name, measure_matmul
 from mixtral.runtime import environment
 
-PEERS = {"OMP_WAIT_POLICY": None}  # a peer's environment: without what mixtral sets, which its users do not have
+PEERS = {"GOMP_SPINCOUNT": None}  # a peer's environment: without what mixtral sets, which its users do not have
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -3,10 +3,11 @@
 import os
 from typing import TYPE_CHECKING, Any
 
-# Threads of torch (OpenMP) that wait for work sleep at once instead of spinning: beside other load they otherwise keep
-# each other from the cores (docs/training.md). OpenMP looks at it when torch is loaded, so it stands here; a
-# value of the user's, or GOMP_SPINCOUNT, goes before it.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# How long an idle thread of torch (OpenMP, libgomp) spins before it sleeps: some 0.1 ms instead of milliseconds. Beside
+# other load, spinning threads keep the cores from the threads that they wait for; sleeping at once costs an idle machine
+# a third of its speed (bench/threads.py, docs/training.md). libgomp looks at it when torch is loaded, so it stands here.
+if "OMP_WAIT_POLICY" not in os.environ:  # the user's own choice
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 if TYPE_CHECKING:
     from mixtral.lm import LM, load

@@ -128,13 +128,14 @@ def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, env={**clean, **environment}, capture_output=True, text=True, check=True)
 
 
-def test_waiting_threads_sleep_unless_the_user_says_otherwise() -> None:
-    told = "import sys, os, mixtral.cores; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
-    assert in_a_process(told).stdout == "PASSIVE False\n"
-    assert in_a_process(told, OMP_WAIT_POLICY="ACTIVE").stdout == "ACTIVE False\n"
+def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise() -> None:
+    told = "import sys, os, mixtral.cores; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    assert in_a_process(told).stdout == "3000 False\n"
+    assert in_a_process(told, GOMP_SPINCOUNT="7").stdout == "7 False\n"
+    assert in_a_process(told, OMP_WAIT_POLICY="ACTIVE").stdout == "None False\n"  # which a count would override
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only libgomp tells what it has read")
 def test_the_policy_is_set_before_torch_loads_openmp() -> None:
     said = in_a_process("import mixtral.runtime", OMP_DISPLAY_ENV="VERBOSE").stderr
-    assert "OMP_WAIT_POLICY = 'PASSIVE'" in said and "GOMP_SPINCOUNT = '0'" in said
+    assert "GOMP_SPINCOUNT = '3000'" in said

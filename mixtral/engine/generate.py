@@ -251,13 +251,13 @@ class _Run:
 
 def _after_history(logits_BV: Tensor, sequences: list[_Sequence]) -> Tensor:
     """Each sequence's logits, after what its tokens so far do to them."""
-    rows = list(logits_BV)
-    found = [
-        apply_history(row, s.params, s.all_tokens, s.n_prompt, s.end_ids)
-        for row, s in zip(rows, sequences, strict=True)
+    if not any(s.params.uses_history for s in sequences):
+        return logits_BV
+    rows = [
+        apply_history(logits_V, s.params, s.all_tokens, s.n_prompt, s.end_ids)
+        for logits_V, s in zip(logits_BV, sequences, strict=True)
     ]
-    unchanged = all(new is row for new, row in zip(found, rows, strict=True))
-    return logits_BV if unchanged else torch.stack([row.float() for row in found])
+    return torch.stack([logits_V.float() for logits_V in rows])
 
 
 def _check(

@@ -89,6 +89,12 @@ class SamplingParams:
             raise UsageError(f"sampling: {name} must be {wanted}, not {shown(getattr(self, name))}")
 
     @property
+    def uses_history(self) -> bool:
+        """Whether the logits depend on the tokens so far, or some tokens are banned (engine/history.py)."""
+        bans = self.no_repeat_ngram_size or self.bad_words_ids or self.suppress_tokens or self.begin_suppress_tokens
+        return bool(bans or self.min_tokens or self.min_length or self.repetition_penalty != 1)
+
+    @property
     def is_filtered(self) -> bool:
         """Whether some filter may drop tokens before one is sampled."""
         neutral = self.top_k is None and self.top_h is None and self.top_p == 1 and self.typical_p == 1

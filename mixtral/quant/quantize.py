@@ -17,7 +17,7 @@ from mixtral.errors import WeightsError
 from mixtral.files import atomic_folder
 from mixtral.quant.formats import Format, quantise
 from mixtral.quant.recipe import PACKED, Recipe, stored_shapes, theoretical_bytes
-from mixtral.weights.convert import copy_tokenizer
+from mixtral.weights.convert import copy_tokenizer, with_token_ids
 from mixtral.weights.load import StateReader
 from mixtral.weights.progress import Progress, counter
 from mixtral.weights.safetensors_file import Entry, write_safetensors
@@ -51,7 +51,7 @@ def quantise_folder(
     WeightsError as reading does, WeightsError for weights that cannot be quantised.
     """
     check_free(dst)
-    config = read_config(src)
+    config = with_token_ids(read_config(src), src)
     reader = StateReader(src, config)
     entries = _entries(reader, config, recipe, importance or {}, progress, allow_nonfinite)
     with atomic_folder(dst) as new:

@@ -115,6 +115,12 @@ def test_everything_survives(way: str, source: Path, tmp_path: Path) -> None:
         assert read_config(written).eos_ids == (1000, 2)
 
 
+def test_the_end_that_only_a_tokenizer_names_survives_quantising(source: Path, tmp_path: Path) -> None:
+    mistral = _convert("mistral")(source, tmp_path)
+    (mistral / "generation_config.json").unlink()
+    assert read_config(_quantise(mistral, tmp_path / "small")).eos_id == 1000
+
+
 @pytest.mark.parametrize("way", ["save", "gguf and back", "training"])
 def test_transformers_reads_the_same(way: str, source: Path, tmp_path: Path) -> None:
     written = WAYS[way](source, tmp_path)
