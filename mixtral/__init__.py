@@ -3,9 +3,9 @@
 import os
 from typing import TYPE_CHECKING, Any
 
-# How long an idle thread of torch (OpenMP, libgomp) spins before it sleeps: some 0.1 ms instead of milliseconds. Beside
-# other load, spinning threads keep the cores from the threads that they wait for; sleeping at once costs an idle machine
-# a third of its speed (bench/threads.py, docs/training.md). libgomp looks at it when torch is loaded, so it stands here.
+# How long an idle thread of torch (OpenMP, libgomp) spins before it sleeps: 0.1 ms instead of milliseconds. Beside other
+# load, spinning threads keep the cores from the threads that they wait for; sleeping at once costs a third of the speed
+# on an idle machine (bench/threads.py, docs/training.md). libgomp looks at it when torch is loaded, so it stands here.
 if "OMP_WAIT_POLICY" not in os.environ:  # the user's own choice
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 

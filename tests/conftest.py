@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-# Before torch is loaded, and for the processes that tests start. Their waiting threads sleep at once: the cores are few.
+# Before torch is loaded, and for the processes that tests start. Waiting threads sleep at once: cores are few.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
