@@ -38,8 +38,8 @@ from mixtral.train.step import train_step
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # what libgomp, torch's OpenMP, reads when it is loaded
 WAITS: dict[str, dict[str, str]] = {  # how long an idle thread spins before it sleeps
     "libgomp's": {"GOMP_SPINCOUNT": "300000"},  # its number where nothing is set: some milliseconds
-    "10,000": {"GOMP_SPINCOUNT": "10000"},
-    "3,000": {"GOMP_SPINCOUNT": "3000"},  # what `import mixtral` sets
+    "10,000": {"GOMP_SPINCOUNT": "10000"},  # what `import mixtral` sets
+    "3,000": {"GOMP_SPINCOUNT": "3000"},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
 }
 

@@ -3,11 +3,11 @@
 import os
 from typing import TYPE_CHECKING, Any
 
-# How long an idle thread of torch (OpenMP, libgomp) spins before it sleeps: 0.1 ms instead of milliseconds. Beside other
-# load, spinning threads keep the cores from the threads that they wait for; sleeping at once costs a third of the speed
-# on an idle machine (bench/threads.py, docs/training.md). libgomp looks at it when torch is loaded, so it stands here.
+# How long an idle thread of torch (OpenMP, libgomp) spins before it sleeps: a fraction of a millisecond, not several.
+# Beside other load, spinning threads keep the cores from the threads that they wait for; sleeping at once costs 40 % of
+# the speed of training on an idle machine (docs/training.md). libgomp looks when torch is loaded, so it stands here.
 if "OMP_WAIT_POLICY" not in os.environ:  # the user's own choice
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 if TYPE_CHECKING:
     from mixtral.lm import LM, load

@@ -130,7 +130,7 @@ def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[s
 
 def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise() -> None:
     told = "import sys, os, mixtral.cores; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
-    assert in_a_process(told).stdout == "3000 False\n"
+    assert in_a_process(told).stdout == "10000 False\n"
     assert in_a_process(told, GOMP_SPINCOUNT="7").stdout == "7 False\n"
     assert in_a_process(told, OMP_WAIT_POLICY="ACTIVE").stdout == "None False\n"  # which a count would override
 
@@ -138,4 +138,4 @@ def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="only libgomp tells what it has read")
 def test_the_policy_is_set_before_torch_loads_openmp() -> None:
     said = in_a_process("import mixtral.runtime", OMP_DISPLAY_ENV="VERBOSE").stderr
-    assert "GOMP_SPINCOUNT = '3000'" in said
+    assert "GOMP_SPINCOUNT = '10000'" in said
