@@ -7,7 +7,7 @@ help:
 	@echo 'make demo   the model that comes with the package writes, and shows its routing'
 	@echo 'make test   run the tests'
 	@echo 'make check  lint and type-check'
-	@echo 'make soak   load 10,000 damaged files, some minutes'
+	@echo 'make soak   load 10,000 damaged files, and check tokenizers: some ten minutes'
 	@echo 'make bench  run every benchmark in turn'
 
 core:

@@ -99,7 +99,8 @@ def training(sources: list[str], folder: Path, *settings: str) -> Record:
     files = hashes(folder / "final") | hashes(folder / "data")
     for name in ("final/training.json", "data/index.json"):  # versions and hardware; full paths of the sources
         files.pop(name)
-    return {"metrics": (folder / "metrics.jsonl").read_text().splitlines(), "files": files}
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return {"metrics": {f"line {i}": json.loads(line) for i, line in enumerate(lines)}, "files": files}
 
 
 def trainings(record: Record, work: Path) -> None:
