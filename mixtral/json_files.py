@@ -7,6 +7,7 @@ finite, text that UTF-8 can hold. Whoever reads a value checks its type (specs.c
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ SMALL = 4 << 20  # bytes: configurations
 LARGE = 64 << 20  # bytes: vocabularies, and lists of tensors or shards
 _MOST_CONTAINERS = 2_000_000  # lists and objects; each takes some 20 times the memory of its text
 _MOST_DEPTH = 64
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _MOST_NUMBER = 1.7e308  # a whole number beyond it has no float
 
 _Path = tuple[Any, ...]  # (path of the parent, key or index); () is the document itself
@@ -109,7 +111,7 @@ def _entries(container: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _is_broken(text: Any) -> bool:
-    return type(text) is str and not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)
+    return type(text) is str and _SURROGATE.search(text) is not None
 
 
 def _name(path: _Path) -> str:

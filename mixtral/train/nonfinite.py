@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mixtral.data.loader import TrainBatch
+from mixtral.files import atomic_file
 from mixtral.model import Mixtral
 from mixtral.model.transformer import Block
 
@@ -22,7 +23,8 @@ def keep_batch(parts: Sequence[TrainBatch], folder: Path, step: int) -> Path:
     for i, (batch, targets_T, _) in enumerate(parts):
         tensors |= {f"{i}.tokens": batch.tokens_T, f"{i}.positions": batch.positions_T, f"{i}.targets": targets_T}
         tensors[f"{i}.cu_seqlens"] = batch.cu_seqlens
-    save_file(tensors, path)
+    with atomic_file(path, replace=True) as new:  # a run that went on from before this step wrote it already
+        save_file(tensors, new)
     return path
 
 
