@@ -2,7 +2,7 @@
 
     python examples/routing.py DIR ["PROMPT"]
 
-DIR is a model folder: `make demo` leaves one, and Hugging Face's or Mistral's Mixtral will do.
+DIR is a model folder, or mixtral-nano; Hugging Face's or Mistral's Mixtral will do.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""mixtral: sparse mixture-of-experts language models, from text to trained and served."""
+"""mixtral: sparse mixture-of-experts language models, from text to trained, compressed and running."""
 
 import os
 from typing import TYPE_CHECKING, Any

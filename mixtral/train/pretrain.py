@@ -52,8 +52,6 @@ from mixtral.weights.save import write_hf
 TOKENIZER_CHARACTERS = 4_000_000  # of text are enough to learn a vocabulary from; more costs time and changes little
 
 
-
-
 class Trained(NamedTuple):
     """A finished run."""
 
