@@ -20,7 +20,7 @@ from mixtral.model.norm import RMSNorm
 from mixtral.model.packed import Packed
 from mixtral.model.rope import rotary_angles
 from mixtral.moe import Experts, FeedForward, MoE, Router, Routing, make_router
-from mixtral.moe.dispatch import has_hooks
+from mixtral.moe.dispatch import added_to
 from mixtral.router_options import TokenK
 
 
@@ -125,8 +125,8 @@ class Mixtral(nn.Module):
         return h_RV.float()
 
     def _loss(self, h_TD: Tensor, targets_T: Tensor) -> Tensor:
-        """See kernels.reference.cross_entropy. It takes the weight: for a plain output without hooks alone."""
-        if self.output is None or (type(self.output) is Linear and not has_hooks(self.output)):
+        """See kernels.reference.cross_entropy. It takes the weight: for a plain output alone, to which nothing was added."""
+        if self.output is None or (type(self.output) is Linear and not added_to(self.output)):
             return kernels.cross_entropy(h_TD, self.output_weight, targets_T)
         total = nn.functional.cross_entropy(self._logits(h_TD), targets_T, ignore_index=-100, reduction="sum")
         return total / (targets_T != -100).sum().clamp(min=1)
