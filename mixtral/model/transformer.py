@@ -125,7 +125,7 @@ class Mixtral(nn.Module):
         return h_RV.float()
 
     def _loss(self, h_TD: Tensor, targets_T: Tensor) -> Tensor:
-        """See kernels.reference.cross_entropy. It takes the weight: for a plain output alone, to which nothing was added."""
+        """See kernels.reference.cross_entropy. It takes the weight: for a plain output as it is alone."""
         if self.output is None or (type(self.output) is Linear and not added_to(self.output)):
             return kernels.cross_entropy(h_TD, self.output_weight, targets_T)
         total = nn.functional.cross_entropy(self._logits(h_TD), targets_T, ignore_index=-100, reduction="sum")

@@ -218,7 +218,9 @@ def test_it_declines_a_model_whose_hooks_it_would_not_call() -> None:
     assert why_not(model) == ""
 
 
-@pytest.mark.parametrize(("part", "method"), [("layers.1.attention", "forward"), ("layers.0.ffn.dispatcher", "combine")])
+@pytest.mark.parametrize(
+    ("part", "method"), [("layers.1.attention", "forward"), ("layers.0.ffn.dispatcher", "combine")]
+)
 def test_it_declines_a_part_that_was_given_a_method(part: str, method: str) -> None:
     model = make_model()
     owner, _, name = part.rpartition(".")

@@ -224,7 +224,7 @@ def test_bf16_is_close_to_fp32_on_the_same_choice(config: ModelConfig) -> None:
 
 
 def test_an_output_that_does_more_than_its_weight_says_is_respected_in_the_loss() -> None:
-    """A subclass, a hook and a forward of its own: the loss by targets is that of the logits, and an adapter's gradient arrives."""
+    """A subclass, a hook, a method: the loss by targets is that of the logits, an adapter's gradient arrives."""
 
     class Adapted(Linear):
         def forward(self, x: Tensor) -> Tensor:

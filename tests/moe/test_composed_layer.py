@@ -170,7 +170,11 @@ def test_one_token_is_decoded_without_dispatch_by_the_parts_themselves_alone(
         handle = register(lambda *_: None)
         assert dispatches(LocalDispatcher())
         handle.remove()
-    for register in (register_module_forward_hook, register_module_forward_pre_hook, register_module_full_backward_hook):
+    for register in (
+        register_module_forward_hook,
+        register_module_forward_pre_hook,
+        register_module_full_backward_hook,
+    ):
         handle = register(lambda *_: None)
         assert dispatches(LocalDispatcher())
         handle.remove()

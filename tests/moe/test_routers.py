@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -263,6 +264,18 @@ def test_top_p_of_one_takes_every_expert(n_experts: int) -> None:
     torch.nn.init.normal_(router.weight, std=3.0)
     routing = router(torch.cat([torch.randn(50, 6), 100 * torch.eye(6)]))
     assert (routing.scores_TE == 0).any() and (routing.experts_TK >= 0).all()
+
+
+@pytest.mark.parametrize("n_experts", [8, 64, 256])
+@pytest.mark.parametrize("p", [0.9, 1 - 1e-7, 1 - 1e-8, 1 - 2**-53])
+def test_top_p_sums_scores_without_rounding(n_experts: int, p: float) -> None:
+    router = make_router(naive_routers.config(f"top_p?p={p!r}", n_experts=n_experts))
+    generator = torch.Generator().manual_seed(1)
+    torch.nn.init.normal_(router.weight, generator=generator)
+    routing = router(torch.cat([torch.zeros(1, 6), torch.randn(60, 6, generator=generator)]))
+    for scores, taken_K in zip(routing.scores_TE.tolist(), routing.experts_TK, strict=True):
+        sums = list(itertools.accumulate(Fraction(score) for score in sorted(scores, reverse=True)))
+        assert (taken_K >= 0).sum() == next((n for n, mass in enumerate(sums, 1) if mass >= p), n_experts)
 
 
 @pytest.mark.parametrize(("tokens", "k", "n_experts", "factor", "rows"), [
