@@ -105,7 +105,7 @@ class Mixtral(nn.Module):
             k: how many experts a token takes in this call, in every layer: a number, or int64 [T]. Routers that find
                 the number themselves (top_p, min_p, threshold) raise UsageError, and so does a dense model.
         """
-        if k is None and self.k_of_token is not None:
+        if k is None and replay is None and self.k_of_token is not None:
             k = self.k_of_token[batch.tokens_T]
         elif k is not None and not self.config.is_sparse:
             raise UsageError("k: this model is dense (one expert); only sparse models choose how many a token takes")
