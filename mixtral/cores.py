@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -54,14 +55,13 @@ def asked_threads(threads: int | str | None = None) -> int | None:
     Raises UsageError for what is no number of threads.
     """
     name = "threads"
-    if threads in (None, "auto"):
+    if threads is None or (isinstance(threads, str) and threads == "auto"):
         name, threads = "OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
         if not threads:
             return None
-    try:
+    count = threads if type(threads) is int else 0  # not True, and no fraction cut off
+    if isinstance(threads, str) and re.fullmatch("[0-9]{1,9}", threads):
         count = int(threads)
-    except ValueError:
-        count = 0
     if not 1 <= count <= MOST_THREADS:
         raise UsageError(f"{name}: a number from 1 to {MOST_THREADS} is wanted, or auto, not {threads}")
     return count

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,9 +102,12 @@ def test_what_the_user_asked_for(
     assert module.asked_threads(given) == want
 
 
-@pytest.mark.parametrize("given", [0, -1, 1025, "0", "many", "2.5", "", "99999999999999999999"])
-def test_no_number_of_threads(monkeypatch: pytest.MonkeyPatch, given: int | str) -> None:
-    wanted = f"a number from 1 to 1024 is wanted, or auto, not {given}".rstrip()
+@pytest.mark.parametrize(
+    "given", [0, -1, 1025, "0", "many", "2.5", "", "99999999999999999999", 2.7, math.inf, math.nan, True,
+              [2], b"2", "1_0", "\uff12", "\u00b2", "+2", "0x2"]
+)  # fmt: skip
+def test_no_number_of_threads(monkeypatch: pytest.MonkeyPatch, given: Any) -> None:
+    wanted = re.escape(f"a number from 1 to 1024 is wanted, or auto, not {given}".rstrip())
     with pytest.raises(UsageError, match=f"^threads: {wanted}$"):
         module.asked_threads(given)
     if given != "":  # a variable that is empty is as good as none

@@ -48,8 +48,9 @@ def discard_output() -> None:
 def text_input(whole: bool = False) -> Iterator[TextIO]:
     """Standard input as UTF-8, whatever the locale says, without a byte-order mark.
 
-    Raises UsageError when it is closed, and when what is read inside the block is not UTF-8. The message gives the
-    position of the fault only if the block reads the `whole` input at once; line by line it is not known.
+    Raises UsageError when it is closed, and when what is read inside the block is not UTF-8 or cannot be read. The
+    message gives the position of a fault only if the block reads the `whole` input at once; line by line it is not
+    known.
     """
     if sys.stdin is None or sys.stdin.closed:
         raise UsageError("standard input is closed; the text is wanted there")
@@ -61,6 +62,10 @@ def text_input(whole: bool = False) -> Iterator[TextIO]:
         at = f" at byte {error.start}" if whole else f" (byte 0x{error.object[error.start]:02x})"
         what = other_encoding(error.object) or f"not UTF-8 text{at}; convert it to UTF-8"
         raise UsageError(f"standard input: {what}") from None
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) or error.filename is not None:
+            raise  # standard output's, or a file's
+        raise UsageError(f"cannot read standard input: {error.strerror or error}") from None
 
 
 class _Stream:

@@ -29,7 +29,7 @@ from mixtral.model.norm import RMSNorm
 from mixtral.model.rope import rotary_angles
 from mixtral.model.transformer import Block
 from mixtral.moe import Experts, FeedForward, MoE, Routing
-from mixtral.moe.dispatch import LocalDispatcher, has_hooks
+from mixtral.moe.dispatch import LocalDispatcher, added_to
 from mixtral.moe.router import Router
 from mixtral.quant.layers import QuantExperts, QuantFeedForward, QuantLinear
 
@@ -47,8 +47,8 @@ def why_not(model: Mixtral) -> str:
     for part in _parts(model):
         if type(part) not in _KNOWN:
             return f"it does not know {type(part).__name__} in the model"
-        if isinstance(part, nn.Module) and has_hooks(part):
-            return f"it would not call the hooks on {type(part).__name__} in the model"
+        if added := added_to(part):
+            return f"it would not call {added} in the model"
     return ""
 
 

@@ -127,7 +127,9 @@ def _top_k(p_N: Tensor, k: int) -> Tensor:
 
 
 def _top_p(p_N: Tensor, mass: float) -> Tensor:
-    return p_N.cumsum(0) - p_N < mass
+    sums_N = p_N.cumsum(0, dtype=torch.float64)  # in fp32 the end of a long tail would round away
+    before_N = torch.nn.functional.pad(sums_N[:-1], (1, 0))
+    return before_N < mass * sums_N[-1]
 
 
 def _at_least(p_N: Tensor, bound: float | Tensor, relative: bool = False) -> Tensor:

@@ -20,7 +20,7 @@ from mixtral.model.norm import RMSNorm
 from mixtral.model.packed import Packed
 from mixtral.model.rope import rotary_angles
 from mixtral.moe import Experts, FeedForward, MoE, Router, Routing, make_router
-from mixtral.moe.dispatch import has_hooks
+from mixtral.moe.dispatch import added_to
 from mixtral.router_options import TokenK
 
 
@@ -105,7 +105,7 @@ class Mixtral(nn.Module):
             k: how many experts a token takes in this call, in every layer: a number, or int64 [T]. Routers that find
                 the number themselves (top_p, min_p, threshold) raise UsageError, and so does a dense model.
         """
-        if k is None and self.k_of_token is not None:
+        if k is None and replay is None and self.k_of_token is not None:
             k = self.k_of_token[batch.tokens_T]
         elif k is not None and not self.config.is_sparse:
             raise UsageError("k: this model is dense (one expert); only sparse models choose how many a token takes")
@@ -125,8 +125,8 @@ class Mixtral(nn.Module):
         return h_RV.float()
 
     def _loss(self, h_TD: Tensor, targets_T: Tensor) -> Tensor:
-        """See kernels.reference.cross_entropy. It takes the weight: for a plain output without hooks alone."""
-        if self.output is None or (type(self.output) is Linear and not has_hooks(self.output)):
+        """See kernels.reference.cross_entropy. It takes the weight: for a plain output as it is alone."""
+        if self.output is None or (type(self.output) is Linear and not added_to(self.output)):
             return kernels.cross_entropy(h_TD, self.output_weight, targets_T)
         total = nn.functional.cross_entropy(self._logits(h_TD), targets_T, ignore_index=-100, reduction="sum")
         return total / (targets_T != -100).sum().clamp(min=1)

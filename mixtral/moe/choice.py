@@ -69,6 +69,7 @@ def within_capacity(experts_TK: Tensor, n_experts: int, k: int, factor: float) -
     """
     # In exact decimals: 0.55 * 100 in binary is a little above 55, and would give each of 55 experts two rows, not one.
     capacity = math.ceil(Fraction(str(factor)) * len(experts_TK) * k / n_experts)
+    capacity = min(capacity, experts_TK.numel())  # any number beyond it means the same, and may be too large for int64
     queue_N = experts_TK.T.flatten()
     mine_NE = queue_N[:, None] == torch.arange(n_experts, device=queue_N.device)
     ahead_N = (mine_NE.cumsum(0, dtype=torch.int32) * mine_NE).sum(1)  # its position in the queue, from 1

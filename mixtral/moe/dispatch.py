@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_calls
 
 from mixtral import kernels
 from mixtral.moe.choice import counts_of
@@ -42,9 +43,19 @@ class Dispatcher(ABC):
         return self.combine(experts(dispatched.rows_ND, dispatched.counts_E), dispatched)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a forward hook waits for the module's call: then a shortcut past the call must not be taken."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+_HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
+
+
+def added_to(part: object) -> str:
+    """What a call of `part` runs besides the code of its class: hooks, its own or those on all modules, or methods set
+    on the object itself. "" if nothing; else a shortcut past the call must not be taken."""
+    name = type(part).__name__
+    if isinstance(part, nn.Module):
+        of_all = any(vars(module_calls)[f"_global_{kind}_hooks"] for kind in _HOOKS)
+        if of_all or any(vars(part)[f"_{kind}_hooks"] for kind in _HOOKS):
+            return f"the hooks on {name}"
+    methods = (attribute for attribute in vars(part) if callable(getattr(type(part), attribute, None)))
+    return next((f"the {method} that a {name} was given" for method in methods), "")
 
 
 class LocalDispatcher(Dispatcher):
@@ -73,10 +84,11 @@ class LocalDispatcher(Dispatcher):
     def apply(self, experts: Experts, x_TD: Tensor, routing: Routing) -> Tensor:
         """By `experts.decode` where there is one that serves: a few tokens are not worth sorting.
 
-        Not in a subclass, nor when a hook waits for the experts' call: what these add lies in the steps left out.
+        Not in a subclass, nor when something was added to the experts or to this: it lies in the steps left out.
         """
         decode = getattr(experts, "decode", None)
-        if decode is not None and not has_hooks(experts) and type(self) is LocalDispatcher:
+        plain = type(self) is LocalDispatcher and not added_to(self) and not added_to(experts)
+        if decode is not None and plain:
             y_TD: Tensor | None = decode(x_TD, routing)
             if y_TD is not None:
                 return y_TD

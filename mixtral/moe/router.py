@@ -81,15 +81,17 @@ class Router(nn.Module):
 
         Args:
             replay: int64 [T, K]; take these experts and compute logits and weights anew, so that gradients flow. An
-                earlier `chosen_TK`; where there is a capacity, it drops from it what it dropped then.
-            k: experts a token takes in this call: a number, or int64 [T] for each token its own (0: none).
+                earlier `chosen_TK`; where there is a capacity, it drops from it what it dropped then, given the `k` of
+                then. A number may be left out, as the width tells it, but for all slots of learned_k or token_k.
+            k: experts a token takes in this call: a number, or int64 [T] for each token its own (0: none; to learned_k
+                and token_k, whose slots do not depend on values, what lies beyond their range means its nearest end).
 
-        Raises UsageError when a number `k` is not one of 1..E, or this router does not let a call set it.
+        Raises UsageError when `k` is neither, or out of range, or this router does not let a call set it.
         """
         logits_TE = self._logits(x_TD)
         scores_TE = self._scores(logits_TE)
         chosen_TK = self._choose(logits_TE, scores_TE, k) if replay is None else replay
-        experts_TK = self._kept(chosen_TK, k)
+        experts_TK = self._kept(chosen_TK, k if replay is None else self._number_of(replay, k))
         weights_TK = self._weights(logits_TE, scores_TE, experts_TK)
         return Routing(logits_TE, scores_TE, weights_TK, experts_TK, chosen_TK)
 
@@ -103,7 +105,7 @@ class Router(nn.Module):
 
     def _choose(self, logits_TE: Tensor, scores_TE: Tensor, k: int | Tensor | None) -> Tensor:
         assert isinstance(self.options, TopK)
-        slots, k_T = self._slots(k)
+        slots, k_T = self._slots(k, len(scores_TE))
         rank_TE = self._rank(logits_TE, scores_TE)
         experts_TK = choose_experts(self._key(rank_TE, scores_TE), slots)
         if k_T is not None:
@@ -119,19 +121,31 @@ class Router(nn.Module):
         mean = k if isinstance(k, int) else self.experts_per_token
         return within_capacity(chosen_TK, self.n_experts, mean, self.options.capacity_factor)
 
-    def _slots(self, k: int | Tensor | None) -> tuple[int, Tensor | None]:
+    def _number_of(self, replay: Tensor, k: int | Tensor | None) -> int | Tensor | None:
+        """The `k` of the call that chose `replay`: as given, else its width; None where each token took its own."""
+        if not isinstance(self.options, TopK):
+            return None  # no capacity
+        if k is not None:
+            self._slots(k, len(replay))
+            return k
+        n_slots = replay.shape[1]
+        each_its_own = n_slots == self.options.slots(self.n_experts, self.experts_per_token) or (replay < 0).any()
+        return None if each_its_own else n_slots
+
+    def _slots(self, k: int | Tensor | None, n_tokens: int) -> tuple[int, Tensor | None]:
         """-> (number of slots per token, each token's own number of experts or None)."""
         assert isinstance(self.options, TopK)
-        if not isinstance(k, Tensor):
-            most = self.options.reachable(self.n_experts)
-            k = self.experts_per_token if k is None else k
-            if not 1 <= k <= most:
-                raise UsageError(f"router: k must lie in 1..{most} (the experts), not {k}")
-            return k, None
-        slots = self.options.slots(self.n_experts, self.experts_per_token)
-        if slots is None:  # one slot at least, if none is used
-            slots = min(max(1, int(k.max())), self.n_experts) if k.numel() else 1
-        return slots, k
+        most = self.options.reachable(self.n_experts)
+        if isinstance(k, Tensor):
+            _check_shape(k, n_tokens)
+            slots = self.options.slots(self.n_experts, self.experts_per_token)
+            return max(1, _highest(k, most)) if slots is None else slots, k  # one slot at least, if none is used
+        k = self.experts_per_token if k is None else k
+        if type(k) is not int:
+            raise UsageError(f"router: k must be a whole number or an int64 tensor [T], not {k!r}")
+        if not 1 <= k <= most:
+            raise UsageError(f"router: k must lie in 1..{most} (the experts), not {k}")
+        return k, None
 
     def _rank(self, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:
         """What weights rise with: logits tell experts apart whose scores have rounded to one number."""
@@ -146,6 +160,22 @@ class Router(nn.Module):
         """A function of logits and choice alone, so that a replayed choice has the same weights."""
         del scores_TE
         return choice_weights(logits_TE, experts_TK)
+
+
+def _check_shape(k_T: Tensor, n_tokens: int) -> None:
+    if k_T.dtype != torch.int64 or k_T.shape != (n_tokens,):
+        found = f"{str(k_T.dtype).removeprefix('torch.')} {list(k_T.shape)}"
+        raise UsageError(f"router: a tensor k must be int64 [{n_tokens}], a number for each token, not {found}")
+
+
+def _highest(k_T: Tensor, most: int) -> int:
+    """The highest of each token's own k, 0 without tokens; UsageError unless all lie in 0..most."""
+    if not k_T.numel():
+        return 0
+    lowest, highest = (int(end) for end in k_T.aminmax())
+    if lowest < 0 or highest > most:
+        raise UsageError(f"router: each token's k must lie in 0..{most}, not {lowest if lowest < 0 else highest}")
+    return highest
 
 
 def choice_weights(logits_TE: Tensor, experts_TK: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Legend: B matrices of a stack, M rows, N columns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,11 +26,20 @@ def orthogonalise(matrices_BMN: Tensor) -> Tensor:
     a, b, c = COEFFICIENTS
     tall = matrices_BMN.shape[-2] > matrices_BMN.shape[-1]
     x = matrices_BMN.mT if tall else matrices_BMN
+    x = _near_one(x)
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+def _near_one(matrices_BMN: Tensor) -> Tensor:
+    """Each matrix times the power of two that brings its largest entry to 0.5..1, so that its norm, a sum of squares,
+    neither overflows nor vanishes. No bit of an entry changes."""
+    largest_B11 = torch.linalg.vector_norm(matrices_BMN, math.inf, dim=(-2, -1), keepdim=True)
+    exponent_B11 = largest_B11.frexp().exponent.clamp(-126, 126)
+    return matrices_BMN * torch.ldexp(torch.ones_like(largest_B11), -exponent_B11)
 
 
 class Muon(torch.optim.Optimizer):

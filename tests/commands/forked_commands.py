@@ -24,12 +24,12 @@ ONCE = (lm, weights, quantize, synth, compare, pretrain, view)
 
 
 def connect(number: int, kind: str, file: Path) -> None:
-    """Make a standard stream `full`, `broken` (a pipe without a reader) or `file`."""
+    """Make a standard stream `full`, `broken` (a pipe without a reader), `unreadable` (open for writing) or `file`."""
     if kind == "broken":
         reader, found = os.pipe()
         os.close(reader)
     else:
-        flags = os.O_RDONLY if number == 0 else os.O_WRONLY
+        flags = os.O_RDONLY if number == 0 and kind != "unreadable" else os.O_WRONLY
         found = os.open("/dev/full" if kind == "full" else file, flags)
     os.dup2(found, number)
     os.close(found)

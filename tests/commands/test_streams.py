@@ -17,6 +17,7 @@ from tests.commands.examples import BASE
 
 FULL = "mixtral: cannot write standard output: No space left on device\n"
 CLOSED = "mixtral: standard output is closed; send it to a file, or to /dev/null\n"
+UNREADABLE = "mixtral: cannot read standard input: Bad file descriptor\n"
 NO_INPUT = "mixtral: standard input is closed; the text is wanted there\n"
 READ_INPUT = {"chat", "prompt"}
 
@@ -27,7 +28,8 @@ class Kind(NamedTuple):
 
 
 KINDS = [
-    Kind("0", "closed"), Kind("1", "closed"), Kind("1", "full"), Kind("1", "broken"), Kind("2", "full"),
+    Kind("0", "closed"), Kind("0", "unreadable"), Kind("1", "closed"), Kind("1", "full"), Kind("1", "broken"),
+    Kind("2", "full"),
 ]  # fmt: skip
 
 
@@ -58,7 +60,8 @@ def test_every_command(outcomes: dict[tuple[str, Kind], Outcome], name: str) -> 
         if kind.stream == "2" or (kind.stream == "0" and name not in READ_INPUT):
             assert (code, told) == (0, []) and out, (kind, code, err)
         else:
-            line = {"closed": CLOSED if kind.stream == "1" else NO_INPUT, "full": FULL}.get(kind.is_what)
+            closed = CLOSED if kind.stream == "1" else NO_INPUT
+            line = {"closed": closed, "full": FULL, "unreadable": UNREADABLE}.get(kind.is_what)
             assert (code, told) == (2 if kind.stream == "0" else 1, [line] if line else []), (kind, code, err)
 
 

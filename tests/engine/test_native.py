@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from mixtral.engine import FullCache, SamplingParams, generate, make_cache, stream
 from mixtral.engine.native import NativeModel, why_not
@@ -211,7 +212,21 @@ def test_it_declines_a_model_whose_hooks_it_would_not_call() -> None:
     handle = model.layers[1].attention.wo.register_forward_hook(lambda *_: None)
     assert why_not(model) == "it would not call the hooks on Linear in the model"
     handle.remove()
+    handle = register_module_forward_hook(lambda *_: None)  # on all modules
+    assert why_not(model) == "it would not call the hooks on Mixtral in the model"
+    handle.remove()
     assert why_not(model) == ""
+
+
+@pytest.mark.parametrize(
+    ("part", "method"), [("layers.1.attention", "forward"), ("layers.0.ffn.dispatcher", "combine")]
+)
+def test_it_declines_a_part_that_was_given_a_method(part: str, method: str) -> None:
+    model = make_model()
+    owner, _, name = part.rpartition(".")
+    changed = getattr(model.get_submodule(owner), name)
+    setattr(changed, method, lambda *_: None)
+    assert why_not(model) == f"it would not call the {method} that a {type(changed).__name__} was given in the model"
 
 
 def test_without_the_library_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,6 +111,14 @@ def test_what_is_kept_equals_transformers(names: tuple[str, ...]) -> None:
     assert n_clear >= 6
 
 
+@pytest.mark.parametrize("top_p", [1 - 1e-5, 1 - 1e-6, 1 - 1e-7])
+def test_top_p_near_one_keeps_as_many_as_transformers(top_p: float) -> None:
+    """It sums from the other end, where the probabilities that decide are not lost beside the large ones."""
+    for logits_V in (1 + torch.arange(4)[:, None]) * torch.randn(4, 5000, generator=torch.Generator().manual_seed(0)):
+        found = len(kept(logits_V, SamplingParams(temperature=1.0, top_p=top_p))[1])
+        assert found == pytest.approx(int((warped(logits_V[None], {"top_p": top_p}) > 0).sum()), abs=1)
+
+
 def test_a_banned_token_is_never_sampled() -> None:
     """A uniform number next to 1 rounds up to the whole sum: the last token that has a probability is meant."""
     logits_V = torch.tensor([1.0, 2.0, -math.inf, -math.inf])

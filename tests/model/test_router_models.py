@@ -118,6 +118,16 @@ def test_a_call_may_set_k_in_every_layer(spec: str) -> None:
         assert all(((r.experts_TK >= 0).sum(-1) == k).all() for r in model(batch, k=k).routing)
 
 
+@pytest.mark.parametrize("spec", ["topk?capacity_factor=0.6", "token_k?most=4&capacity_factor=0.6"])
+def test_a_replay_of_a_call_with_a_k_gives_its_loss(spec: str) -> None:
+    """Capacity drops the same assignments, though nothing but the width of the choice tells k."""
+    model, batch = _model(spec).train(), small.batch(50, 30)
+    first = model(batch, targets=small.targets(batch, 50), k=3)
+    assert any((r.experts_TK != r.chosen_TK).any() for r in first.routing)
+    again = model(batch, targets=small.targets(batch, 50), replay=[r.chosen_TK for r in first.routing])
+    assert torch.equal(again.loss, first.loss)
+
+
 def test_a_dense_model_refuses_k() -> None:
     model = small.model(small.config(**small.SHAPES["dense"]))
     with pytest.raises(UsageError, match="dense"):

@@ -224,7 +224,7 @@ def test_bf16_is_close_to_fp32_on_the_same_choice(config: ModelConfig) -> None:
 
 
 def test_an_output_that_does_more_than_its_weight_says_is_respected_in_the_loss() -> None:
-    """A subclass and a hook: the loss by targets is that of the logits, and an adapter's gradient arrives."""
+    """A subclass, a hook, a method: the loss by targets is that of the logits, an adapter's gradient arrives."""
 
     class Adapted(Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -232,12 +232,14 @@ def test_an_output_that_does_more_than_its_weight_says_is_respected_in_the_loss(
 
     batch = small.batch(50, 7, 5)
     targets = small.targets(batch, 50)
-    adapted, hooked = small.model(small.config()), small.model(small.config())
+    adapted, hooked, given = (small.model(small.config()) for _ in range(3))
     adapted.output.__class__ = Adapted
     adapted.output.scale = torch.nn.Parameter(torch.tensor(3.0))
     hooked.output.register_forward_hook(lambda _, __, logits: 3 * logits)
+    own = given.output.forward
+    given.output.forward = lambda x: 3 * own(x)
     want = torch.nn.functional.cross_entropy(3 * small.model(small.config())(batch).logits, targets)
-    for model in (adapted, hooked):
+    for model in (adapted, hooked, given):
         torch.testing.assert_close(model(batch, targets=targets).loss, want)
     adapted(batch, targets=targets).loss.backward()
     assert adapted.output.scale.grad.abs() > 0

@@ -12,6 +12,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+    register_module_full_backward_hook,
+)
 
 from mixtral.moe import Dispatched, Dispatcher, Experts, LocalDispatcher, MoE, Router, Routing
 from mixtral.quant.formats import INT8
@@ -140,7 +145,7 @@ def test_every_router_with_quantised_experts(spec: str, tokens: int) -> None:
 def test_one_token_is_decoded_without_dispatch_by_the_parts_themselves_alone(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not by their subclasses, nor past a hook."""
+    """Not by their subclasses, nor past a hook or a method that one of them was given."""
 
     def refuse(*_: object) -> Dispatched:
         raise AssertionError("dispatched")
@@ -165,6 +170,21 @@ def test_one_token_is_decoded_without_dispatch_by_the_parts_themselves_alone(
         handle = register(lambda *_: None)
         assert dispatches(LocalDispatcher())
         handle.remove()
+    for register in (
+        register_module_forward_hook,
+        register_module_forward_pre_hook,
+        register_module_full_backward_hook,
+    ):
+        handle = register(lambda *_: None)
+        assert dispatches(LocalDispatcher())
+        handle.remove()
+    assert not dispatches(LocalDispatcher())
+    changed = LocalDispatcher()
+    changed.combine = lambda y_ND, _: y_ND  # type: ignore[method-assign]
+    assert dispatches(changed)
+    made.forward = lambda rows_ND, _: rows_ND  # type: ignore[method-assign, assignment]
+    assert dispatches(LocalDispatcher())
+    del made.forward
     assert not dispatches(LocalDispatcher())
     made.__class__ = type("Adapted", (type(made),), {})
     assert dispatches(LocalDispatcher())

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 import torch
 
 from mixtral.errors import UsageError
 from mixtral.moe import Router
 from mixtral.moe.choice import choose_experts
+from tests.moe import naive_routers
 from tests.moe.naive import routing_of
 
 
@@ -102,12 +106,33 @@ def test_k_for_each_token() -> None:
     assert not routing.weights_TK[0].any() and not routing.weights_TK[1, 1:].any()
 
 
-@pytest.mark.parametrize("k", [[0, 0], [9, 1], []])
+@pytest.mark.parametrize("k", [[0, 0], [8, 1], []])
 def test_k_for_each_token_at_its_ends(k: list[int]) -> None:
-    """None for anyone, more than there are, no tokens: one place at least, as many as experts at most."""
+    """None for anyone, all there are, no tokens: one slot at least, as many as experts at most."""
     routing = _router()(torch.randn(len(k), 6), k=torch.tensor(k, dtype=torch.int64))
     assert routing.experts_TK.shape == (len(k), min(8, max([1, *k])))
-    assert ((routing.experts_TK >= 0).sum(-1)).tolist() == [min(8, n) for n in k]
+    assert ((routing.experts_TK >= 0).sum(-1)).tolist() == k
+
+
+@pytest.mark.parametrize(("k", "message"), [
+    (2.0, "k must be a whole number or an int64 tensor [T], not 2.0"),
+    (True, "k must be a whole number or an int64 tensor [T], not True"),
+    ("2", "k must be a whole number or an int64 tensor [T], not '2'"),
+    ([1, 2], "k must be a whole number or an int64 tensor [T], not [1, 2]"),
+    (torch.tensor(2), "a tensor k must be int64 [2], a number for each token, not int64 []"),
+    (torch.tensor([2]), "a tensor k must be int64 [2], a number for each token, not int64 [1]"),
+    (torch.tensor([2.0, 1.0]), "a tensor k must be int64 [2], a number for each token, not float32 [2]"),
+    (torch.tensor([-1, 3]), "each token's k must lie in 0..8, not -1"),
+    (torch.tensor([0, 9]), "each token's k must lie in 0..8, not 9"),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("spec", ["topk?capacity_factor=1", "learned_k", "token_k"])
+def test_what_is_no_k_is_refused(k: Any, message: str, spec: str) -> None:
+    if message.startswith("each") and not spec.startswith("topk"):
+        return  # with slots of their own these routers look at no value
+    router, x = naive_routers.router(spec), torch.randn(2, 6)
+    for replay in (None, torch.tensor([[0, 1], [2, 3]])):
+        with pytest.raises(UsageError, match=f"^router: {re.escape(message)}$"):
+            router(x, replay, k)
 
 
 @pytest.mark.parametrize("k", [0, -1, 9])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -161,6 +162,27 @@ def test_capacity_follows_a_call_s_number_but_not_each_token_s_own() -> None:
         assert taken(experts, E).sum(0).max() == rows
 
 
+@pytest.mark.parametrize("spec", ["topk", "grouped?groups=4&taken=3", "sigmoid?bias=true", "learned_k", "token_k",
+                                  "learned_k?most=1", "learned_k?most=5", "token_k?most=4"])  # fmt: skip
+def test_a_replay_drops_what_its_call_dropped(spec: str) -> None:
+    """With the same k, and without one where the call was given a number (other than all slots, for the last ones)."""
+    router = naive_routers.router(spec + ("&" if "?" in spec else "?") + "capacity_factor=0.6")
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+    for k in (None, 1, 2, 3, torch.arange(40) % 4, torch.full((40,), 3)):
+        first = router(x, k=k)
+        assert k is None or (first.chosen_TK >= 0).sum() > (first.experts_TK >= 0).sum(), "something was dropped"
+        assert torch.equal(router(x, replay=first.chosen_TK, k=k).experts_TK, first.experts_TK)
+        slots = router.options.slots(E, 2)
+        if k is None or (isinstance(k, int) and (k != slots or k == 2)):
+            assert torch.equal(router(x, replay=first.chosen_TK).experts_TK, first.experts_TK)
+
+
+@pytest.mark.parametrize("factor", [1e10, 1e300])
+def test_a_capacity_beyond_all_numbers_drops_nothing(factor: float) -> None:
+    routing = naive_routers.router(f"topk?capacity_factor={factor}")(torch.randn(7, 6))
+    assert torch.equal(routing.experts_TK, routing.chosen_TK) and (routing.experts_TK >= 0).all()
+
+
 def test_a_bias_moves_the_choice_and_never_the_weight() -> None:
     plain, biased = (naive_routers.router(spec) for spec in ("topk", "topk?bias=true"))
     x = torch.randn(20, 6)
@@ -265,6 +287,18 @@ def test_top_p_of_one_takes_every_expert(n_experts: int) -> None:
     assert (routing.scores_TE == 0).any() and (routing.experts_TK >= 0).all()
 
 
+@pytest.mark.parametrize("n_experts", [8, 64, 256])
+@pytest.mark.parametrize("p", [0.9, 1 - 1e-7, 1 - 1e-8, 1 - 2**-53])
+def test_top_p_sums_scores_without_rounding(n_experts: int, p: float) -> None:
+    router = make_router(naive_routers.config(f"top_p?p={p!r}", n_experts=n_experts))
+    generator = torch.Generator().manual_seed(1)
+    torch.nn.init.normal_(router.weight, generator=generator)
+    routing = router(torch.cat([torch.zeros(1, 6), torch.randn(60, 6, generator=generator)]))
+    for scores, taken_K in zip(routing.scores_TE.tolist(), routing.experts_TK, strict=True):
+        sums = list(itertools.accumulate(Fraction(score) for score in sorted(scores, reverse=True)))
+        assert (taken_K >= 0).sum() == next((n for n, mass in enumerate(sums, 1) if mass >= p), n_experts)
+
+
 @pytest.mark.parametrize(("tokens", "k", "n_experts", "factor", "rows"), [
     (100, 1, 55, 0.55, 1), (100, 1, 11, 1.1, 10), (100, 1, 8, 0.29, 4), (3, 2, 8, 4 / 3, 1), (12, 2, 4, 0.5, 3),
     (7, 2, 4, 1.0, 4), (1, 1, 8, 0.1, 1),
@@ -297,7 +331,7 @@ def test_expert_choice_is_for_training() -> None:
     with pytest.raises(UsageError, match="later ones included"):
         router.eval()(x)
     assert torch.equal(router(x, replay=made.experts_TK).weights_TK, made.weights_TK)
-    for k in (0, 9, torch.tensor([1, 1, 1, 1])):
+    for k in (0, 9, 2.0, True, torch.tensor([1, 1, 1, 1])):
         with pytest.raises(UsageError, match="one number for all tokens"):
             router.train()(x, k=k)
 

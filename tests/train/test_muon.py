@@ -39,6 +39,15 @@ def test_orthogonalise_keeps_singular_vectors_and_moves_singular_values(shape: t
         torch.testing.assert_close(found, _quintic(matrix_MN), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e-7, 1.0, 1e7, 1e18, 1e30])
+def test_in_fp32_the_scale_of_a_matrix_does_not_matter(scale: float) -> None:
+    """Nor that of another in the same stack: squares of 1e20 overflow in fp32, those of 1e-23 vanish."""
+    matrix_MN = scale * _random(24, 16)
+    found, other = orthogonalise(torch.stack([matrix_MN, _random(24, 16, seed=1)]).float())
+    torch.testing.assert_close(found, _quintic(matrix_MN).float(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(other, _quintic(_random(24, 16, seed=1)).float(), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(24, 24), (40, 16), (16, 40), (9, 1)], ids=str)
 def test_singular_values_end_in_the_stated_range(shape: tuple[int, int]) -> None:
     """U V^T, but for factors of 0.68 to 1.21."""

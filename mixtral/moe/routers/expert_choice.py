@@ -29,7 +29,7 @@ class ExpertChoiceRouter(Router):
                 "exist yet when a token is generated; it is for training alone (replay an earlier choice to evaluate)"
             )
         mean = self.experts_per_token if k is None else k
-        if isinstance(mean, Tensor) or not 1 <= mean <= self.n_experts:
+        if type(mean) is not int or not 1 <= mean <= self.n_experts:
             raise UsageError(f"router expert_choice: k must be one number for all tokens, 1..{self.n_experts}, not {k}")
         share = math.ceil(len(scores_TE) * mean / self.n_experts)
         tokens_EN = choose_experts(scores_TE.T, share)

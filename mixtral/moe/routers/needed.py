@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixtral.errors import UsageError
 from mixtral.moe.choice import choose_experts, chosen, taken
@@ -40,8 +40,9 @@ class TopPRouter(_NeededRouter):
     def _needs(self, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:
         order_TE = logits_TE.sort(dim=-1, descending=True, stable=True).indices
         sorted_TE = scores_TE.gather(1, order_TE)
-        p = self.options.p if self.options.p < 1 else math.inf  # a running sum rounds to 1 before the smallest scores
-        needed_TE = sorted_TE.cumsum(-1) - sorted_TE < p  # those before it do not suffice
+        p = self.options.p if self.options.p < 1 else math.inf  # rounded scores may sum to 1 before the last
+        sums_TE = sorted_TE.cumsum(-1, dtype=torch.float64)  # in fp32 the smallest would be lost
+        needed_TE = nn.functional.pad(sums_TE[:, :-1], (1, 0)) < p  # those before it do not suffice
         needed_TE[:, : self.options.least] = True
         return torch.empty_like(needed_TE).scatter_(1, order_TE, needed_TE)
 
