@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mixtral.data.loader import Loader, TrainBatch
-from mixtral.errors import ConfigError, MixtralError
+from mixtral.errors import ConfigError, Interrupted, MixtralError
 from mixtral.model import Mixtral
 from mixtral.specs import check_fields
 from mixtral.train.checkpoint import (
@@ -34,12 +34,6 @@ from mixtral.train.step import NonFiniteLoss, StepResult, Validation, train_step
 from mixtral.train.threads import ThreadWatch
 from mixtral.train.trackers import Trackers
 from mixtral.train.view import View
-
-
-class Interrupted(MixtralError):
-    """The user stopped the run; it can go on from its last checkpoint."""
-
-    exit_code = 130
 
 
 @dataclass

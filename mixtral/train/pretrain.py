@@ -23,7 +23,7 @@ from mixtral.data.readers import BadInput
 from mixtral.data.shards import prepare
 from mixtral.data.sources import Source, documents
 from mixtral.data.store import TokenData
-from mixtral.errors import ConfigError, DataError, WeightsError
+from mixtral.errors import DataError, WeightsError
 from mixtral.files import (
     atomic_folder,
     atomic_write,
@@ -36,6 +36,7 @@ from mixtral.model import Mixtral, initialise
 from mixtral.runtime import choose_device, choose_dtype, set_threads
 from mixtral.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from mixtral.train.checkpoint import latest_checkpoint
+from mixtral.train.checks import check_vocabulary
 from mixtral.train.config import TrainConfig
 from mixtral.train.loop import Run
 from mixtral.train.memory import check_memory
@@ -134,11 +135,7 @@ def _tokenizer(config: TrainConfig, out: Path, view: View) -> Tokenizer:
         with atomic_folder(folder) as new:
             tokenizer.save(new)
     tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size != config.model.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.model.vocab_size}; "
-            f"add --set model.vocab_size={tokenizer.vocab_size}"
-        )
+    check_vocabulary(tokenizer, config)
     return tokenizer
 
 

@@ -17,10 +17,9 @@ from mixtral.files import atomic_write, is_temporary, lock_folder, remove_folder
 from mixtral.json_files import SMALL, parse_object, read_object, read_regular
 from mixtral.runtime import environment, set_threads
 from mixtral.tokenizer.beside import TEMPLATES, is_side_file
+from mixtral.train.checks import check_run
 from mixtral.train.config import TrainConfig
-from mixtral.train.memory import check_memory
 from mixtral.train.threads import choose_threads
-from mixtral.train.trackers import require_packages
 from mixtral.train.view import View
 
 _BEFORE_TRAINING = {"config.json", "tokenizer", "data"}  # what a run writes before its first checkpoint
@@ -31,11 +30,9 @@ def begin(config: TrainConfig, out: Path, threads: int | str | None = None, view
     """Claim a new run's folder and record what it is to do, and with how many threads: None or "auto" as measured.
 
     A run that failed before its first checkpoint, on bad data perhaps, is begun anew. Raises UsageError when the folder
-    holds anything else, when another process trains in it, or when the package of a tracker is missing; MixtralError
-    when the memory is too small for the run.
+    holds anything else, when another process trains in it, and as `check_run` does, before the folder is made.
     """
-    require_packages(config.trackers)
-    check_memory(config)
+    check_run(config)
     asked = asked_threads(threads)
     if out.exists() and not out.is_dir():
         raise _taken(out)

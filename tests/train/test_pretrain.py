@@ -310,16 +310,16 @@ def test_no_text_to_train_on(tmp_path: Path, name: str, content: str, reason: st
 
 
 def test_a_missing_source_is_misuse(tmp_path: Path) -> None:
-    begin(config_of(tmp_path / "nowhere.txt"), tmp_path / "run")
     with pytest.raises(UsageError, match=r"nowhere\.txt"):
-        pretrain(tmp_path / "run", Watching())
+        begin(config_of(tmp_path / "nowhere.txt"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_given_tokenizer_must_have_the_model_s_size(trained: Trained, corpus: Path, tmp_path: Path) -> None:
     tokenizer = str(trained.run.folder / "tokenizer")
-    begin(config_of(corpus, tokenizer=tokenizer, model={"vocab_size": 400}), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"320 tokens, the model 400; add --set model.vocab_size=320"):
-        pretrain(tmp_path / "run", Watching())
+        begin(config_of(corpus, tokenizer=tokenizer, model={"vocab_size": 400}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     begin(config_of(corpus, tokenizer=tokenizer, steps=1), tmp_path / "good")
     assert pretrain(tmp_path / "good", Watching()).run.progress.step == 1
 
