@@ -23,13 +23,8 @@ from mixtral.data.readers import BadInput
 from mixtral.data.shards import prepare
 from mixtral.data.sources import Source, documents
 from mixtral.data.store import TokenData
-from mixtral.errors import DataError, WeightsError
-from mixtral.files import (
-    atomic_folder,
-    atomic_write,
-    lock_folder,
-    unlock_folder,
-)
+from mixtral.errors import DataError, Interrupted, WeightsError
+from mixtral.files import atomic_folder, atomic_write, lock_folder, unlock_folder
 from mixtral.kernels import use_backend
 from mixtral.kernels.memory import keep_freed_memory
 from mixtral.model import Mixtral, initialise
@@ -53,8 +48,6 @@ from mixtral.weights.save import write_hf
 TOKENIZER_CHARACTERS = 4_000_000  # of text are enough to learn a vocabulary from; more costs time and changes little
 
 
-
-
 class Trained(NamedTuple):
     """A finished run."""
 
@@ -63,18 +56,25 @@ class Trained(NamedTuple):
     validation: Validation
     run: Run
 
+    @property
+    def config(self) -> TrainConfig:
+        return self.run.config
+
 
 def pretrain(out: Path, view: View) -> Trained:
     """Run, or go on with, the training run that `begin` recorded in `out`.
 
     `out` may also be one of a run's checkpoints, to go on from there instead of from the last one. Raises UsageError
-    when another process trains in the folder, and as `begin` does.
+    when another process trains in the folder, and as `begin` does; Interrupted at Ctrl-C.
     """
+    config = recorded_config(out)  # before the lock, which would make the folder
     out, checkpoint = split_checkpoint(out)
-    recorded_config(out)  # else the lock would make the folder
     lock_folder(out)
     try:
-        return _pretrain(recorded_config(out), out, checkpoint, view)
+        return _pretrain(config, out, checkpoint, view)
+    except KeyboardInterrupt:  # outside the steps, or a second time in one
+        anew = "" if latest_checkpoint(out) else "begin anew with the same --out, or "
+        raise Interrupted(f"stopped; {anew}go on with: mixtral train --resume {out}") from None
     finally:
         unlock_folder(out)
 

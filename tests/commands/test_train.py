@@ -31,7 +31,9 @@ def test_show_resolves_and_does_nothing(run: Run, tmp_path: Path, monkeypatch: p
         (["tiny", "--out", "full/file/new"], 1, "cannot write full/file/new"),
         (["tiny", "--out", "new", "--set", "lrr=3"], 2, "--set lrr: unknown field; did you mean 'lr'?"),
         (["tiny", "--out", "new", "--max-steps", "0"], 2, "steps must be at least 1, not 0"),
-        (["--resume", "nowhere"], 2, "nowhere is not a training run"),
+        (["--resume", "nowhere"], 2, "nowhere is not a training run: no such folder"),
+        (["--resume", "full/file"], 2, "full/file is not a training run: it is a file"),
+        (["tiny", "--out", "full/file"], 2, "full/file is a file; choose another --out"),
         (["tiny", "--resume", "full", "--seed", "1"], 2, "leave out RECIPE, --seed"),
         (["--resume", "full", "--skip-bad"], 2, "leave out --skip-bad"),
         (["tiny", "--out", "new", "--data", "nothere"], 2, "nothere: no such file or folder; a source is a path"),
@@ -54,6 +56,7 @@ def test_show_resolves_and_does_nothing(run: Run, tmp_path: Path, monkeypatch: p
 def test_misuse(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int,
                 message: str) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("mixtral.train.run_folder.choose_threads", lambda *_: pytest.fail("measured first"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("precious")
