@@ -20,7 +20,7 @@ def runs(
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the curves, as a PNG.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare training runs, finished or not, in a table and a plot.
+    """Compare training runs, finished or not, in a table and a plot; folders that are no runs are named and left out.
 
     size is active and all parameters; val and b/B (bits a byte) are of the validation with the lowest loss, tok/s and
     matrix (the share of the machine's matrix rate) medians over steps, mem the most memory; max (the worst layer's

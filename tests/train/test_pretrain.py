@@ -203,7 +203,7 @@ def test_a_file_put_beside_the_tokenizer_of_a_failed_run_is_kept(corpus: Path, t
 
 
 def test_what_was_put_into_a_finished_model_stays(trained: Trained, tmp_path: Path) -> None:
-    """Asked to go on, a finished run writes its model once more."""
+    """`pretrain` writes the model of a finished run once more; `mixtral train --resume` does not call it then."""
     out = tmp_path / "run"
     shutil.copytree(trained.run.folder, out)
     (out / "final/README.md").write_text("a card")
