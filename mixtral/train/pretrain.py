@@ -67,11 +67,11 @@ def pretrain(out: Path, view: View) -> Trained:
     `out` may also be one of a run's checkpoints, to go on from there instead of from the last one. Raises UsageError
     when another process trains in the folder, and as `begin` does; Interrupted at Ctrl-C.
     """
-    config = recorded_config(out)  # before the lock, which would make the folder
+    recorded_config(out)  # else the lock would make the folder
     out, checkpoint = split_checkpoint(out)
     lock_folder(out)
     try:
-        return _pretrain(config, out, checkpoint, view)
+        return _pretrain(recorded_config(out), out, checkpoint, view)
     except KeyboardInterrupt:  # outside the steps, or a second time in one
         anew = "" if latest_checkpoint(out) else "begin anew with the same --out, or "
         raise Interrupted(f"stopped; {anew}go on with: mixtral train --resume {out}") from None
