@@ -46,11 +46,24 @@ class DataError(MixtralError):
     """A data file cannot be read: names the file, the line and the reason."""
 
 
+class Interrupted(MixtralError):
+    """The user stopped a training run with Ctrl-C; the message says how to go on."""
+
+    exit_code = 130
+
+
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """A closing clause for "unknown NAME" errors: the nearest option when there is one, else all of them."""
     known = sorted(options)
-    close = difflib.get_close_matches(name[:_LONGEST_WORD], known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    close = nearest(name, known)
+    return f"did you mean {close!r}?" if close else f"known: {', '.join(known)}"
+
+
+def nearest(name: str, options: Iterable[str]) -> str | None:
+    """The option that `name` may stand for: a similar one, or the same letters in another order; None: none is near."""
+    name, known = name[:_LONGEST_WORD], sorted(options)
+    close = difflib.get_close_matches(name, known, n=1)
+    return next(iter(close), None) or next((o for o in known if sorted(o) == sorted(name)), None)
 
 
 def shown(value: object) -> str:

@@ -24,6 +24,7 @@ def test_every_error_is_ours_and_prints_its_message() -> None:
 
 def test_did_you_mean_names_the_nearest_or_all() -> None:
     assert did_you_mean("mixtral-8x7", ["tiny", "mixtral-8x7b"]) == "did you mean 'mixtral-8x7b'?"
+    assert did_you_mean("tyni", ["tiny", "nano"]) == "did you mean 'tiny'?"
     assert did_you_mean("zzz", ["tiny", "small"]) == "known: small, tiny"
 
 

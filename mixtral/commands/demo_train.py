@@ -20,6 +20,7 @@ def train_demo(out: Path, max_steps: int | None, threads: str, as_json: bool) ->
     """Train the recipe `tiny` in `out`, or go on with it, and show what has become of it."""
     from mixtral.errors import UsageError
     from mixtral.recipes import recipe
+    from mixtral.train.finished import finished
     from mixtral.train.pretrain import pretrain
     from mixtral.train.run_folder import begin, change_threads
     from mixtral.train.view import TerminalView
@@ -36,7 +37,7 @@ def train_demo(out: Path, max_steps: int | None, threads: str, as_json: bool) ->
         )
     elif max_steps is not None:
         raise UsageError(f"--max-steps: the run in {out} was begun with its own number; choose another --out")
-    else:
+    elif finished(out) is None:  # else no step follows
         change_threads(out, threads)
     trained = pretrain(out, TerminalView(terminal))
     figures = _figures(trained)

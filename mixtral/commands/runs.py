@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mixtral.commands.common import JsonOption, console
+from mixtral.commands.common import JsonOption, console, say
 
 if TYPE_CHECKING:
     from mixtral.train.compare import RunSummary
@@ -20,7 +20,7 @@ def runs(
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the curves, as a PNG.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare training runs, finished or not, in a table and a plot.
+    """Compare training runs, finished or not, in a table and a plot; folders that are no runs are named and left out.
 
     size is active and all parameters; val and b/B (bits a byte) are of the validation with the lowest loss, tok/s and
     matrix (the share of the machine's matrix rate) medians over steps, mem the most memory; max (the worst layer's
@@ -33,11 +33,11 @@ def runs(
     """
     from rich.table import Table
 
-    from mixtral.train.compare import plot_runs, summarise
+    from mixtral.train.compare import plot_runs
 
-    summaries = [summarise(folder) for folder in folders]
+    summaries = _summaries(folders)
     if plot is not None:
-        plot_runs(folders, plot)
+        plot_runs([Path(summary.name) for summary in summaries], plot)
     if as_json:
         print(json.dumps([summary._asdict() for summary in summaries]))
         return
@@ -50,6 +50,24 @@ def runs(
     console().print(table)
     if plot is not None:
         console().print(f"curves: {plot}", soft_wrap=True)
+
+
+def _summaries(folders: list[Path]) -> list[RunSummary]:
+    """Of those folders that are runs; each of the others is named. Raises UsageError when none is."""
+    from mixtral.errors import UsageError
+    from mixtral.train.compare import summarise
+
+    found = []
+    for folder in folders:
+        try:
+            found.append(summarise(folder))
+        except UsageError as error:
+            if len(folders) == 1:
+                raise
+            say(f"left out: {error}")
+    if not found:
+        raise UsageError(f"none of these {len(folders)} is a training run")
+    return found
 
 
 def _short(names: list[str]) -> list[str]:

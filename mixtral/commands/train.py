@@ -12,6 +12,7 @@ from mixtral.commands.common import JsonOption, ThreadsOption, console
 
 if TYPE_CHECKING:
     from mixtral.train.config import TrainConfig
+    from mixtral.train.finished import Finished
     from mixtral.train.pretrain import Trained
 
 
@@ -55,7 +56,9 @@ def train(
     mixtral train --size 4 --out runs/four
     mixtral train --resume runs/mine
     """
+    from mixtral.cores import asked_threads
     from mixtral.errors import UsageError
+    from mixtral.train.finished import finished
     from mixtral.train.pretrain import pretrain
     from mixtral.train.run_folder import begin, change_threads, recorded_config
     from mixtral.train.view import TerminalView
@@ -75,11 +78,15 @@ def train(
     if folder is None:
         raise UsageError("train: name a new folder with --out DIR")
     view = TerminalView(console(stderr=True))
-    if resume is None:
+    done = None if resume is None else finished(resume)
+    if done is not None:
+        asked_threads(threads)  # no step follows, yet a wrong value is refused
+        view.say(f"done already: all {config.steps:,} steps; the model is in {done.folder}")
+    elif resume is None:
         begin(config, folder, threads, view)
     else:
         change_threads(folder, threads)
-    trained = pretrain(folder, view)
+    trained = done or pretrain(folder, view)
     if as_json:
         print(json.dumps(summary(trained)))
     else:
@@ -111,15 +118,15 @@ def override_options(
     return override(config.replace(**{k: v for k, v in given.items() if v is not None}), assignments or [])
 
 
-def summary(trained: Trained) -> dict[str, object]:
+def summary(trained: Trained | Finished) -> dict[str, object]:
     """A finished run in numbers."""
-    config, progress = trained.run.config, trained.run.progress
+    config = trained.config
     return {
         "model": str(trained.folder),
         "parameters": config.model.n_params(),
         "active_parameters": config.model.n_active_params(),
-        "steps": progress.step,
-        "tokens": progress.step * config.tokens_per_step,
+        "steps": config.steps,
+        "tokens": config.steps * config.tokens_per_step,
         "start_cross_entropy": trained.start_loss,
         "val_cross_entropy": trained.validation.cross_entropy,
         "val_bits_per_byte": trained.validation.bits_per_byte,
@@ -127,7 +134,7 @@ def summary(trained: Trained) -> dict[str, object]:
     }
 
 
-def _text(trained: Trained) -> str:
+def _text(trained: Trained | Finished) -> str:
     validation = trained.validation
     return (
         f"validation {trained.start_loss:.3f} -> {validation.cross_entropy:.3f} nats a token "

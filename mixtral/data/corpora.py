@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from mixtral.data.debian import debian_files, language_of, read_debian
 from mixtral.data.readers import SUFFIXES, BadInput, checked_text, pieces, read_texts
-from mixtral.errors import DataError, UsageError, did_you_mean
+from mixtral.errors import DataError, UsageError, did_you_mean, nearest
 
 # Left out of the built-in corpora: tests, generated tables, bundled wheels. They are long and teach little.
 EXCLUDED_FOLDERS = frozenset({
@@ -29,6 +29,7 @@ EXCLUDED_TESTS = re.compile(r"bad.*|test_source_encoding\.py")
 EXCLUDED_FILES = re.compile(r"_sysconfigdata.*|entities\.py|stringprep\.py|.*_pb2\.py|_?test_.*|.*_test\.py")
 MAX_SOURCE_BYTES = 400_000  # a longer source file is nearly always a generated table
 
+BUILT_IN = ("stdlib", "packages", "reasoning-gym", "debian")
 STDLIB_PARTS = ("code", "tests", "prose")
 
 # Generators of reasoning-gym that are left out: they need 0.1 s and more for one task, or draw from Python sets, so
@@ -71,6 +72,17 @@ def texts(name: str, field: str, seed: int, level: int | None, bad: BadInput) ->
         for file in list_files(name):
             for text in [file.text] if file.text else read_texts(file.path, field, bad):
                 yield text, file.domain
+
+
+def check_name(name: str) -> None:
+    """Raise UsageError or DataError when the source called `name` is not there; none of its texts is read."""
+    base, _, part = name.partition(":")
+    if base == "reasoning-gym":
+        _chosen_generators(part)
+    elif base == "hf":
+        _datasets_library(name)
+    else:
+        list_files(name)
 
 
 def fingerprint(name: str) -> str:
@@ -170,9 +182,7 @@ def _path_files(path: Path) -> list[File]:
     if path.is_file():
         return [File(path.name, path, path.stem)]
     if not path.is_dir():
-        raise UsageError(
-            f"{path}: no such file or folder; a source is a path, stdlib, packages, reasoning-gym, debian or hf:NAME"
-        )
+        raise _no_such_path(path)
     files = []
     for found in path.rglob("*"):
         name = found.relative_to(path)
@@ -181,6 +191,16 @@ def _path_files(path: Path) -> list[File]:
     if not files:
         raise DataError(f"{path}: no text in this folder; looked for {' '.join(sorted(SUFFIXES))}")
     return files
+
+
+def _no_such_path(path: Path) -> UsageError:
+    """What may have been meant: the name of a built-in source, or a weight, which only a number can be."""
+    target, equals, weight = str(path).rpartition("=")
+    if equals and (target.partition(":")[0] in BUILT_IN or Path(target).exists()):
+        return UsageError(f"data source {path}: the weight must be a positive number, not {weight!r}")
+    known = nearest(str(path).partition(":")[0], BUILT_IN) if path.name == str(path) and not path.suffix else None
+    hint = f"did you mean {known!r}?" if known else f"a source is a path, {', '.join(BUILT_IN)} or hf:NAME"
+    return UsageError(f"{path}: no such file or folder; {hint}")
 
 
 def _reasoning_gym(seed: int, part: str, level: int | None) -> Iterator[tuple[str, str]]:
@@ -206,11 +226,7 @@ def reasoning_tasks(seed: int, part: str = "", level: int | None = None) -> Iter
         part: chooses generators: categories of the library and names of generators, with `+` between them; "": all.
         level: of difficulty in each generator's curriculum, 0 the easiest; None, or no curriculum: its own defaults.
     """
-    try:
-        from reasoning_gym.factory import DATASETS
-    except ImportError as error:
-        raise UsageError('reasoning-gym is not installed: pip install "mixtral[tasks]"') from error
-    generators = _generators({name: entry[0].__module__ for name, entry in DATASETS.items()}, part)
+    generators = _chosen_generators(part)
     for turn in count():
         for generator in generators:
             # Task i of a set is drawn with seed + i, so the turns of one seed must lie TASKS_AT_A_TIME apart.
@@ -235,6 +251,15 @@ def _data_set(generator: str, seed: int, level: int | None) -> Iterable[dict[str
     return made
 
 
+def _chosen_generators(part: str) -> list[str]:
+    """The names of generators of the installed library that `part` chooses."""
+    try:
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise UsageError('reasoning-gym is not installed: pip install "mixtral[tasks]"') from error
+    return _generators({name: entry[0].__module__ for name, entry in DATASETS.items()}, part)
+
+
 def _generators(modules: dict[str, str], part: str) -> list[str]:
     """The names of generators that `part` chooses; `modules` has where each is defined, reasoning_gym.CATEGORY.NAME."""
     open_to = {name: module for name, module in modules.items() if name not in LEFT_OUT_TASKS}
@@ -252,11 +277,16 @@ def _generators(modules: dict[str, str], part: str) -> list[str]:
     return sorted(chosen)
 
 
-def _hugging_face(name: str, field: str, bad: BadInput) -> Iterator[tuple[str, str]]:
+def _datasets_library(name: str) -> Any:
     try:
         import datasets
     except ImportError as error:
         raise UsageError(f'{name}: the datasets library is not installed: pip install "mixtral[data]"') from error
+    return datasets
+
+
+def _hugging_face(name: str, field: str, bad: BadInput) -> Iterator[tuple[str, str]]:
+    datasets = _datasets_library(name)
     target, _, config = name.removeprefix("hf:").partition(":")
     try:
         rows: Any = (

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral.data.readers import BadInput
-from mixtral.data.sources import Source, documents, text_digest
+from mixtral.data.sources import Source, check_weights, documents, text_digest
 from mixtral.data.store import FORMAT, Encoder, Index, Shard, TokenData
 from mixtral.data.writer import Item, Progress, ShardWriter, encoder
 from mixtral.errors import DataError, UsageError
@@ -51,9 +51,8 @@ def prepare(
     if workers < 1:
         raise UsageError(f"data: workers must be at least 1, not {workers}")
     _check_index(folder / "index.json")
+    check_weights(sources)
     weights = [source.weight for source in sources]
-    if None in weights and set(weights) != {None}:
-        raise UsageError("data: some sources have a weight and some have none; give every one a weight, or none")
     inputs = {
         "sources": [source.inputs() for source in sources],
         "tokenizer": tokenizer.fingerprint,

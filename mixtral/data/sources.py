@@ -22,12 +22,12 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
-from mixtral.data.corpora import fingerprint, texts
+from mixtral.data.corpora import check_name, fingerprint, texts
 from mixtral.data.readers import BadInput
 from mixtral.errors import UsageError, did_you_mean
 
@@ -100,6 +100,21 @@ def _options(query: str, spec: str) -> dict[str, Any]:
         except ValueError:
             raise UsageError(f"data source {spec}: {key} must be a whole number, not {value!r}") from None
     return values
+
+
+def check_weights(sources: Sequence[Source]) -> None:
+    """Raise UsageError when some sources have a weight and others none."""
+    weights = [source.weight for source in sources]
+    if None in weights and set(weights) != {None}:
+        raise UsageError("data: some sources have a weight and some have none; give every one a weight, or none")
+
+
+def check_sources(specs: Sequence[str]) -> None:
+    """Raise what `documents` would of these sources, as far as it can be known without reading a text."""
+    sources = [Source.parse(spec) for spec in specs]
+    check_weights(sources)
+    for source in sources:
+        check_name(source.name)
 
 
 def documents(source: Source, bad: BadInput) -> Iterator[Document]:

@@ -20,6 +20,13 @@ CONTROL = {
 LONGEST_LINE = 1 << 14  # characters; longer lines are cut, because the trainer would leave them out
 
 
+def check_size(vocab_size: int, version: str = "v3") -> None:
+    """Raise UsageError when a vocabulary of this size cannot be learnt, whatever the text."""
+    smallest = 3 + len(CONTROL[version]) + 256 + 1
+    if vocab_size < smallest:
+        raise UsageError(f"vocab_size {vocab_size} is too small: bytes and control tokens of {version} need {smallest}")
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int, version: str = "v3", name: str = "own") -> Tokenizer:
     """Byte-pair encoding learnt from `texts`, line by line; `save` names the file NAME.model.VERSION.
 
@@ -28,9 +35,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, version: str = "v3", name: 
     """
     if version not in CONTROL:
         raise UsageError(f"tokenizer version {version!r} cannot be trained; known: {', '.join(CONTROL)}")
-    smallest = 3 + len(CONTROL[version]) + 256 + 1
-    if vocab_size < smallest:
-        raise UsageError(f"vocab_size {vocab_size} is too small: bytes and control tokens of {version} need {smallest}")
+    check_size(vocab_size, version)
     lines = _lines(texts)
     if not lines:
         raise UsageError("cannot train a tokenizer: the corpus is empty; give it at least one line of text")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mixtral.data.loader import Loader, TrainBatch
-from mixtral.errors import ConfigError, MixtralError
+from mixtral.errors import ConfigError, Interrupted, MixtralError
 from mixtral.model import Mixtral
 from mixtral.specs import check_fields
 from mixtral.train.checkpoint import (
@@ -27,19 +27,14 @@ from mixtral.train.checkpoint import (
     load_checkpoint,
 )
 from mixtral.train.config import TrainConfig
-from mixtral.train.metrics import MatrixRate, MetricsLog, Speed, bits_per_byte, read_lines
+from mixtral.train.finished import logged_validations
+from mixtral.train.metrics import MatrixRate, MetricsLog, Speed, bits_per_byte
 from mixtral.train.nonfinite import first_bad_layer, keep_batch
 from mixtral.train.optim import Optimizer
 from mixtral.train.step import NonFiniteLoss, StepResult, Validation, train_step, validate
 from mixtral.train.threads import ThreadWatch
 from mixtral.train.trackers import Trackers
 from mixtral.train.view import View
-
-
-class Interrupted(MixtralError):
-    """The user stopped the run; it can go on from its last checkpoint."""
-
-    exit_code = 130
 
 
 @dataclass
@@ -106,7 +101,7 @@ class Run:
             stack.enter_context(self.view.live(self.config, self.progress.step))
             interrupted = stack.enter_context(_deferred_interrupt())
             last = self._loop(log, interrupted)
-        return last or self._logged_validation()
+        return last or logged_validations(self.folder)[-1]
 
     def _loop(self, log: MetricsLog, interrupted: threading.Event) -> Validation | None:
         """Steps, validations and checkpoints until the end; -> the last validation, None when nothing was left."""
@@ -175,15 +170,6 @@ class Run:
             return False
         self.progress.best_loss, self.progress.best_step = result.cross_entropy, step
         return True
-
-    def _logged_validation(self) -> Validation:
-        """The last validation in the log: what a run that was finished already has to show."""
-        path = self.folder / "metrics.jsonl"
-        wanted = {"val_cross_entropy", "val_bits_per_byte", "val_loads"}
-        line = next((line for line in reversed(read_lines(path)) if wanted <= line.keys()), None)
-        if line is None:
-            raise MixtralError(f"{path}: no validation is in it, though the run is finished")
-        return Validation(line["val_cross_entropy"], line["val_bits_per_byte"], line["val_loads"])
 
     def _save(self) -> None:
         self.writer.save(self.optimizer, dict(self.progress.to_dict()))

@@ -23,19 +23,15 @@ from mixtral.data.readers import BadInput
 from mixtral.data.shards import prepare
 from mixtral.data.sources import Source, documents
 from mixtral.data.store import TokenData
-from mixtral.errors import ConfigError, DataError, WeightsError
-from mixtral.files import (
-    atomic_folder,
-    atomic_write,
-    lock_folder,
-    unlock_folder,
-)
+from mixtral.errors import DataError, Interrupted, WeightsError
+from mixtral.files import atomic_folder, atomic_write, lock_folder, unlock_folder
 from mixtral.kernels import use_backend
 from mixtral.kernels.memory import keep_freed_memory
 from mixtral.model import Mixtral, initialise
 from mixtral.runtime import choose_device, choose_dtype, set_threads
 from mixtral.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from mixtral.train.checkpoint import latest_checkpoint
+from mixtral.train.checks import check_vocabulary
 from mixtral.train.config import TrainConfig
 from mixtral.train.loop import Run
 from mixtral.train.memory import check_memory
@@ -60,18 +56,25 @@ class Trained(NamedTuple):
     validation: Validation
     run: Run
 
+    @property
+    def config(self) -> TrainConfig:
+        return self.run.config
+
 
 def pretrain(out: Path, view: View) -> Trained:
     """Run, or go on with, the training run that `begin` recorded in `out`.
 
     `out` may also be one of a run's checkpoints, to go on from there instead of from the last one. Raises UsageError
-    when another process trains in the folder, and as `begin` does.
+    when another process trains in the folder, and as `begin` does; Interrupted at Ctrl-C.
     """
-    out, checkpoint = split_checkpoint(out)
     recorded_config(out)  # else the lock would make the folder
+    out, checkpoint = split_checkpoint(out)
     lock_folder(out)
     try:
         return _pretrain(recorded_config(out), out, checkpoint, view)
+    except KeyboardInterrupt:  # outside the steps, or a second time in one
+        anew = "" if latest_checkpoint(out) else "begin anew with the same --out, or "
+        raise Interrupted(f"stopped; {anew}go on with: mixtral train --resume {out}") from None
     finally:
         unlock_folder(out)
 
@@ -132,11 +135,7 @@ def _tokenizer(config: TrainConfig, out: Path, view: View) -> Tokenizer:
         with atomic_folder(folder) as new:
             tokenizer.save(new)
     tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size != config.model.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.model.vocab_size}; "
-            f"add --set model.vocab_size={tokenizer.vocab_size}"
-        )
+    check_vocabulary(tokenizer, config)
     return tokenizer
 
 

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from mixtral.cores import MOST_THREADS, asked_threads
-from mixtral.errors import ConfigError, MixtralError, UsageError, shown
+from mixtral.errors import ConfigError, Interrupted, MixtralError, UsageError, shown
 from mixtral.files import atomic_write, is_temporary, lock_folder, remove_folder, unlock_folder
 from mixtral.json_files import SMALL, parse_object, read_object, read_regular
 from mixtral.runtime import environment, set_threads
 from mixtral.tokenizer.beside import TEMPLATES, is_side_file
+from mixtral.train.checkpoint import checkpoints
+from mixtral.train.checks import check_run
 from mixtral.train.config import TrainConfig
-from mixtral.train.memory import check_memory
 from mixtral.train.threads import choose_threads
-from mixtral.train.trackers import require_packages
 from mixtral.train.view import View
 
 _BEFORE_TRAINING = {"config.json", "tokenizer", "data"}  # what a run writes before its first checkpoint
@@ -31,14 +31,12 @@ def begin(config: TrainConfig, out: Path, threads: int | str | None = None, view
     """Claim a new run's folder and record what it is to do, and with how many threads: None or "auto" as measured.
 
     A run that failed before its first checkpoint, on bad data perhaps, is begun anew. Raises UsageError when the folder
-    holds anything else, when another process trains in it, or when the package of a tracker is missing; MixtralError
-    when the memory is too small for the run.
+    holds anything else, when another process trains in it, and as `check_run` does, before the folder is made.
     """
-    require_packages(config.trackers)
-    check_memory(config)
+    check_run(config)
     asked = asked_threads(threads)
     if out.exists() and not out.is_dir():
-        raise _taken(out)
+        raise UsageError(f"{out} is a file; choose another --out, a folder")
     lock_folder(out)
     try:
         _check_failed(out)
@@ -47,8 +45,10 @@ def begin(config: TrainConfig, out: Path, threads: int | str | None = None, view
         set_threads(asked or choose_threads(config, view or View()))
         record = {"train": config.to_dict(), "environment": environment()}
         atomic_write(out / "config.json", json.dumps(record, indent=1))
-    except BaseException:
+    except BaseException as error:
         unlock_folder(out)
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted("stopped before the run had begun; begin anew with the same --out") from None
         raise
 
 
@@ -70,7 +70,15 @@ def _check_failed(out: Path) -> None:
 
 
 def _taken(out: Path) -> UsageError:
-    return UsageError(f"{out} is not empty; choose another --out, or go on with: mixtral train --resume {out}")
+    if _is_record(out / "config.json"):
+        return UsageError(f"{out} is not empty; choose another --out, or go on with: mixtral train --resume {out}")
+    return UsageError(f"{out} is not empty; choose another --out, as it is no training run{_run_above(out)}")
+
+
+def _run_above(path: Path) -> str:
+    """Which run a path lies in, such as its model or the folder of its checkpoints; nothing for any other path."""
+    runs = (folder for folder in path.absolute().parents[:3] if _is_record(folder / "config.json"))
+    return f"; it lies in the run {os.path.relpath(run)}" if (run := next(runs, None)) else ""
 
 
 def _is_record(path: Path) -> bool:
@@ -92,6 +100,8 @@ def split_checkpoint(path: Path) -> tuple[Path, Path | None]:
 def recorded_config(out: Path) -> TrainConfig:
     """The configuration of the run in `out`, or of the run that the checkpoint `out` is of; UsageError without one."""
     path, record = _read_record(out)
+    if "train" not in record and "architectures" in record:
+        raise UsageError(f"{path.parent} is a model, not a training run{_run_above(path.parent)}")
     if not isinstance(values := record.get("train"), dict):
         raise ConfigError(f"{path} is not a training configuration: train must be an object, not {shown(values)}")
     try:
@@ -125,9 +135,14 @@ def change_threads(out: Path, threads: int | str) -> None:
 
 
 def _read_record(out: Path) -> tuple[Path, dict[str, Any]]:
-    """-> (the run's config.json, what it says)."""
-    out = split_checkpoint(out)[0]
+    """-> (the run's config.json, what it says); UsageError where there is none, or not the checkpoint asked for."""
+    out, checkpoint = split_checkpoint(out)
     path = out / "config.json"
     if not os.path.isfile(path):
-        raise UsageError(f"{out} is not a training run: it has no config.json")
+        what = "it is a file" if os.path.isfile(out) else "no such folder"
+        what = "it has no config.json" if os.path.isdir(out) else what
+        raise UsageError(f"{out} is not a training run: {what}{_run_above(out)}")
+    if checkpoint and not os.path.isdir(checkpoint):
+        names = ", ".join(found.name for found in checkpoints(out))
+        raise UsageError(f"{checkpoint}: no such checkpoint; there {f'are {names}' if names else 'is none yet'}")
     return path, parse_object(read_regular(path, ConfigError, SMALL), f"{path} is not a training configuration")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +108,34 @@ def test_training_and_going_on_from_the_command_line(run: Run, tmp_path: Path, m
     for name in ("metrics.jsonl", "final/model.safetensors"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
     assert run("train", "tiny", "--out", out).code == 2  # nothing is overwritten
+
+
+def states(out: Path) -> dict[Path, tuple[int, int]]:
+    """Differs when anything below a folder is written anew."""
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in out.rglob("*")}
+
+
+def test_a_finished_run_is_shown_again_and_left_alone(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first = run("train", "tiny", "--out", out)
+    before = states(out)
+    again = run("train", "--resume", out, "--threads", "2")
+    assert (again.code, again.out) == (0, first.out)
+    assert again.err == f"done already: all 8 steps; the model is in {out}/final\n"
+    told = json.loads(run("train", "--resume", out, "--json").out)
+    assert told["steps"] == 8 and told["tokens"] == 8 * 128 and len(told["val_loads"]) == 2
+    assert run("train", "--resume", out, "--threads", "all").code == 2
+    assert states(out) == before
+    shutil.rmtree(out / "final")
+    assert run("train", "--resume", out).out == first.out and (out / "final/model.safetensors").is_file()
+
+
+def test_the_demo_of_a_finished_run_keeps_its_record(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run("demo", "--train", "--out", out, "--max-steps", "1", "--threads", "3").code == 0
+    before = (out / "config.json").read_bytes()
+    assert run("demo", "--train", "--out", out, "--threads", "2").code == 0
+    assert (out / "config.json").read_bytes() == before
 
 
 def test_a_folder_that_is_no_run_is_left_alone(run: Run, tmp_path: Path) -> None:

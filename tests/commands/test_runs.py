@@ -93,6 +93,23 @@ def test_a_plot_takes_the_place_of_a_plot_alone(run: Path, tmp_path: Path, capsy
     assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "notes.pdf", "run"]
 
 
+def test_what_is_no_run_is_named_and_left_out(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "empty").mkdir()
+    others = [str(tmp_path / name) for name in ("empty", "notes.txt", "nothere")]
+    assert main(["runs", *others, str(run), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [figures["name"] for figures in json.loads(out)] == [str(run)]
+    reasons = ("it has no config.json", "it is a file", "no such folder")
+    lines = [f"left out: {name} is not a training run: {why}" for name, why in zip(others, reasons, strict=True)]
+    assert err.splitlines() == lines
+    assert main(["runs", *others]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.splitlines() == [*lines, "mixtral: none of these 3 is a training run"]
+    assert main(["runs", others[2]]) == 2
+    assert capsys.readouterr().err == f"mixtral: {others[2]} is not a training run: no such folder\n"
+
+
 def test_errors(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", str(tmp_path)]) == 2
     assert "is not a training run" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from mixtral.model import Mixtral, Packed, initialise
 from mixtral.presets import tiny
 from mixtral.recipes import recipe
 from mixtral.tokenizer import load_tokenizer
-from mixtral.train.run_folder import begin
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,9 @@ def test_tasks_are_not_those_of_training(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("nano_scores.reasoning_tasks", lambda *_: (Task("sum", str(i % 10), "0") for i in range(100)))
     trained = [Source("reasoning-gym")]
     monkeypatch.setattr("nano_scores.documents", lambda source, bad: map(_Text, range(5 if source in trained else 0)))  # noqa: ARG005
-    begin(recipe("tiny").replace(data=("reasoning-gym",)), tmp_path / "run")
+    record = {"train": recipe("tiny").replace(data=("reasoning-gym",)).to_dict()}  # `begin` wants the package
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(json.dumps(record))
     assert [task.question for task in held_out_tasks(tmp_path / "run", 5)] == ["5", "6", "7", "8", "9"]
 
 

@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from mixtral.data.store import TokenData
+from mixtral.errors import Interrupted
 from mixtral.tokenizer import Tokenizer
 from mixtral.train.checkpoint import checkpoints, load_checkpoint
 from mixtral.train.config import TrainConfig
-from mixtral.train.loop import Interrupted, Progress
+from mixtral.train.loop import Progress
 from mixtral.train.metrics import MatrixRate, read_lines
 from mixtral.train.step import NonFiniteLoss
 from tests.train.tiny_run import MakeRun, Watching, make_run, same, train_config, weights

@@ -17,13 +17,14 @@ import pytest
 import torch
 
 import mixtral
-from mixtral.errors import ConfigError, DataError, MixtralError, UsageError, WeightsError
+from mixtral.errors import ConfigError, DataError, Interrupted, MixtralError, UsageError, WeightsError
 from mixtral.train import pretrain as module
 from mixtral.train.checkpoint import checkpoints
 from mixtral.train.config import TrainConfig
+from mixtral.train.finished import finished
 from mixtral.train.metrics import MatrixRate, read_lines
 from mixtral.train.pretrain import Trained, pretrain, save_final
-from mixtral.train.run_folder import begin, recorded_config
+from mixtral.train.run_folder import begin, change_threads, recorded_config
 from tests.train.tiny_run import Killed, Watching, kill_after, texts, train_config
 
 
@@ -202,7 +203,7 @@ def test_a_file_put_beside_the_tokenizer_of_a_failed_run_is_kept(corpus: Path, t
 
 
 def test_what_was_put_into_a_finished_model_stays(trained: Trained, tmp_path: Path) -> None:
-    """Asked to go on, a finished run writes its model once more."""
+    """`pretrain` writes the model of a finished run once more; `mixtral train --resume` does not call it then."""
     out = tmp_path / "run"
     shutil.copytree(trained.run.folder, out)
     (out / "final/README.md").write_text("a card")
@@ -259,12 +260,90 @@ def test_a_run_that_the_memory_cannot_hold_is_refused_before_anything(corpus: Pa
 
 def test_a_folder_in_use_is_refused(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("kept")
-    with pytest.raises(UsageError, match="is not empty; choose another --out, or go on with: mixtral train --resume"):
+    with pytest.raises(UsageError, match=r"is not empty; choose another --out, as it is no training run$"):
         begin(config_of(corpus), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
-    with pytest.raises(UsageError, match="is not empty"):
+    with pytest.raises(UsageError, match="precious is a file; choose another --out, a folder"):
         begin(config_of(corpus), tmp_path / "precious")
     assert (tmp_path / "precious").read_text() == "kept"
+
+
+def test_a_run_s_folder_and_what_lies_in_it_are_refused_as_what_they_are(trained: Trained, corpus: Path) -> None:
+    out = trained.run.folder
+    with pytest.raises(UsageError, match=r"choose another --out, or go on with: mixtral train --resume \S+/run$"):
+        begin(config_of(corpus), out)
+    for inside, what in (("final", "is a model, not a"), ("checkpoints", "is not a"), ("nothere", "no such folder")):
+        with pytest.raises(UsageError, match=rf"{inside}\b.*{what}.*; it lies in the run \S+/run$"):
+            recorded_config(out / inside)
+    with pytest.raises(UsageError, match=r"final is not empty; .* it is no training run; it lies in the run \S+/run$"):
+        begin(config_of(corpus), out / "final")
+
+
+def test_a_checkpoint_that_is_not_there(trained: Trained, corpus: Path, tmp_path: Path) -> None:
+    there = ", ".join(path.name for path in checkpoints(trained.run.folder))
+    for act in (recorded_config, lambda out: pretrain(out, Watching())):
+        with pytest.raises(UsageError, match=rf"checkpoints/step_0: no such checkpoint; there are {there}$"):
+            act(trained.run.folder / "checkpoints/step_0")
+    begin(config_of(corpus), tmp_path)
+    with pytest.raises(UsageError, match="step_0: no such checkpoint; there is none yet"):
+        recorded_config(tmp_path / "checkpoints/step_0")
+
+
+@pytest.mark.parametrize("work", ["train_bpe", "prepare"])
+def test_ctrl_c_while_it_prepares(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    begin(config_of(corpus), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, work, stop)
+        told = r"^stopped; begin anew with the same --out, or go on with: mixtral train --resume"
+        with pytest.raises(Interrupted, match=told) as caught:
+            pretrain(tmp_path, Watching())
+    assert caught.value.exit_code == 130
+    begin(config_of(corpus, steps=1), tmp_path)
+    assert pretrain(tmp_path, Watching()).run.progress.step == 1
+    monkeypatch.setattr(module, "save_final", stop)
+    with pytest.raises(Interrupted, match=r"^stopped; go on with: mixtral train --resume"):
+        pretrain(tmp_path, Watching())
+
+
+def test_ctrl_c_while_threads_are_measured(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("mixtral.train.run_folder.choose_threads", stop)
+    with pytest.raises(Interrupted, match="stopped before the run had begun; begin anew with the same --out"):
+        begin(config_of(corpus), tmp_path)
+    begin(config_of(corpus), tmp_path, threads=1)
+    assert recorded_config(tmp_path) == config_of(corpus)
+
+
+# -- finished already --------------------------------------------------------------------------------------------------
+
+
+def test_what_a_finished_run_shows_is_what_it_showed_at_its_end(trained: Trained) -> None:
+    out = trained.run.folder
+    for asked in (out, checkpoints(out)[-1]):
+        assert finished(asked) == (trained.folder, trained.config, trained.start_loss, trained.validation)
+    assert finished(checkpoints(out)[0]) is None  # steps follow
+
+
+def test_a_run_with_work_left_is_not_finished(trained: Trained, tmp_path: Path) -> None:
+    spoils = {
+        "no model": lambda out: shutil.rmtree(out / "final"),
+        "half a model": lambda out: (out / "final/config.json").unlink(),
+        "no last checkpoint": lambda out: shutil.rmtree(checkpoints(out)[-1]),
+        "a model of another record": lambda out: change_threads(out, 7),
+        "a model of an earlier end": lambda out: os.utime(out / "final/training.json", (1, 1)),
+    }
+    for name, spoil in spoils.items():
+        out = tmp_path / name
+        shutil.copytree(trained.run.folder, out)
+        assert finished(out) is not None
+        spoil(out)
+        assert finished(out) is None, name
 
 
 def test_an_empty_folder_is_taken(corpus: Path, tmp_path: Path) -> None:
@@ -310,16 +389,16 @@ def test_no_text_to_train_on(tmp_path: Path, name: str, content: str, reason: st
 
 
 def test_a_missing_source_is_misuse(tmp_path: Path) -> None:
-    begin(config_of(tmp_path / "nowhere.txt"), tmp_path / "run")
     with pytest.raises(UsageError, match=r"nowhere\.txt"):
-        pretrain(tmp_path / "run", Watching())
+        begin(config_of(tmp_path / "nowhere.txt"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_given_tokenizer_must_have_the_model_s_size(trained: Trained, corpus: Path, tmp_path: Path) -> None:
     tokenizer = str(trained.run.folder / "tokenizer")
-    begin(config_of(corpus, tokenizer=tokenizer, model={"vocab_size": 400}), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"320 tokens, the model 400; add --set model.vocab_size=320"):
-        pretrain(tmp_path / "run", Watching())
+        begin(config_of(corpus, tokenizer=tokenizer, model={"vocab_size": 400}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     begin(config_of(corpus, tokenizer=tokenizer, steps=1), tmp_path / "good")
     assert pretrain(tmp_path / "good", Watching()).run.progress.step == 1
 
