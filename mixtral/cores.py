@@ -59,7 +59,7 @@ def asked_threads(threads: int | str | None = None) -> int | None:
         if not threads:
             return None
     try:
-        count = int(threads)
+        count = int(threads) if isinstance(threads, int | str) and not isinstance(threads, bool) else 0
     except ValueError:
         count = 0
     if not 1 <= count <= MOST_THREADS:

@@ -62,9 +62,9 @@ def choose_dtype(name: str | torch.dtype | None, device: torch.device | str) -> 
 def seed_everything(seed: int) -> None:
     """Seed Python's, numpy's and torch's (every device's) global random states.
 
-    Raises UsageError unless 0 <= seed < 2^32, which is what numpy takes.
+    Raises UsageError for what is no integer, and unless 0 <= seed < 2^32, which is what numpy takes.
     """
-    if not 0 <= seed < 2**32:
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise UsageError(f"seed: must lie in 0..{2**32 - 1}, not {seed}")
     random.seed(seed)
     numpy.random.seed(seed)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,8 +100,8 @@ def test_what_the_user_asked_for(
     assert module.asked_threads(given) == want
 
 
-@pytest.mark.parametrize("given", [0, -1, 1025, "0", "many", "2.5", "", "99999999999999999999"])
-def test_no_number_of_threads(monkeypatch: pytest.MonkeyPatch, given: int | str) -> None:
+@pytest.mark.parametrize("given", [0, -1, 1025, "0", "many", "2.5", "", "99999999999999999999", 1.5, True])
+def test_no_number_of_threads(monkeypatch: pytest.MonkeyPatch, given: Any) -> None:
     wanted = f"a number from 1 to 1024 is wanted, or auto, not {given}".rstrip()
     with pytest.raises(UsageError, match=f"^threads: {wanted}$"):
         module.asked_threads(given)

@@ -54,7 +54,7 @@ def test_one_seed_sets_all_three_generators() -> None:
 
     assert draw(7) == draw(7)
     assert all(a != b for a, b in zip(draw(7), draw(8), strict=True))
-    for seed in (-1, 2**32):
+    for seed in (-1, 2**32, 1.5, True):
         with pytest.raises(UsageError, match=r"seed: must lie in 0\.\.4294967295"):
             runtime.seed_everything(seed)
 
