@@ -142,7 +142,7 @@ def test_remarks_name_the_file(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         f"{file} of a mistral model without sliding_window: 4096 assumed, as transformers does",
         f"{file}: attention_dropout 0.1 is not applied",
         f"{file}: ignored unknown zebra",
-        f"{file} without max_position_embeddings: a context of 32768 tokens assumed, by default",
+        f"{file} without max_position_embeddings: a context of 32768 tokens assumed, as the shape is that of Mistral 7B v0.1",
         f"{params}: ignored unknown lion",
         f"{params} without rope_theta: 1e+06 assumed, as the shape is that of Mixtral 8x7B v0.1",
         f"{params} without max_seq_len: a context of 32768 tokens assumed, as the shape is that of Mixtral 8x7B v0.1",
