@@ -137,15 +137,16 @@ def test_remarks_name_the_file(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     file = write(tmp_path, "config.json", {key: value for key, value in changed.items() if key != "sliding_window"})
     read_config(tmp_path)
     params = write(tmp_path, "params.json", {**MISTRAL_8X7B, "lion": 1})
+    assumed = "assumed, as the shape is that of"
     read_config(params)
     assert caplog.messages == [
         f"{file} of a mistral model without sliding_window: 4096 assumed, as transformers does",
         f"{file}: attention_dropout 0.1 is not applied",
         f"{file}: ignored unknown zebra",
-        f"{file} without max_position_embeddings: a context of 32768 tokens assumed, as the shape is that of Mistral 7B v0.1",
+        f"{file} without max_position_embeddings: a context of 32768 tokens {assumed} Mistral 7B v0.1",
         f"{params}: ignored unknown lion",
-        f"{params} without rope_theta: 1e+06 assumed, as the shape is that of Mixtral 8x7B v0.1",
-        f"{params} without max_seq_len: a context of 32768 tokens assumed, as the shape is that of Mixtral 8x7B v0.1",
+        f"{params} without rope_theta: 1e+06 {assumed} Mixtral 8x7B v0.1",
+        f"{params} without max_seq_len: a context of 32768 tokens {assumed} Mixtral 8x7B v0.1",
     ]
 
 

@@ -107,9 +107,11 @@ def test_logging_says_each_line_once(capsys: pytest.CaptureFixture[str], monkeyp
     log = logging.getLogger("mixtral.somewhere")
     runtime.setup_logging()
     log.info("hidden")
+    log.warning("config.json: ignored unknown zebra")
     runtime.setup_logging(verbose=True)
     log.info("shown")
-    assert capsys.readouterr().err == "INFO mixtral.somewhere: shown\n"
+    wanted = "mixtral: warning: config.json: ignored unknown zebra\nINFO mixtral.somewhere: shown\n"
+    assert capsys.readouterr().err == wanted
 
 
 def test_environment_tells_versions_commit_and_hardware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
