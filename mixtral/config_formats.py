@@ -162,12 +162,15 @@ def read_config(path: str | Path) -> ModelConfig:
     file = _config_file(Path(path))
     headers = [header for _, header in read_gguf(file)] if file.suffix == ".gguf" else []
     values = {} if headers else read_object(file)
+    if values.keys() == {"train", "environment"}:  # what train/run_folder.py writes
+        raise ConfigError(f"{file.parent} is a training run; {_model_of_run(file.parent)}")
     try:
         if headers:
-            return from_gguf(headers)
+            return from_gguf(headers, str(file))
         if values.get("vocab_size") == -1:
-            values["vocab_size"] = _embedding_rows(file.parent)
-        config = from_mistral(values) if {"dim", "n_layers"} <= values.keys() else from_hf(values)
+            values["vocab_size"] = _embedding_rows(file)
+        reads = from_mistral if {"dim", "n_layers"} <= values.keys() else from_hf
+        config = reads(values, str(file))
     except ConfigError as error:
         raise ConfigError(f"{file}: {str(error).removeprefix('config: ')}") from None
     return config if file == Path(path) else _with_end_tokens(config, file.parent)
@@ -177,8 +180,11 @@ _OURS = "mixtral_research"  # the model_type of what transformers would compute 
 QUANT_METHOD = "mixtral"  # the quant_method of folders that `mixtral quantize` wrote; quant/recipe.py reads the rest
 
 
-def from_hf(values: dict[str, Any]) -> ModelConfig:
-    """From the content of a `config.json` of model_type mixtral, mistral (transformers 4 or 5 keys) or ours."""
+def from_hf(values: dict[str, Any], where: str = "config") -> ModelConfig:
+    """From the content of a `config.json` of model_type mixtral, mistral (transformers 4 or 5 keys) or ours.
+
+    `where` is what warnings call it.
+    """
     kind = values.get("model_type")
     if kind not in ("mixtral", "mistral", _OURS):
         raise ConfigError(f"model_type must be 'mixtral' or 'mistral', not {shown(kind)}")
@@ -187,17 +193,17 @@ def from_hf(values: dict[str, Any]) -> ModelConfig:
         flat = {key: value for key, value in flat.items() if not key.startswith("quantization_config.")}
     if kind == "mistral" and "sliding_window" not in flat:
         flat["sliding_window"] = 4096
-        warn_once("config.json of a mistral model without sliding_window: 4096 assumed, as transformers does")
+        warn_once(f"{where} of a mistral model without sliding_window: 4096 assumed, as transformers does")
     _check_window(flat)
     if flat.get("num_key_value_heads", 0) is None:
         flat["num_key_value_heads"] = flat.get("num_attention_heads")
     if kind == "mistral" and any(flat.get(key) not in (None, 0, 1) for key in ("num_local_experts", "num_experts")):
         raise ConfigError("num_local_experts: a model of model_type 'mistral' has none; that of 'mixtral' has")
-    return build(flat, _HF, sparse=kind != "mistral")
+    return build(flat, _HF, sparse=kind != "mistral", where=where)
 
 
-def from_mistral(values: dict[str, Any]) -> ModelConfig:
-    """From the content of a `params.json`; with a `moe` object the model is sparse."""
+def from_mistral(values: dict[str, Any], where: str = "config") -> ModelConfig:
+    """From the content of a `params.json`, which warnings call `where`; with a `moe` object the model is sparse."""
     flat = flatten(values)
     if flat.get("moe", 0) is None:
         del flat["moe"]
@@ -206,7 +212,7 @@ def from_mistral(values: dict[str, Any]) -> ModelConfig:
     for key in ("sliding_window", "_sliding_window"):
         if isinstance(flat.get(key), list):
             flat[key] = _one_window(key, flat[key], flat.get("n_layers"))
-    return build(flat, _MISTRAL, sparse=values.get("moe") is not None)
+    return build(flat, _MISTRAL, sparse=values.get("moe") is not None, where=where)
 
 
 def _one_window(key: str, windows: list[Any], n_layers: object) -> Any:
@@ -217,17 +223,17 @@ def _one_window(key: str, windows: list[Any], n_layers: object) -> Any:
     return windows[0]
 
 
-def _embedding_rows(folder: Path) -> int:
+def _embedding_rows(file: Path) -> int:
     """The vocabulary of a params.json that leaves it to the tokenizer: as many tokens as the embedding has rows."""
     from mixtral.weights.safetensors_file import SafetensorsFile  # not at the top: their package imports this file
     from mixtral.weights.torch_file import TorchFile
 
     readers: dict[str, type[SafetensorsFile] | type[TorchFile]]
     readers = {".safetensors": SafetensorsFile, ".pt": TorchFile, ".pth": TorchFile}
-    for path in sorted(folder.glob("consolidated*")):
+    for path in sorted(file.parent.glob("consolidated*")):
         header = reader(path).headers.get("tok_embeddings.weight") if (reader := readers.get(path.suffix)) else None
         if header and header.shape:
-            warn_once(f"params.json with vocab_size -1: {header.shape[0]} taken, the rows of the embedding")
+            warn_once(f"{file} with vocab_size -1: {header.shape[0]} taken, the rows of the embedding")
             return header.shape[0]
     raise ConfigError("vocab_size is -1, and beside it is no consolidated file with an embedding to take it from")
 
@@ -269,11 +275,31 @@ def _config_file(path: Path) -> Path:
     if not os.path.exists(path):  # Path's own methods raise for names that are too long, or hold a zero
         raise ConfigError(f"{path}: no such file or folder; a model folder holds config.json or params.json")
     if not path.is_dir():
+        _check_name(path)
         return path
     for name in ("config.json", "params.json"):
         if (path / name).exists():
             return path / name
+    if path.parent.name == "checkpoints":
+        raise ConfigError(f"{path} is a checkpoint of a training run; {_model_of_run(path.parent.parent)}")
     raise ConfigError(f"{path}: neither config.json nor params.json is there")
+
+
+def _check_name(file: Path) -> None:
+    """Raise ConfigError for a file that by its name holds no configuration."""
+    if file.suffix in _WEIGHTS or file.name.endswith(".index.json"):
+        raise ConfigError(f"{file}: a file of weights; give its folder, {file.parent}")
+    if file.suffix not in (".json", ".gguf"):
+        raise ConfigError(f"{file}: no model; a model folder, config.json, params.json or a .gguf file is wanted")
+
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+
+def _model_of_run(run: Path) -> str:
+    """Where the model of a training run is, as the end of a sentence."""
+    final = run / "final"
+    return f"its model is {final}" if (final / "config.json").is_file() else "it has no finished model yet"
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------

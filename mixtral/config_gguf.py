@@ -79,8 +79,8 @@ _GGUF = FileFormat(
 )
 
 
-def from_gguf(headers: Sequence[GgufHeader]) -> ModelConfig:
-    """From the headers of all parts of a model; the first's metadata count."""
+def from_gguf(headers: Sequence[GgufHeader], where: str = "GGUF") -> ModelConfig:
+    """From the headers of all parts of a model, which warnings call `where`; the first's metadata count."""
     metadata = headers[0].metadata
     if (kind := metadata.get("general.architecture")) != _ARCHITECTURE:
         wanted = f"{_ARCHITECTURE!r}, as for Mistral and Mixtral"
@@ -97,9 +97,9 @@ def from_gguf(headers: Sequence[GgufHeader]) -> ModelConfig:
         del flat[_WINDOW]
     if _THETA not in flat:
         flat[_THETA] = _DEFAULT_THETA
-        warn_once(f"GGUF without {_THETA}: {_DEFAULT_THETA:g} assumed, as llama.cpp does")
+        warn_once(f"{where} without {_THETA}: {_DEFAULT_THETA:g} assumed, as llama.cpp does")
     count = flat.get("llama.expert_count")
-    return build(flat, _GGUF, sparse=count is not None and (type(count) is not int or count != 0))
+    return build(flat, _GGUF, sparse=count is not None and (type(count) is not int or count != 0), where=where)
 
 
 def to_gguf(config: ModelConfig, text_end: int | None = None) -> dict[str, Any]:

@@ -57,10 +57,13 @@ _KNOWN: dict[tuple[int | None, ...], tuple[str, float, int]] = {  # -> name, rop
 }
 
 
-def build(flat: dict[str, Any], kind: FileFormat, sparse: bool) -> ModelConfig:
-    """From a file's keys and values; raises ConfigError for what is missing, of the wrong type, or not implemented."""
+def build(flat: dict[str, Any], kind: FileFormat, sparse: bool, where: str) -> ModelConfig:
+    """From a file's keys and values, which warnings call `where`.
+
+    Raises ConfigError for what is missing, of the wrong type, or not implemented.
+    """
     flat = _renamed(flat, kind)
-    _refuse(flat, kind)
+    _refuse(flat, kind, where)
     fields = {ours: flat[key] for ours, key in kind.fields.items() if key in flat and (sparse or ours not in EXPERTS)}
     for ours in _REQUIRED + (EXPERTS if sparse else ()):
         if fields.get(ours) is None:
@@ -74,7 +77,7 @@ def build(flat: dict[str, Any], kind: FileFormat, sparse: bool) -> ModelConfig:
     fields["rope_theta"] = _theta(flat, kind)
     fields = {ours: value for ours, value in fields.items() if value is not None or ours in ("bos_id", "eos_id")}
     try:
-        config = ModelConfig(**_complete(fields, kind))
+        config = ModelConfig(**_complete(fields, kind, where))
     except ConfigError as error:
         raise ConfigError(_in_terms_of(kind, str(error))) from None
     for key, ours in kind.repeated.items():
@@ -102,7 +105,7 @@ def _in_terms_of(kind: FileFormat, message: str) -> str:
     return re.sub(rf"\b({'|'.join(keys)})\b", lambda field: keys[field[1]], message)
 
 
-def _refuse(flat: dict[str, Any], kind: FileFormat) -> None:
+def _refuse(flat: dict[str, Any], kind: FileFormat, where: str) -> None:
     """Raise for what would change the computation, report what is not known to."""
     plain = tuple(f"{key}." for key in (*kind.fields.values(), *kind.theta))
     closed = (*kind.closed, *(f"{key}." for key in (*kind.neutral, *kind.repeated)))
@@ -115,9 +118,9 @@ def _refuse(flat: dict[str, Any], kind: FileFormat) -> None:
         if key.startswith(plain):
             raise ConfigError(f"{key} is unknown, since {key.rpartition('.')[0]} is no object")
         if key in kind.training_only and value:
-            warn_once(f"config: {key} {shown(value)} is not applied")
+            warn_once(f"{where}: {key} {shown(value)} is not applied")
     if unknown := [key for key in flat if not is_known(key, kind)]:
-        warn_once(f"config: ignored unknown {', '.join(sorted(unknown))}")
+        warn_once(f"{where}: ignored unknown {', '.join(sorted(unknown))}")
 
 
 def is_known(key: str, kind: FileFormat) -> bool:
@@ -126,18 +129,18 @@ def is_known(key: str, kind: FileFormat) -> bool:
     return any(key in table for table in (*tables, kind.checked, kind.harmless)) or key.split(".")[0] in kind.harmless
 
 
-def _complete(fields: dict[str, Any], kind: FileFormat) -> dict[str, Any]:
+def _complete(fields: dict[str, Any], kind: FileFormat, where: str) -> dict[str, Any]:
     """Fill in a rotary base and a context that the file left out, for a shape we know, and say so."""
     known = _KNOWN.get(tuple(fields.get(name, 1 if name == "n_experts" else None) for name in _SHAPE))
     if "rope_theta" not in fields:
         if known is None:
             raise ConfigError("rope_theta is missing, and 1e4 and 1e6 are both in use: add the one it was trained with")
         fields["rope_theta"] = known[1]
-        warn_once(f"config without rope_theta: {known[1]:g} assumed, as the shape is that of {known[0]}")
+        warn_once(f"{where} without rope_theta: {known[1]:g} assumed, as the shape is that of {known[0]}")
     if "context" not in fields:
         fields["context"] = known[2] if known else 32768
         why = f"as the shape is that of {known[0]}" if known else "by default"
-        warn_once(f"config without {kind.fields['context']}: a context of {fields['context']} tokens assumed, {why}")
+        warn_once(f"{where} without {kind.fields['context']}: a context of {fields['context']} tokens assumed, {why}")
     return fields
 
 

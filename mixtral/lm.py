@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mixtral.config import ModelConfig
 from mixtral.config_formats import read_config
-from mixtral.engine import SamplingParams, generate, recommended, stream, with_recommended
+from mixtral.engine import SamplingParams, generate, recommended, stream, with_recommended, within_vocabulary
 from mixtral.engine.generate import check_prompt
 from mixtral.engine.native import NativeModel, suits
 from mixtral.errors import UsageError
@@ -211,6 +211,7 @@ def load(
     path, chosen = model_folder(path), choose_device(device)
     tokenizer, sampling, files = read_tokenizer(path), recommended(path), side_files(path)
     config = with_token_ids(read_config(path), path, tokenizer)
+    sampling = within_vocabulary(sampling, config.vocab_size)
     if (recipe := read_recipe(path)) is not None:
         model = load_quantised(path, config, recipe, _dtype(dtype, chosen), chosen)
         return LM(model, tokenizer, sole=True, sampling=sampling, side_files=files)

@@ -62,9 +62,9 @@ def choose_dtype(name: str | torch.dtype | None, device: torch.device | str) -> 
 def seed_everything(seed: int) -> None:
     """Seed Python's, numpy's and torch's (every device's) global random states.
 
-    Raises UsageError unless 0 <= seed < 2^32, which is what numpy takes.
+    Raises UsageError for what is no integer, and unless 0 <= seed < 2^32, which is what numpy takes.
     """
-    if not 0 <= seed < 2**32:
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise UsageError(f"seed: must lie in 0..{2**32 - 1}, not {seed}")
     random.seed(seed)
     numpy.random.seed(seed)
@@ -92,14 +92,17 @@ def set_threads(threads: int | str | None = None) -> int:
 
 
 def setup_logging(verbose: bool = False) -> None:
-    """Send our log to standard error: warnings, and with `verbose` everything. Calling it again changes the level."""
+    """Send our log to standard error: warnings, and with `verbose` everything, with the names of the loggers.
+
+    Calling it again changes that.
+    """
     log = logging.getLogger("mixtral")
     log.setLevel(logging.DEBUG if verbose else logging.WARNING)
     if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-        log.addHandler(handler)
+        log.addHandler(logging.StreamHandler())
         log.propagate = False  # else a library that configures the root logger makes every line appear twice
+    line = "%(levelname)s %(name)s: %(message)s" if verbose else "mixtral: warning: %(message)s"
+    log.handlers[0].setFormatter(logging.Formatter(line))
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, str | int | bool | None]:

@@ -132,6 +132,24 @@ def test_our_own_quantisation_does_not_change_the_shape(caplog: pytest.LogCaptur
     assert from_hf(quantised) == from_hf(HF_8X7B) and not caplog.records
 
 
+def test_remarks_name_the_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    changed = {**HF_8X7B, **DENSE, "zebra": 1, "attention_dropout": 0.1, "max_position_embeddings": None}
+    file = write(tmp_path, "config.json", {key: value for key, value in changed.items() if key != "sliding_window"})
+    read_config(tmp_path)
+    params = write(tmp_path, "params.json", {**MISTRAL_8X7B, "lion": 1})
+    assumed = "assumed, as the shape is that of"
+    read_config(params)
+    assert caplog.messages == [
+        f"{file} of a mistral model without sliding_window: 4096 assumed, as transformers does",
+        f"{file}: attention_dropout 0.1 is not applied",
+        f"{file}: ignored unknown zebra",
+        f"{file} without max_position_embeddings: a context of 32768 tokens {assumed} Mistral 7B v0.1",
+        f"{params}: ignored unknown lion",
+        f"{params} without rope_theta: 1e+06 {assumed} Mixtral 8x7B v0.1",
+        f"{params} without max_seq_len: a context of 32768 tokens {assumed} Mixtral 8x7B v0.1",
+    ]
+
+
 def test_unknown_keys_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     for _ in range(2):
@@ -217,6 +235,31 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     file.mkdir()
     with pytest.raises(ConfigError, match=r"config\.json: cannot be read: not a regular file"):
         read_config(tmp_path)
+
+
+def test_of_a_training_run_its_model_is_named(tmp_path: Path) -> None:
+    run, checkpoint = tmp_path / "run", tmp_path / "run/checkpoints/step_000002"
+    checkpoint.mkdir(parents=True)
+    file = write(run, "config.json", {"train": {"steps": 2}, "environment": {"threads": 1}})
+    for end in ("it has no finished model yet", f"its model is {run / 'final'}"):
+        for path in (run, file):
+            with pytest.raises(ConfigError, match=f"^{run} is a training run; {end}$"):
+                read_config(path)
+        with pytest.raises(ConfigError, match=f"^{checkpoint} is a checkpoint of a training run; {end}$"):
+            read_config(checkpoint)
+        (run / "final").mkdir(exist_ok=True)
+        write(run / "final", "config.json", HF_8X7B)
+    assert read_config(run / "final") == preset("mixtral-8x7b")
+
+
+def test_files_that_by_their_names_hold_no_configuration(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "consolidated.00.pth"):
+        with pytest.raises(ConfigError, match=f"{name}: a file of weights; give its folder, {tmp_path}$"):
+            read_config(write(tmp_path, name, "x" * 5_000_000))
+    for name in ("README.md", "noname"):
+        wanted = r"a model folder, config\.json, params\.json or a \.gguf file is wanted$"
+        with pytest.raises(ConfigError, match=f"{name}: no model; {wanted}"):
+            read_config(write(tmp_path, name, "# A model"))
 
 
 @pytest.mark.parametrize("params", [False, True])

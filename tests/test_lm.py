@@ -296,6 +296,10 @@ def test_a_dense_model_routes_nothing() -> None:
 def test_loading_what_is_not_there(tmp_path: Path, lm: LM) -> None:
     with pytest.raises(ConfigError, match="no such file or folder"):
         load(tmp_path / "nothing")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text('{"train": {}, "environment": {}}')
+    with pytest.raises(ConfigError, match="run is a training run; it has no finished model yet"):
+        load(tmp_path / "run")
     lm.save(tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").unlink()
     with pytest.raises(WeightsError, match="no weights that can be read"):

@@ -54,7 +54,7 @@ def test_one_seed_sets_all_three_generators() -> None:
 
     assert draw(7) == draw(7)
     assert all(a != b for a, b in zip(draw(7), draw(8), strict=True))
-    for seed in (-1, 2**32):
+    for seed in (-1, 2**32, 1.5, True):
         with pytest.raises(UsageError, match=r"seed: must lie in 0\.\.4294967295"):
             runtime.seed_everything(seed)
 
@@ -107,9 +107,11 @@ def test_logging_says_each_line_once(capsys: pytest.CaptureFixture[str], monkeyp
     log = logging.getLogger("mixtral.somewhere")
     runtime.setup_logging()
     log.info("hidden")
+    log.warning("config.json: ignored unknown zebra")
     runtime.setup_logging(verbose=True)
     log.info("shown")
-    assert capsys.readouterr().err == "INFO mixtral.somewhere: shown\n"
+    wanted = "mixtral: warning: config.json: ignored unknown zebra\nINFO mixtral.somewhere: shown\n"
+    assert capsys.readouterr().err == wanted
 
 
 def test_environment_tells_versions_commit_and_hardware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -10,9 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mixtral.errors import UsageError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mixtral.config import ModelConfig
     from mixtral.engine import SamplingParams
     from mixtral.lm import LM
     from mixtral.moe import Routing
@@ -103,32 +107,51 @@ def stages_bar(in_bytes: bool = False) -> Iterator[Progress]:
 def load_model(folder: str, dtype: str, device: str) -> tuple[LM, Tokenizer]:
     """The model of a folder and its tokenizer. Raises UsageError when it came without one, and as mixtral.load does."""
     from mixtral import lm
-    from mixtral.errors import UsageError
 
     with working(f"reading {folder}"):
         model = lm.load(folder, dtype=dtype, device=device)
     if model.tokenizer is None:
         wanted = "a sentencepiece vocabulary" if folder.endswith(".gguf") else "tekken.json, *.model or tokenizer.json"
-        raise UsageError(f"{folder}: no tokenizer that is read; {wanted} is wanted in it")
+        python = f"from Python, token ids work too: mixtral.load({folder!r}).generate([1, 2, 3])"
+        raise UsageError(f"{folder}: no tokenizer that is read; {wanted} is wanted in it; {python}")
     return model, model.tokenizer
 
 
 def sampling_params(model: str, otherwise: dict[str, Any] | None = None, **asked: Any) -> SamplingParams:
     """How to generate: what was asked for, then what the model recommends, then the defaults of SamplingParams.
 
+    Raises UsageError, naming the option, for a value that is out of range.
+
     Args:
         otherwise: what counts before these defaults; all but `max_tokens` only where the model does not recommend to
             sample.
         asked: fields of SamplingParams; None or an empty list for what was not asked for.
     """
-    from mixtral.engine import SamplingParams, recommended, with_recommended
+    from mixtral.config_formats import read_config
+    from mixtral.engine import SamplingParams, recommended, with_recommended, within_vocabulary
     from mixtral.shipped import model_folder
 
-    found, otherwise = recommended(model_folder(model)), dict(otherwise or {})
+    vocab_size = read_config(model_folder(model)).vocab_size
+    found, otherwise = within_vocabulary(recommended(model_folder(model)), vocab_size), dict(otherwise or {})
     if "temperature" in found:
         otherwise = {name: value for name, value in otherwise.items() if name == "max_tokens"}
     given = {name: value for name, value in asked.items() if value is not None and value != []}
-    return SamplingParams(**with_recommended(given, otherwise | found))
+    try:
+        params = SamplingParams(**with_recommended(given, otherwise | found))
+        params.check_tokens(vocab_size)
+    except UsageError as error:  # of what was given: the rest has been checked
+        raise UsageError(re.sub(r"^sampling: (\w+)", _option, str(error))) from None
+    return params
+
+
+def check_k(k: int | None, config: ModelConfig) -> None:
+    """Raise UsageError unless a token can take as many experts as --k says."""
+    if k is not None and not 1 <= k <= config.n_experts:
+        raise UsageError(f"--k must lie in 1..{config.n_experts} (the model's experts), not {k}")
+
+
+def _option(field: re.Match[str]) -> str:
+    return f"--{field[1].replace('_', '-')}"
 
 
 def loads(layers: Sequence[Routing]) -> list[list[float]]:

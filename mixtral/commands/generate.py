@@ -18,6 +18,7 @@ from mixtral.commands.common import (
     ModelOption,
     ThreadsOption,
     bytes_text,
+    check_k,
     console,
     load_model,
     loads,
@@ -82,8 +83,10 @@ def generate(
     mixtral generate --model DIR --prompt "Once" --k 1
     echo "To be or" | mixtral generate --model DIR --prompt - --json
     """
+    from mixtral.config_formats import read_config
     from mixtral.errors import UsageError
     from mixtral.runtime import set_threads
+    from mixtral.shipped import model_folder
 
     set_threads(threads)
     params = sampling_params(
@@ -92,6 +95,7 @@ def generate(
         no_repeat_ngram_size=no_repeat_ngram_size, suppress_tokens=suppress_tokens, seed=seed, stop=stop,
     )  # fmt: skip
     prompt = read_stdin() if prompt == "-" else prompt
+    check_k(k, read_config(model_folder(model)))  # before the model is loaded
     lm, tokenizer = load_model(model, dtype, device)
     if routing and not lm.config.is_sparse:
         raise UsageError("--routing: this model is dense (one expert); only sparse models route their tokens")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixtral.commands.common import JsonOption, bytes_text, console, rate_text
+from mixtral.commands.common import JsonOption, bytes_text, check_k, console, rate_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,6 +42,7 @@ def info(
     mixtral info runs/first/final --json
     """
     config = find_config(name)
+    check_k(k, config)
     figures = describe(name, config, context, k) | {"machine": machine_memory()}
     if as_json:
         print(json.dumps(figures, indent=2))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral.config_table import warn_once
-from mixtral.engine.params import SamplingParams
+from mixtral.engine.params import TOKEN_FIELDS, SamplingParams
 from mixtral.errors import ConfigError, UsageError, one_line, shown
 from mixtral.generation_config import GGUF_KEY, HONOURED, KEYS, NEUTRAL, SAMPLING, read_generation_config
 from mixtral.gguf_header import read_gguf_header
@@ -35,6 +35,19 @@ def recommended(path: str | Path) -> dict[str, Any]:
         values = parse_object(text.encode(), f"{path}: {GGUF_KEY}")
         return _of_json(path, {key: value for key, value in values.items() if value is not None})
     return _of_gguf(path, metadata)
+
+
+def within_vocabulary(model: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+    """What a model recommends, without the ids of tokens to be ruled out that lie beyond its vocabulary: they rule out
+    nothing, and other tools accept them."""
+    found = dict(model)
+    for name in TOKEN_FIELDS:
+        if name in found:
+            kept = tuple(v for v in found[name] if max(v if isinstance(v, tuple) else (v,)) < vocab_size)
+            if kept != found[name]:
+                warn_once(f"{name} that the model recommends: ids beyond its vocabulary of {vocab_size} are left out")
+            found[name] = kept
+    return found
 
 
 def with_recommended(asked: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:

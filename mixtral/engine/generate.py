@@ -276,5 +276,6 @@ def _check(
         if len(prompt) >= _longest(wanted, config):
             whole = f"max_length {wanted.max_length}, the most of prompt and text together"
             raise UsageError(f"prompt {i}: {len(prompt)} tokens reach {whole}; give max_tokens, or raise it")
+        wanted.check_tokens(config.vocab_size)
         if wanted.stop and tokenizer is None:
             raise UsageError("stop: stop strings need a tokenizer, and this model came without one")

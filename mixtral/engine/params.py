@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from mixtral.errors import UsageError, did_you_mean, shown
+
+TOKEN_FIELDS = ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens")  # of SamplingParams, with ids of tokens
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class SamplingParams:
         self._check_sampling()
 
     def _make_tuples(self) -> None:
-        for name in ("stop", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"):
+        for name in ("stop", *TOKEN_FIELDS):
             if isinstance(value := getattr(self, name), list | tuple):
                 object.__setattr__(self, name, tuple(tuple(v) if isinstance(v, list) else v for v in value))
 
@@ -59,7 +62,7 @@ class SamplingParams:
         for name in ("min_tokens", "min_length"):
             self._require(name, "an integer of at least 0", _is_int(getattr(self, name), 0))
         strings = isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop)
-        self._require("stop", "a tuple of strings that are not empty", strings)
+        self._require("stop", "one or more texts that are not empty", strings)
         self._require("ignore_eos", "True or False", isinstance(self.ignore_eos, bool))
 
     def _check_history(self) -> None:
@@ -86,7 +89,17 @@ class SamplingParams:
 
     def _require(self, name: str, wanted: str, holds: bool) -> None:
         if not holds:
-            raise UsageError(f"sampling: {name} must be {wanted}, not {shown(getattr(self, name))}")
+            value = getattr(self, name)
+            value = list(value) if isinstance(value, tuple) else value  # as users write it
+            raise UsageError(f"sampling: {name} must be {wanted}, not {shown(value)}")
+
+    def check_tokens(self, vocab_size: int) -> None:
+        """Raise UsageError for the ids of tokens to be ruled out that lie beyond a vocabulary."""
+        for name in TOKEN_FIELDS:
+            for i in _flat(getattr(self, name)):
+                if i >= vocab_size:
+                    known = f"the model knows ids 0 to {vocab_size - 1}"
+                    raise UsageError(f"sampling: {name}: token id {shown(i)} is out of range; {known}")
 
     @property
     def uses_history(self) -> bool:
@@ -108,6 +121,11 @@ class SamplingParams:
             if name not in known:
                 raise UsageError(f"sampling: unknown option {name!r}; {did_you_mean(name, known)}")
         return cls(**values)
+
+
+def _flat(ids: Iterable[int | tuple[int, ...]]) -> Iterator[int]:
+    for value in ids:
+        yield from value if isinstance(value, tuple) else (value,)
 
 
 def _is_int(value: object, least: int) -> bool:

@@ -71,10 +71,10 @@ def open_gguf(path: Path) -> list[GgufFile]:
     return [GgufFile(part, header) for part, header in read_gguf(path)]
 
 
-def gguf_package() -> Any:
-    """The gguf package, which knows how quantised blocks are made; raises UsageError where it is not installed."""
+def gguf_package(what: str = "reading quantised GGUF") -> Any:
+    """The gguf package, which `what` needs; raises UsageError where it is not installed."""
     try:
         import gguf
     except ImportError as error:
-        raise UsageError('quantised GGUF needs the gguf package: pip install "mixtral[gguf]"') from error
+        raise UsageError(f'{what} needs the gguf package: pip install "mixtral[gguf]"') from error
     return gguf

@@ -58,7 +58,7 @@ def write_gguf(
     WeightsError when the state is not this config's, and, naming the tensor, for weights that are not finite.
     """
     check_target(path, type)
-    gguf = gguf_package()
+    gguf = gguf_package("writing GGUF")
     metadata = tokenizer_metadata(tokenizer, config.vocab_size, files)
     metadata |= to_gguf(config, tokenizer.eos_id if tokenizer else None)
     check_state(described(state), config, torch.float32)
@@ -127,7 +127,7 @@ def _rounded(tensor: Tensor, stored: str) -> np.ndarray:
     rows = tensor.reshape(-1, tensor.shape[-1])
     if stored == "BF16":
         return rows.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
-    gguf = gguf_package()
+    gguf = gguf_package("writing GGUF")
     out = np.empty((len(rows), _nbytes((rows.shape[1],), stored)), dtype=np.uint8)
     step = max(1, _CHUNK // rows.shape[1])
     for begin in range(0, len(rows), step):

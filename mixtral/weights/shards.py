@@ -40,20 +40,24 @@ class TensorFile(Protocol):
 def detect_format(folder: str | Path) -> Format:
     """Which weights a model folder holds; Hugging Face's when it holds both. A file that ends in .gguf is one too.
 
-    Raises UsageError when there is no such folder, WeightsError when it has no weights that we read.
+    Raises UsageError when there is no such folder or it is quantised, WeightsError when it has no weights that we read.
     """
     folder = Path(folder)
     if folder.suffix == ".gguf" and os.path.exists(folder) and not folder.is_dir():
         return "gguf"
     if not os.path.isdir(folder):  # Path's own method raises for a name that is too long
-        raise UsageError(f"{folder}: no such folder; a model folder with its weights, or a .gguf file, is wanted")
+        what = "a file" if os.path.exists(folder) else "no such folder"
+        raise UsageError(f"{folder}: {what}; a model folder with its weights, or a .gguf file, is wanted")
     if (folder / _SINGLE).is_file() or (folder / _INDEX).is_file() or _counted(folder, "model"):
         return "hf"
     if (folder / _NATIVE).is_file() or _counted(folder, "consolidated") or _numbered(folder):
         return "mistral"
     if (folder / PACKED_FILE).is_file():
-        raise WeightsError(f"{folder}: quantised weights, good for running alone; give the folder they were made from")
+        raise UsageError(f"{folder}: quantised weights, good for running alone; give the folder they were made from")
     _refuse_adapters(folder)
+    if pickles := sorted(path.name for path in folder.glob("pytorch_model*.bin")):
+        why = "refused, as reading it can run code; convert it to model.safetensors in transformers (save_pretrained)"
+        raise WeightsError(f"{folder / pickles[0]}: {why}")
     wanted = f"{_SINGLE}, {_INDEX}, {_NATIVE} or consolidated.NN.pt"
     raise WeightsError(f"{folder}: no weights that can be read; {wanted} is wanted")
 

@@ -15,6 +15,8 @@ from mixtral.config import ModelConfig
 from mixtral.lm import LM
 from mixtral.model import Mixtral, initialise
 from mixtral.presets import preset
+from mixtral.quant.quantize import quantise_folder
+from mixtral.quant.recipe import Recipe
 from mixtral.tokenizer import train_bpe
 from mixtral.train.config import TrainConfig
 from mixtral.train.run_folder import begin
@@ -70,6 +72,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("dense") / "model", n_experts=1, experts_per_token=1)
+
+
+@pytest.fixture(scope="session")
+def quantised(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("quantised") / "model"
+    quantise_folder(folder, target, Recipe.of("4"))
+    return target
 
 
 @pytest.fixture(scope="session")

@@ -58,19 +58,22 @@ def test_a_bar_on_a_terminal_alone(run: Run, folder: Path, tmp_path: Path, monke
         (["{folder}", "o.gguf", "--to", "gguf", "--type", "q8"], 2, "unknown GGUF type 'q8'; did you mean 'q8_0'?"),
         (["{folder}", "out", "--to", "hf", "--type", "q8_0"], 2, "format 'hf' takes a dtype and no type"),
         (["file.gguf", "out", "--to", "hf"], 1, "file.gguf: not a GGUF file; one begins with the letters GGUF"),
+        (["{quantised}", "out", "--to", "hf"], 2, "quantised weights, good for running alone; give the folder"),
+        (["{run}", "out", "--to", "hf"], 2, "is a training run; it has no finished model yet"),
+        (["{folder}/model.safetensors", "out", "--to", "hf"], 2, "model.safetensors: a file of weights; give its"),
         (["missing", "out", "--to", "hf"], 2, "missing: no such file or folder"),
         (["{folder}", "full", "--to", "hf"], 2, "full: exists already"),
         (["{folder}", "file/out", "--to", "hf"], 1, "cannot write file/out: "),
         (["{folder}", "out"], 2, "Missing option '--to'"),
     ],
 )
-def test_failures(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str],
-                  code: int, message: str) -> None:
+def test_failures(run: Run, folder: Path, quantised: Path, a_run: Path, tmp_path: Path, arguments: list[str],
+                  code: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/kept").write_text("precious")
     (tmp_path / "file").write_text("a file, where a folder is wanted")
     (tmp_path / "file.gguf").write_text("no GGUF file, whatever its name says")
-    got = run("convert", *(a.format(folder=folder) for a in arguments))
+    got = run("convert", *(a.format(folder=folder, quantised=quantised, run=a_run) for a in arguments))
     assert (got.code, got.out) == (code, "") and got.err.count("\n") == 1 and message in got.err
     assert (tmp_path / "full/kept").read_text() == "precious" and not (tmp_path / "out").exists()

@@ -99,6 +99,19 @@ def test_command_line_and_python_follow_the_folder_alike(run: Run, folder: Path,
     assert lm.generate("To be", temperature=0) == wanted.text
 
 
+def test_a_folder_may_rule_out_tokens_beyond_its_vocabulary(run: Run, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    lm = load(folder)
+    [first, *_] = lm.generate(lm.tokenizer.encode("To be"), max_tokens=1)
+    rules = {"suppress_tokens": [first, 320], "begin_suppress_tokens": [999], "bad_words_ids": [[320], [first, 320]]}
+    (tmp_path / "model/generation_config.json").write_text(json.dumps(rules))
+    wanted = lm.generate("To be", max_tokens=12, suppress_tokens=[first])
+    assert wanted != lm.generate("To be", max_tokens=12)
+    assert load(tmp_path / "model").generate("To be", max_tokens=12) == wanted
+    got = run("generate", "--model", tmp_path / "model", "--prompt", "To be", "--max-tokens", "12")
+    assert (got.code, got.out) == (0, wanted + "\n")
+
+
 def test_what_the_folder_asks_for_and_is_not_applied_is_told(
     run: Run, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -136,7 +149,7 @@ def test_k_experts_a_token(run: Run, folder: Path) -> None:
     told = [json.loads(run(*asked, "--json", "--routing", *k).out) for k in (("--k", "1"), ())]
     assert told[0]["routing"] != told[1]["routing"] and told[0]["text"] == want.text
     code, _, err = run(*asked, "--k", "99")
-    assert code == 2 and "k must lie in 1.." in err
+    assert code == 2 and "--k must lie in 1..4" in err
 
 
 def test_several_continuations(run: Run, folder: Path) -> None:
@@ -177,24 +190,34 @@ def test_routing_in_colour(run: Run, folder: Path, monkeypatch: pytest.MonkeyPat
         (["--model", "missing", "--prompt", "x"], "missing: no such file or folder"),
         (["--model", ".", "--prompt", "x"], "config.json"),
         (["--model", "{folder}", "--prompt", "to be " * 64], "do not fit the model's context of 64"),
-        (["--model", "{folder}", "--prompt", "x", "--temperature", "-1"], "temperature must be a number of at least 0"),
-        (["--model", "{folder}", "--prompt", "x", "--max-tokens", "0"], "max_tokens must be a positive integer"),
+        (["--model", "{folder}", "--prompt", "x", "--temperature", "-1"], "--temperature must be a number of at least"),
+        (["--model", "{folder}", "--prompt", "x", "--max-tokens", "0"], "mixtral: --max-tokens must be a positive int"),
         (["--model", "{folder}", "--prompt", "x", "--dtype", "bf17"], "unknown name 'bf17'; did you mean"),
         (["--model", "{folder}", "--prompt", "x", "--device", "tpu"], "device: unknown name 'tpu'"),
         (["--model", "{dense}", "--prompt", "x", "--routing"], "--routing: this model is dense"),
+        (["--model", "{folder}", "--prompt", "x", "--stop", ""], "--stop must be one or more texts that are not empty"),
+        (["--model", "{folder}", "--prompt", "x", "--k", "5"], "--k must lie in 1..4 (the model's experts), not 5"),
+        (["--model", "{dense}", "--prompt", "x", "--k", "2"], "--k must lie in 1..1 (the model's experts), not 2"),
+        (["--model", "{folder}", "--prompt", "x", "--suppress-tokens", "-1"], "--suppress-tokens must be a list of t"),
+        (["--model", "{folder}", "--prompt", "x", "--suppress-tokens", "320"],
+         "mixtral: --suppress-tokens: token id 320 is out of range; the model knows ids 0 to 319"),
+        (["--model", "{run}", "--prompt", "x"], "is a training run; it has no finished model yet"),
+        (["--model", "{folder}/model.safetensors", "--prompt", "x"], "a file of weights; give its folder, {folder}\n"),
         (["--model", "{bare}", "--prompt", "x"], "no tokenizer"),
+        (["--model", "{bare}", "--prompt", "x"], "mixtral.load('{bare}').generate([1, 2, 3])"),
         (["--model", "{folder}"], "Missing option '--prompt'"),
     ],
 )
-def test_misuse(run: Run, folder: Path, dense_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                arguments: list[str], message: str) -> None:
+def test_misuse(run: Run, folder: Path, dense_folder: Path, a_run: Path, tmp_path: Path,
+                monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str) -> None:
     monkeypatch.chdir(tmp_path)
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
         (bare / name).write_bytes((folder / name).read_bytes())
-    code, out, err = run("generate", *(a.format(folder=folder, dense=dense_folder, bare=bare) for a in arguments))
-    assert code == 2 and out == "" and err.count("\n") == 1 and message in err
+    folders = {"folder": folder, "dense": dense_folder, "bare": bare, "run": a_run}
+    code, out, err = run("generate", *(a.format(**folders) for a in arguments))
+    assert code == 2 and out == "" and err.count("\n") == 1 and message.format(**folders) in err
 
 
 def test_standard_input_that_is_no_text(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,14 +84,18 @@ def test_of_a_folder(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
         (["mixtral-8x7"], "unknown preset 'mixtral-8x7'; did you mean 'mixtral-8x7b'?"),
         (["no/such/folder"], "no/such/folder: no such file or folder"),
         (["."], "config.json"),
+        (["{run}"], "is a training run; it has no finished model yet"),
+        (["README.md"], "README.md: no model; a model folder, config.json, params.json or a .gguf file is wanted"),
         (["tiny", "--context", "513"], "--context 513: tiny is made for at most 512 tokens"),
         (["tiny", "--context", "0"], "--context"),
-        (["tiny", "--k", "9"], "k must lie in 1..8"),
+        (["tiny", "--k", "9"], "--k must lie in 1..8 (the model's experts), not 9"),
     ],
 )
-def test_misuse(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str) -> None:
+def test_misuse(run: Run, a_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str],
+                message: str) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, err = run("info", *arguments)
+    (tmp_path / "README.md").write_text("# A model")
+    code, out, err = run("info", *(a.format(run=a_run) for a in arguments))
     assert code == 2 and out == "" and err.count("\n") == 1
     assert err.startswith("mixtral: ") and message in err
 

@@ -92,6 +92,7 @@ def test_bars_on_a_terminal_alone(run: Run, folder: Path, text: Path, tmp_path: 
     [
         (["{folder}", "out"], 2, "Missing option '--bits'"),
         (["{folder}", "out", "--bits", "5"], 2, "bits: unknown choice '5'; known: 4, 8, mixed"),
+        (["{quantised}", "out", "--bits", "4"], 2, "quantised weights, good for running alone; give the folder"),
         (["missing", "out", "--bits", "4"], 2, "missing: no such file or folder"),
         (["{folder}", "full", "--bits", "4"], 2, "full: exists already"),
         (["{folder}", "out", "--bits", "4", "--text", "nowhere.txt"], 2, "nowhere.txt"),
@@ -101,14 +102,14 @@ def test_bars_on_a_terminal_alone(run: Run, folder: Path, text: Path, tmp_path: 
         (["{folder}", "file/out", "--bits", "4"], 1, "cannot write file/out: "),
     ],
 )
-def test_failures(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str],
-                  code: int, message: str) -> None:
+def test_failures(run: Run, folder: Path, quantised: Path, tmp_path: Path, arguments: list[str], code: int,
+                  message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/kept").write_text("precious")
     (tmp_path / "file").write_text("a file, where a folder is wanted")
     (tmp_path / "blank.txt").write_text(" \n")
     shutil.copytree(folder, tmp_path / "bare", ignore=lambda _, names: {n for n in names if "token" in n or ".v3" in n})
-    got = run("quantize", *(a.format(folder=folder) for a in arguments))
+    got = run("quantize", *(a.format(folder=folder, quantised=quantised) for a in arguments))
     assert (got.code, got.out) == (code, "") and got.err.count("\n") == 1 and message in got.err
     assert (tmp_path / "full/kept").read_text() == "precious" and not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ from gguf import GGUFWriter
 from transformers import GenerationConfig
 
 from mixtral import config_table, generation_config
-from mixtral.engine import SamplingParams, recommended, with_recommended
+from mixtral.engine import SamplingParams, recommended, with_recommended, within_vocabulary
 from mixtral.errors import ConfigError, MixtralError
 
 DRAW = '"do_sample": true'
@@ -163,6 +163,14 @@ def test_what_is_harmless_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 
 # -- who counts first --------------------------------------------------------------------------------------------------
+
+
+def test_recommended_ids_beyond_the_vocabulary_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    model = {"suppress_tokens": (3, 9, 10), "bad_words_ids": ((9,), (1, 10)), "begin_suppress_tokens": (9,), "top_k": 9}
+    kept = {"suppress_tokens": (3, 9), "bad_words_ids": ((9,),), "begin_suppress_tokens": (9,), "top_k": 9}
+    assert within_vocabulary(model, 10) == kept and within_vocabulary(kept, 10) == kept
+    end = "that the model recommends: ids beyond its vocabulary of 10 are left out"
+    assert sorted(caplog.messages) == [f"bad_words_ids {end}", f"suppress_tokens {end}"]
 
 
 def test_what_is_asked_for_counts_before_what_is_recommended() -> None:

@@ -207,7 +207,7 @@ def test_other_roads_refuse_a_quantised_folder(folder: Path, tmp_path: Path) -> 
         lambda: load_state(tmp_path / "q", read_config(tmp_path / "q")),
         lambda: quantise_folder(tmp_path / "q", tmp_path / "out", Recipe.of("4")),
     ):
-        with pytest.raises(WeightsError, match="quantised weights, good for running alone"):
+        with pytest.raises(UsageError, match="quantised weights, good for running alone"):
             road()
     with pytest.raises(UsageError, match="save: this model is quantised; copy its folder"):
         load(tmp_path / "q", device="cpu").save(tmp_path / "out")

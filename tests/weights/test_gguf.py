@@ -165,9 +165,11 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     write_gguf(random_state(EVEN), EVEN, tmp_path / "q8_0.gguf", "q8_0")
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert load_state(tmp_path / "bf16.gguf", EVEN)["output.weight"].shape == (40, 64)
-    for call in (lambda: load_state(tmp_path / "q8_0.gguf", EVEN), lambda: save(EVEN, tmp_path / "new.gguf")):
-        with pytest.raises(UsageError, match=r'needs the gguf package: pip install "mixtral\[gguf\]"'):
-            call()
+    needs = r'needs the gguf package: pip install "mixtral\[gguf\]"'
+    with pytest.raises(UsageError, match=f"^reading quantised GGUF {needs}"):
+        load_state(tmp_path / "q8_0.gguf", EVEN)
+    with pytest.raises(UsageError, match=f"^writing GGUF {needs}"):
+        save(EVEN, tmp_path / "new.gguf")
 
 
 def save(config: ModelConfig, path: Path, type: str = "bf16") -> None:

@@ -200,13 +200,27 @@ def test_a_config_of_any_number_of_tensors_is_refused_at_once(
 def test_folders_without_weights(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere: no such folder; a model folder with its weights, or a \.gguf"):
         detect_format(tmp_path / "nowhere")
-    (tmp_path / "pytorch_model.bin").touch()
     (tmp_path / "consolidated.00.pt.part").touch()
+    with pytest.raises(UsageError, match=r"\.part: a file; a model folder with its weights, or a \.gguf"):
+        detect_format(tmp_path / "consolidated.00.pt.part")
+    (tmp_path / "training_args.bin").touch()
     with pytest.raises(WeightsError, match=r"no weights that can be read; model\.safetensors, .* is wanted"):
         detect_format(tmp_path)
     (tmp_path / PACKED_FILE).touch()
-    with pytest.raises(WeightsError, match="quantised weights, good for running alone; give the folder they were"):
+    with pytest.raises(UsageError, match="quantised weights, good for running alone; give the folder they were"):
         detect_format(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+def test_pickled_weights_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    for extra in (name, "pytorch_model.bin.index.json", "pytorch_model-00002-of-00002.bin"):
+        (tmp_path / extra).touch()
+    if name == "pytorch_model.bin":
+        (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(WeightsError, match=rf"{name}: refused, as reading it can run code; convert it to model\.saf"):
+        detect_format(tmp_path)
+    (tmp_path / "consolidated.safetensors").touch()  # what can be read counts
+    assert detect_format(tmp_path) == "mistral"
 
 
 PEAK = """
