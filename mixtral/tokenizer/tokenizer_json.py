@@ -68,6 +68,7 @@ class JsonTokenizer(Tokenizer):
         super().__init__(version, pieces, control, bos_id, eos_id, dummy_prefix=False)
         self._beside, self.side_files = beside, beside.files
         self._find_frame(file_name)
+        self.whole = frozenset(i for i, token in added.items() if i not in control and not token.normalized)
         self.openers = frozenset(i for i in added if i not in control and self._opens(i))
 
     def _set_up(self) -> None:
@@ -109,8 +110,11 @@ class JsonTokenizer(Tokenizer):
 
     def _opens(self, token_id: int) -> bool:
         """Whether the text after an added token begins with a space that was not in it."""
-        first, *rest = [*self._encode(f"{self.texts[token_id]}a"), -1]
-        return first == token_id and b"".join(map(self.token_bytes, rest[:-1])).startswith(b" ")
+        for after in ("a", "."):  # the latter for a token that is found as a whole word alone
+            first, *rest = [*self._encode(self.texts[token_id] + after), -1]
+            if first == token_id and b"".join(map(self.token_bytes, rest[:-1])).startswith(b" "):
+                return True
+        return False
 
     def _encode(self, text: str) -> list[int]:
         return self._fast.encode(text, add_special_tokens=False).ids
