@@ -27,7 +27,7 @@ class Tokenizer(ABC):
     `pieces`: the bytes each id stands for, b"" for control tokens.
     `control`: the names of the control tokens by id, such as {1: "<s>", 2: "</s>"}.
     `dummy_prefix`: the encoder puts a space before every text, which decoding takes away again.
-    `whole`: tokens that are found in a text before the encoder puts such a space, so that a space of theirs is their own.
+    `whole`: tokens that are found before the encoder puts such a space; one at their begin is their own.
     `openers`: tokens after which the encoder begins a text anew, with such a space.
     `prefix`, `suffix`: the ids that the files put before and after every text; by default <s> and nothing.
     `side_files`: the small files beside the vocabulary (tokenizer/beside.py), which `save` writes too.
