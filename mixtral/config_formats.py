@@ -20,70 +20,104 @@ from mixtral.generation_config import read_generation_config
 from mixtral.gguf_header import read_gguf
 from mixtral.json_files import read_object
 
-# Keys of related models' files, and the values with which those compute what Mistral and Mixtral do.
-_NO, _ONE = (False, 0, None), (1, None)
-_RELATIVES: dict[str, tuple[object, ...]] = {
-    "hidden_activation": ("silu", "swish", None), "activation_function": ("silu", "swish", None),
-    "qkv_bias": _NO, "use_bias": _NO, "use_qkv_bias": _NO, "use_qk_norm": _NO, "qk_norm": _NO, "qk_layernorm": _NO,
-    "clip_qkv": _NO, "alibi": _NO, "use_parallel_residual": _NO, "parallel_attn": _NO,
+# What Hugging Face's and Mistral's files call the fields of ModelConfig.
+_HF_FIELDS = {
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "ffn_dim": "intermediate_size",
+    "n_experts": "num_local_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "context": "max_position_embeddings",
+    "sliding_window": "sliding_window",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "bos_id": "bos_token_id",
+    "eos_id": "eos_token_id",
+    "init_std": "initializer_range",
+    **RESEARCH,
+}
+_MISTRAL_FIELDS = {
+    "vocab_size": "vocab_size",
+    "dim": "dim",
+    "n_layers": "n_layers",
+    "n_heads": "n_heads",
+    "n_kv_heads": "n_kv_heads",
+    "head_dim": "head_dim",
+    "ffn_dim": "hidden_dim",
+    "n_experts": "moe.num_experts",
+    "experts_per_token": "moe.num_experts_per_tok",
+    "context": "max_seq_len",
+    "sliding_window": "sliding_window",
+    "norm_eps": "norm_eps",
+    "tie_embeddings": "tied_embeddings",
+}
+_OTHER_NAMES = {  # of the same fields, in files of related models and of older tools
+    "num_experts": "n_experts", "num_experts_per_token": "experts_per_token", "moe_top_k": "experts_per_token",
+    "top_k_experts": "experts_per_token", "num_selected_experts": "experts_per_token",
+    "layer_norm_eps": "norm_eps", "layer_norm_epsilon": "norm_eps", "rms_norm_epsilon": "norm_eps",
+    "rotary_base": "rope_theta", "rope_base": "rope_theta", "rotary_emb_base": "rope_theta",
+    "window_size": "sliding_window", "attention_window": "sliding_window", "tie_embeddings": "tie_embeddings",
+    "moe_intermediate_size": "ffn_dim", "moe.expert_hidden_dim": "ffn_dim",
+    "query_pre_attn_scalar": "head_dim", "rotary_dim": "head_dim", "v_head_dim": "head_dim",
+    "qk_rope_head_dim": "head_dim",
+}  # fmt: skip
+
+# Keys of either format and of related models, and the values with which those compute what Mistral and Mixtral do.
+_NO, _ONE, _SILU = (False, 0, None), (1, None), ("silu", "swish", None)
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "hidden_act": ("silu", "swish"), "hidden_activation": _SILU, "activation_function": _SILU, "activation": _SILU,
+    "ffn_act": _SILU, "norm_type": ("rmsnorm", "rms_norm", "RMSNorm", None),
+    "attention_bias": _NO, "attn_bias": _NO, "mlp_bias": _NO, "qkv_bias": _NO, "use_bias": _NO, "use_biases": _NO,
+    "use_qkv_bias": _NO, "lm_head_bias": _NO, "use_qk_norm": _NO, "qk_norm": _NO, "qk_layernorm": _NO,
+    "clip_qkv": _NO, "alibi": _NO, "use_parallel_residual": _NO, "parallel_attn": _NO, "multi_query": _NO,
+    "scale_attn_weights": (True, None), "causal": (True, None), "residual_in_fp32": _NO,
     "attn_logit_softcapping": _NO, "router_logit_softcapping": _NO, "final_logit_softcapping": _NO,
     "attention_multiplier": (None,), "embedding_multiplier": _ONE, "residual_multiplier": _ONE,
-    "logits_scaling": _ONE, "logit_scale": _ONE,
+    "logits_scaling": _ONE, "logit_scale": _ONE, "output_multiplier": _ONE, "mup_scale": _ONE,
     "attention_chunk_size": _NO, "attn_temperature_tuning": _NO, "no_rope_layers": ([], None),
+    "rope_parameters": (None, {}), "rope_parameters.rope_type": ("default",), "rope_parameters.type": ("default",),
+    "rope_parameters.partial_rotary_factor": _ONE, "partial_rotary_factor": _ONE, "rotary_percent": _ONE,
     "rotary_pct": _ONE, "rope_pct": _ONE, "rope_interleave": _NO, "rope_local_base_freq": (None,),
-    "position_embedding_type": ("rope", "rotary", None),
-    "norm_topk_prob": (True, None), "routed_scaling_factor": _ONE, "scoring_func": ("softmax", None),
-    "topk_method": ("greedy", None), "n_group": (*_ONE, 0), "topk_group": (*_ONE, 0),
+    "rope_scaling": (None, {}), "rope_scaling.rope_type": ("default",), "rope_scaling.type": ("default",),
+    "use_scaled_rope": _NO, "rope_scaling_factor": _ONE, "rope_scaling_type": ("none", "default", None),
+    "yarn": (None, {}), "llama_4_scaling": (None, {}), "position_embedding_type": ("rope", "rotary", None),
+    "norm_topk_prob": (True, None), "normalize_expert_weights": (True, None),
+    "moe_normalize_expert_weights": (True, None), "routed_scaling_factor": _ONE, "router_scaling": _ONE,
+    "scoring_func": ("softmax", None), "topk_method": ("greedy", None), "n_group": (*_ONE, 0), "topk_group": (*_ONE, 0),
     "n_routed_experts": (None,), "n_shared_experts": _NO, "num_shared_experts": _NO,
     "shared_expert_intermediate_size": _NO, "first_k_dense_replace": _NO, "decoder_sparse_step": _ONE,
     "moe_layer_freq": _ONE, "interleave_moe_layer_step": _ONE, "mlp_only_layers": ([], None),
     "num_nextn_predict_layers": _NO, "q_lora_rank": _NO, "kv_lora_rank": _NO, "add_cross_attention": _NO,
+    "is_encoder_decoder": _NO, "per_layer_config": (None, {}), "pruned_heads": (None, {}),
+    "quantization_config": (None, {}), "compression_config": (None, {}), "quantization": (None, {}),
 }  # fmt: skip
+_TRAINING_ONLY = frozenset(
+    {"attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "layerdrop"}
+    | {"router_jitter_noise", "jitter_noise", "router_z_loss_coef"}
+)
+# Which layers have the window, in files of related models: all.
+_WITH_WINDOW = {"use_sliding_window": (True, None), "max_window_layers": (0, None), "sliding_window_pattern": (None,)}
+_WINDOWS = frozenset({*_WITH_WINDOW, "layer_types"})
 
+
+def _other_names(own: dict[str, str], aliases: dict[str, str]) -> dict[str, str]:
+    """Names of fields that are not a format's own: where one is there, it must say the same. -> key -> field."""
+    fields = [(key, ours) for names in (_HF_FIELDS, _MISTRAL_FIELDS) for ours, key in names.items()]
+    known = {*own.values(), *aliases}
+    return {key: ours for key, ours in (*fields, *_OTHER_NAMES.items()) if ours not in _LENIENT and key not in known}
+
+
+_LENIENT = ("context", "init_std", "bos_id", "eos_id")  # no forward pass depends on them: another's are reported
+_HF_ALIASES = {"num_experts": "num_local_experts", "num_experts_per_token": "num_experts_per_tok"}
 _HF = FileFormat(
-    fields={
-        "vocab_size": "vocab_size",
-        "dim": "hidden_size",
-        "n_layers": "num_hidden_layers",
-        "n_heads": "num_attention_heads",
-        "n_kv_heads": "num_key_value_heads",
-        "head_dim": "head_dim",
-        "ffn_dim": "intermediate_size",
-        "n_experts": "num_local_experts",
-        "experts_per_token": "num_experts_per_tok",
-        "context": "max_position_embeddings",
-        "sliding_window": "sliding_window",
-        "norm_eps": "rms_norm_eps",
-        "tie_embeddings": "tie_word_embeddings",
-        "bos_id": "bos_token_id",
-        "eos_id": "eos_token_id",
-        "init_std": "initializer_range",
-        **RESEARCH,
-    },
+    fields=_HF_FIELDS,
     theta=("rope_parameters.rope_theta", "rope_theta", "rope_scaling.rope_theta"),
-    neutral={
-        "hidden_act": ("silu", "swish"),
-        "attention_bias": (False, None),
-        "mlp_bias": (False, None),
-        "rope_parameters": (None, {}),
-        "rope_scaling": (None, {}),
-        "rope_parameters.rope_type": ("default",),
-        "rope_parameters.type": ("default",),
-        "rope_parameters.partial_rotary_factor": (1, None),
-        "rope_scaling.rope_type": ("default",),
-        "rope_scaling.type": ("default",),
-        "partial_rotary_factor": (1, None),
-        "quantization_config": (None, {}),
-        "compression_config": (None, {}),
-        "is_encoder_decoder": (False, None),
-        "per_layer_config": (None, {}),
-        "pruned_heads": (None, {}),
-        **_RELATIVES,
-    },
-    training_only=frozenset(
-        {"attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "layerdrop"}
-        | {"router_jitter_noise", "jitter_noise", "router_z_loss_coef"}
-    ),
+    neutral=_NEUTRAL,
+    training_only=_TRAINING_ONLY,
     harmless=frozenset(
         {"architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache"}
         | {"pad_token_id", "unk_token_id", "sep_token_id", "output_router_logits", "router_aux_loss_coef", "auto_map"}
@@ -92,60 +126,36 @@ _HF = FileFormat(
         | {"torchscript", "use_bfloat16", "pretraining_tp", "attn_implementation", "_attn_implementation_autoset"}
         | (GENERATION_KEYS - {"bos_token_id", "eos_token_id"})  # old files; engine/defaults.py reads them
     ),
-    checked=frozenset({"use_sliding_window", "max_window_layers", "sliding_window_pattern", "layer_types"}),
-    closed=("rope_parameters.", "rope_scaling.", "quantization_config.", "compression_config.", "per_layer_config.",
-            "pruned_heads."),
-    aliases={"num_experts": "num_local_experts", "num_experts_per_token": "num_experts_per_tok"},
-    repeated={"query_pre_attn_scalar": "head_dim", "rotary_dim": "head_dim", "moe_intermediate_size": "ffn_dim",
-              "v_head_dim": "head_dim"},
-)  # fmt: skip
-
+    checked=_WINDOWS,
+    closed=("moe.",),
+    aliases=_HF_ALIASES,
+    repeated=_other_names(_HF_FIELDS, _HF_ALIASES),
+)
+_MISTRAL_ALIASES = {"_sliding_window": "sliding_window"}
 _MISTRAL = FileFormat(
-    fields={
-        "vocab_size": "vocab_size",
-        "dim": "dim",
-        "n_layers": "n_layers",
-        "n_heads": "n_heads",
-        "n_kv_heads": "n_kv_heads",
-        "head_dim": "head_dim",
-        "ffn_dim": "hidden_dim",
-        "n_experts": "moe.num_experts",
-        "experts_per_token": "moe.num_experts_per_tok",
-        "context": "max_seq_len",
-        "sliding_window": "sliding_window",
-        "norm_eps": "norm_eps",
-        "tie_embeddings": "tied_embeddings",
-    },
-    theta=("rope_theta",),
+    fields=_MISTRAL_FIELDS,
+    theta=("rope_theta", "rope_parameters.rope_theta", "rope_scaling.rope_theta"),
     neutral={
-        "use_biases": (False, None),
-        "causal": (True, None),
+        **_NEUTRAL,
         "model_type": ("transformer", None),
-        "rope_scaling": (None, {}),
-        "yarn": (None, {}),
-        "llama_4_scaling": (None, {}),
-        "quantization": (None, {}),
         "vision_encoder": (None, {}),
         "multimodal": (None, {}),
-        "activation": ("silu", None),
-        "q_lora_rank": (None,),
-        "kv_lora_rank": (None,),
         "moe.num_shared_experts": (0, None),
         "moe.first_k_dense_replace": (0, None),
-        "moe.route_every_n": (1, None),
-        "moe.routed_scale": (1, None),
-        "moe.num_expert_groups": (1, None),
-        "moe.num_expert_groups_per_tok": (1, None),
+        "moe.route_every_n": _ONE,
+        "moe.routed_scale": _ONE,
+        "moe.num_expert_groups": _ONE,
+        "moe.num_expert_groups_per_tok": _ONE,
     },
-    training_only=frozenset(),
-    checked=frozenset(),
+    training_only=_TRAINING_ONLY,
+    checked=_WINDOWS,
     # "lora" says how the model was trained; tensors of it that are not merged are refused when weights are read
     harmless=frozenset(
         {"max_batch_size", "max_position_embeddings", "lora", "moe.expert_parallel", "moe.expert_model_parallel"}
     ),
-    closed=("rope_scaling.", "yarn.", "llama_4_scaling.", "quantization.", "vision_encoder.", "multimodal.", "moe."),
-    aliases={"_sliding_window": "sliding_window"},
-    repeated={"moe.expert_hidden_dim": "ffn_dim", "v_head_dim": "head_dim", "qk_rope_head_dim": "head_dim"},
+    closed=("moe.",),
+    aliases=_MISTRAL_ALIASES,
+    repeated=_other_names(_MISTRAL_FIELDS, _MISTRAL_ALIASES),
 )
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -194,7 +204,7 @@ def from_hf(values: dict[str, Any], where: str = "config") -> ModelConfig:
     if kind == "mistral" and "sliding_window" not in flat:
         flat["sliding_window"] = 4096
         warn_once(f"{where} of a mistral model without sliding_window: 4096 assumed, as transformers does")
-    _check_window(flat)
+    _check_window(flat, flat.get("num_hidden_layers"))
     if flat.get("num_key_value_heads", 0) is None:
         flat["num_key_value_heads"] = flat.get("num_attention_heads")
     if kind == "mistral" and any(flat.get(key) not in (None, 0, 1) for key in ("num_local_experts", "num_experts")):
@@ -212,6 +222,7 @@ def from_mistral(values: dict[str, Any], where: str = "config") -> ModelConfig:
     for key in ("sliding_window", "_sliding_window"):
         if isinstance(flat.get(key), list):
             flat[key] = _one_window(key, flat[key], flat.get("n_layers"))
+    _check_window(flat, flat.get("n_layers"))
     return build(flat, _MISTRAL, sparse=values.get("moe") is not None, where=where)
 
 
@@ -238,9 +249,9 @@ def _embedding_rows(file: Path) -> int:
     raise ConfigError("vocab_size is -1, and beside it is no consolidated file with an embedding to take it from")
 
 
-def _check_window(flat: dict[str, Any]) -> None:
+def _check_window(flat: dict[str, Any], n_layers: object) -> None:
     """Refuse keys that let some layers have another window than sliding_window says."""
-    window, n_layers, types = flat.get("sliding_window"), flat.get("num_hidden_layers"), flat.get("layer_types")
+    window, types = flat.get("sliding_window", flat.get("_sliding_window")), flat.get("layer_types")
     wanted = ("full_attention", "attention") if window is None else ("sliding_attention",)
     fits = isinstance(types, list) and len(types) == n_layers and all(kind in wanted for kind in types)
     if types is not None and not fits:
@@ -252,10 +263,6 @@ def _check_window(flat: dict[str, Any]) -> None:
         if flat.get(key) not in allowed:
             said = " or ".join(map(repr, allowed))
             raise ConfigError(f"{key} {shown(flat[key])} with a sliding_window is not implemented; only {said} is")
-
-
-# Which layers have the window, in files of related models: all.
-_WITH_WINDOW = {"use_sliding_window": (True, None), "max_window_layers": (0, None), "sliding_window_pattern": (None,)}
 
 
 def _with_end_tokens(config: ModelConfig, folder: Path) -> ModelConfig:
@@ -340,5 +347,3 @@ def to_mistral(config: ModelConfig) -> dict[str, Any]:
     flat = {key: getattr(config, ours) for ours, key in written(config, _MISTRAL)}
     moe = {key.removeprefix("moe."): flat.pop(key) for key in list(flat) if key.startswith("moe.")}
     return flat | {"rope_theta": config.rope_theta} | ({"moe": moe} if moe else {})
-
-

@@ -242,14 +242,69 @@ def test_older_names() -> None:
         assert from_hf(to_hf(DENSE, "bfloat16") | {key: 1}) == DENSE
 
 
-def test_keys_of_related_models() -> None:
-    """Their neutral values are taken, others refused by name."""
-    values = to_hf(SPARSE, "bfloat16")
-    for key, allowed in config_formats._RELATIVES.items():
-        for value in allowed:
-            assert from_hf(values | {key: value}) == SPARSE, (key, value)
+FILES = {
+    "config.json": (HF, from_hf, to_hf(SPARSE, "bfloat16")),
+    "params.json": (MISTRAL, from_mistral, to_mistral(SPARSE)),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_keys_of_related_models(file: str) -> None:
+    """Their neutral values are taken, others refused by name, in either format."""
+    table, read, values = FILES[file]
+    for key in (key for key in table.neutral if not key.startswith("moe.")):
+        outer, _, inner = key.partition(".")
+        for value in table.neutral[key]:
+            assert read(values | {outer: {inner: value} if inner else value}) == SPARSE, (key, value)
         with pytest.raises(ConfigError, match=f"^{key} 0.37 is not implemented; only"):
-            from_hf(values | {key: 0.37})
+            read(values | {outer: {inner: 0.37} if inner else 0.37})
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_other_names_of_a_field_must_say_the_same(file: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Those of the other format, and of related models."""
+    table, read, values = FILES[file]
+    for key, field in table.repeated.items():
+        outer, _, inner = key.partition(".")
+        beside = values.get(outer, {})
+        for value in (getattr(SPARSE, field), 7):
+            changed = values | {outer: {**beside, inner: value} if inner else value}
+            if value != 7:
+                assert read(changed) == SPARSE and not caplog.records, key
+                continue
+            with pytest.raises(ConfigError, match=f"^{key} 7 is not implemented; only .*, the .*, is"):
+                read(changed)
+    others = HF if table is MISTRAL else MISTRAL
+    unsaid = {*others.fields.values()} - {*table.fields.values()} - {*table.repeated}
+    assert unsaid <= {"max_position_embeddings", "max_seq_len", "initializer_range", "bos_token_id", "eos_token_id"}
+
+
+CHANGES: list[dict[str, Any]] = [
+    {"use_scaled_rope": True}, {"rope_scaling_factor": 8.0}, {"qk_norm": True}, {"qkv_bias": True}, {"attn_bias": True},
+    {"attn_logit_softcapping": 30.0}, {"embedding_multiplier": 2.0}, {"partial_rotary_factor": 0.5},
+    {"hidden_act": "gelu"}, {"norm_type": "layernorm"}, {"sliding_window_pattern": 2, "sliding_window": 4096},
+    {"quantization_config": {"quant_method": "fp8"}}, {"rope_parameters": {"rope_type": "yarn", "factor": 4}},
+    {"layer_types": ["full_attention", "sliding_attention"] * 16}, {"layer_norm_eps": 1e-3}, {"moe_top_k": 1},
+]  # fmt: skip
+OF_HF: list[dict[str, Any]] = [
+    {"num_key_value_heads": 1}, {"num_experts_per_tok": 1}, {"num_experts": 5}, {"tie_word_embeddings": True},
+    {"rms_norm_eps": 1e-3}, {"router": "sigmoid"}, {"shared_experts": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "change"), [
+    *((file, change) for file in FILES for change in CHANGES), *(("params.json", change) for change in OF_HF),
+    ("config.json", {"moe": {"num_experts_per_tok": 1}}), ("config.json", {"moe": {"zebra": 1}}),
+    ("config.json", {"norm_eps": 1e-3}), ("config.json", {"n_kv_heads": 1}),
+])  # fmt: skip
+def test_what_would_change_the_numbers_is_refused_in_either_file(file: str, change: dict[str, Any]) -> None:
+    _, read, values = FILES[file]
+    with pytest.raises(ConfigError, match=rf"^{next(iter(change))}\b.* is not implemented"):
+        read(values | change)
+
+
+def test_widths_of_related_models() -> None:
+    values = to_hf(SPARSE, "bfloat16")
     assert from_hf(values | {"query_pre_attn_scalar": 128, "moe_intermediate_size": 14336}) == SPARSE
     with pytest.raises(ConfigError, match="query_pre_attn_scalar 256 is not implemented; only 128, the head dim, is"):
         from_hf(values | {"query_pre_attn_scalar": 256})

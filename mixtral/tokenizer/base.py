@@ -27,6 +27,7 @@ class Tokenizer(ABC):
     `pieces`: the bytes each id stands for, b"" for control tokens.
     `control`: the names of the control tokens by id, such as {1: "<s>", 2: "</s>"}.
     `dummy_prefix`: the encoder puts a space before every text, which decoding takes away again.
+    `whole`: tokens that are found before the encoder puts such a space; one at their begin is their own.
     `openers`: tokens after which the encoder begins a text anew, with such a space.
     `prefix`, `suffix`: the ids that the files put before and after every text; by default <s> and nothing.
     `side_files`: the small files beside the vocabulary (tokenizer/beside.py), which `save` writes too.
@@ -40,6 +41,7 @@ class Tokenizer(ABC):
         self.eos_id = eos_id
         self.control = dict(control)
         self.dummy_prefix = dummy_prefix
+        self.whole: frozenset[int] = frozenset()
         self.openers: frozenset[int] = frozenset()
         self.prefix: tuple[int, ...] = (bos_id,)
         self.suffix: tuple[int, ...] = ()
@@ -168,7 +170,7 @@ class TextStream:
         """The text that `token_id` completes; "" while a character still lacks bytes, and for control tokens."""
         piece = self._tokenizer.token_bytes(token_id)
         if self._drop_space and piece:
-            piece = piece.removeprefix(b" ")
+            piece = piece if token_id in self._tokenizer.whole else piece.removeprefix(b" ")
             self._drop_space = False
         self._drop_space = self._drop_space or token_id in self._tokenizer.openers
         return self._decoder.decode(piece)

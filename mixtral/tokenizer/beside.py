@@ -7,7 +7,7 @@ special_tokens_map.json void.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -22,6 +22,16 @@ SIDE_FILES = (
 )
 FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": True, "special": False}
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+_EXTRA, _ADDITIONAL = "extra_special_tokens", "additional_special_tokens"
+
+
+class Special(NamedTuple):
+    """A token that is named for some use; it is special, whatever is said of it elsewhere."""
+
+    content: str
+    flags: dict[str, bool]
 
 
 class Added(NamedTuple):
@@ -83,33 +93,68 @@ class Beside:
             raise MixtralError(f"tokenizer_config.json: {key} must be true or false, not {shown(value)}")
         return value
 
+    @cached_property
+    def _map(self) -> dict[str, Any]:
+        """special_tokens_map.json, where it counts."""
+        return {} if "added_tokens_decoder" in self.config else self._json("special_tokens_map.json")
+
+    @property
+    def _sources(self) -> dict[str, dict[str, Any]]:
+        """The files that name tokens, the one that goes first first."""
+        return {"special_tokens_map.json": self._map, "tokenizer_config.json": self.config}
+
     def name(self, role: str) -> str | None:
         """The token named as `role` (bos_token, eos_token, ...); None when none is."""
-        sources = {"tokenizer_config.json": self.config}
-        if "added_tokens_decoder" not in self.config:
-            sources = {"special_tokens_map.json": self._json("special_tokens_map.json"), **sources}
-        for file, values in sources.items():
-            value = values.get(role)
-            if isinstance(value, dict):
-                value = value.get("content")
-                role = f"{role}.content"
-            if value is not None and not isinstance(value, str):
-                raise MixtralError(f"{file}: {role} must be a token's text, not {shown(value)}")
-            if value:
-                return value
-        return None
+        return next((named.content for named in self._named(role)), None)
+
+    def _named(self, role: str) -> Iterator[Special]:
+        """What each file names as a role, the one that counts first."""
+        found = (_special(values.get(role), f"{file}: {role}") for file, values in self._sources.items())
+        return (named for named in found if named)
+
+    def special(self) -> list[Special]:
+        """The tokens that these files name for some use, in the order in which transformers adds those that are new."""
+        return [*self.named(), *self._extra()]
+
+    def named(self) -> list[Special]:
+        """Those of a use each: the usual ones, then a model's own (`image_token`)."""
+        others = {key: None for values in (self.config, self._map) for key, value in values.items()
+                  if key.endswith("_token") and key not in _NAMED and isinstance(value, str | dict)}  # fmt: skip
+        own = self.config.get(_EXTRA)
+        own = own if isinstance(own, dict) else {}
+        tokens = [next(self._named(role), None) for role in (*_NAMED, *others)]
+        tokens += [_special(value, f"tokenizer_config.json: {_EXTRA}.{role}") for role, value in own.items()]
+        return [token for token in tokens if token]
+
+    def _extra(self, old: bool = True) -> list[Special]:
+        """Those of extra_special_tokens, which additional_special_tokens was called before.
+
+        `old`: the latter counts in special_tokens_map.json too, as it does for all but the flags of added_tokens.json.
+        """
+        extra = self._listed("tokenizer_config.json", _EXTRA) or self._listed("tokenizer_config.json", _ADDITIONAL)
+        extra += self._listed("special_tokens_map.json", _EXTRA)
+        return extra if extra or not old else self._listed("special_tokens_map.json", _ADDITIONAL)
+
+    def _listed(self, file: str, key: str) -> list[Special]:
+        values = self._sources[file].get(key) or []
+        if isinstance(values, dict) and key == _EXTRA:
+            return []  # a use each
+        if not isinstance(values, list):
+            raise MixtralError(f"{file}: {key} must be a list of tokens, not {shown(values)}")
+        tokens = (_special(value, f"{file}: {key}[{number}]") for number, value in enumerate(values))
+        return [token for token in tokens if token]
 
     def added(self) -> list[Added]:
         """The tokens that these files add, by their ids."""
         if "added_tokens_decoder" in self.config:
             return sorted(self._decoder(self.config["added_tokens_decoder"]), key=lambda token: token.id)
-        named = {self.name(role) for role in _NAMED}
+        special_names = {self.name(role) for role in _NAMED} | {token.content for token in self._extra(old=False)}
         tokens = []
         for content, token_id in self._json("added_tokens.json").items():
             key = f"added_tokens.json: {shown(content)}"
             if type(token_id) is not int or token_id < 0:
                 raise MixtralError(f"{key} must have an id of at least 0, not {shown(token_id)}")
-            special = content in named
+            special = content in special_names
             tokens.append(Added(token_id, content, {**FLAGS, "normalized": not special, "special": special}, key))
         return sorted(tokens, key=lambda token: token.id)
 
@@ -124,9 +169,27 @@ class Beside:
                 raise MixtralError(f"{key}: its ids must be whole numbers")
             if not isinstance(value, dict) or not isinstance(value.get("content"), str):
                 raise MixtralError(f"{key} must be an object with a text as content, not {shown(value)}")
-            flags = {flag: value.get(flag, default) for flag, default in FLAGS.items()}
-            for flag, set_to in flags.items():
-                if not isinstance(set_to, bool):
-                    raise MixtralError(f"{key}.{flag} must be true or false, not {shown(set_to)}")
-            tokens.append(Added(int(token_id), value["content"], flags, key))
+            usual = {**FLAGS, "normalized": not value.get("special", False)}
+            tokens.append(Added(int(token_id), value["content"], _flags(value, usual, key), key))
         return tokens
+
+
+def _special(value: object, key: str) -> Special | None:
+    """A token that is named by its text, or by an object with its flags; None for one without a text."""
+    flags = value if isinstance(value, dict) else {}
+    if isinstance(value, dict):
+        value, key = value.get("content"), f"{key}.content"
+    if value is not None and not isinstance(value, str):
+        raise MixtralError(f"{key} must be a token's text, not {shown(value)}")
+    if not value:
+        return None
+    usual = {**FLAGS, "normalized": False}
+    return Special(value, {**_flags(flags, usual, key.removesuffix(".content")), "special": True})
+
+
+def _flags(values: dict[str, Any], usual: dict[str, bool], key: str) -> dict[str, bool]:
+    flags = {flag: values.get(flag, default) for flag, default in usual.items()}
+    for flag, set_to in flags.items():
+        if not isinstance(set_to, bool):
+            raise MixtralError(f"{key}.{flag} must be true or false, not {shown(set_to)}")
+    return flags

@@ -95,9 +95,11 @@ def _bare(spm: SentencePieceTokenizer, beside: Beside) -> Tokenizer:
 
 
 def _says_all(spm: SentencePieceTokenizer, beside: Beside) -> bool:
-    """Whether the files beside a sentencepiece model add no token to it, and call none otherwise than it does."""
+    """Whether the files beside a sentencepiece model add and name no token that it lacks or calls otherwise."""
     special = {piece.text: piece.kind in (Kind.CONTROL, Kind.UNKNOWN) for piece in spm.spm.pieces}
     named = {"bos_token": spm.control[spm.bos_id], "eos_token": spm.control[spm.eos_id]}
-    return all(special.get(token.content) == token.flags["special"] for token in beside.added()) and all(
-        beside.name(role) in (None, name) for role, name in named.items()
+    return (
+        all(special.get(token.content) == token.flags["special"] for token in beside.added())
+        and all(special.get(token.content) for token in beside.special())
+        and all(beside.name(role) in (None, name) for role, name in named.items())
     )

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from mixtral.errors import MixtralError, shown
 from mixtral.tokenizer.base import MOST_TOKENS, Tokenizer
-from mixtral.tokenizer.beside import Added, Beside, parse_vocabulary
+from mixtral.tokenizer.beside import Added, Beside, Special, parse_vocabulary
 from mixtral.tokenizer.export import template
 from mixtral.tokenizer.json_decoder import JsonDecoder
 from mixtral.tokenizer.mistral import SentencePieceTokenizer
@@ -47,7 +47,8 @@ class JsonTokenizer(Tokenizer):
         self._fast = _guarded(lambda: FastTokenizer.from_str(data.decode()), file_name)
         decoder = JsonDecoder.read(document, file_name)
         _check_ids(document, self._fast, file_name)
-        grown = _add(self._fast, beside.added())
+        grown = _add(self._fast, beside.added(), {token.content for token in beside.named()})
+        grown = _add_special(self._fast, beside.special()) or grown
         vocab = self._fast.get_vocab(with_added_tokens=True)
         bos_id, eos_id = (_special_id(role, beside, vocab, file_name) for role in USUAL_NAMES)
         self.texts = {i: text for text, i in vocab.items()}
@@ -67,6 +68,7 @@ class JsonTokenizer(Tokenizer):
         super().__init__(version, pieces, control, bos_id, eos_id, dummy_prefix=False)
         self._beside, self.side_files = beside, beside.files
         self._find_frame(file_name)
+        self.whole = frozenset(i for i, token in added.items() if i not in control and not token.normalized)
         self.openers = frozenset(i for i in added if i not in control and self._opens(i))
 
     def _set_up(self) -> None:
@@ -108,8 +110,11 @@ class JsonTokenizer(Tokenizer):
 
     def _opens(self, token_id: int) -> bool:
         """Whether the text after an added token begins with a space that was not in it."""
-        first, *rest = [*self._encode(f"{self.texts[token_id]}a"), -1]
-        return first == token_id and b"".join(map(self.token_bytes, rest[:-1])).startswith(b" ")
+        for after in ("a", "."):  # the latter for a token that is found as a whole word alone
+            first, *rest = [*self._encode(self.texts[token_id] + after), -1]
+            if first == token_id and b"".join(map(self.token_bytes, rest[:-1])).startswith(b" "):
+                return True
+        return False
 
     def _encode(self, text: str) -> list[int]:
         return self._fast.encode(text, add_special_tokens=False).ids
@@ -163,15 +168,29 @@ def _check_ids(document: dict[str, Any], fast: FastTokenizer, file_name: str) ->
                                f"{shown(token['id'])}, where the vocabulary goes on with {known}")
 
 
-def _add(fast: FastTokenizer, tokens: list[Added]) -> bool:
+def _add(fast: FastTokenizer, tokens: list[Added], special: set[str]) -> bool:
     """Add tokens, as transformers does: the files beside decide the flags. -> whether new ids came of it."""
     grown = False
+    there = {token.content: token for token in fast.get_added_tokens_decoder().values()}
     for token in tokens:
+        same = there.get(token.content)
+        if same and all(getattr(same, flag) == set_to for flag, set_to in token.flags.items()):
+            continue
         known = fast.token_to_id(token.content)
-        fast.add_tokens([AddedToken(token.content, **token.flags)])
+        flags = {**token.flags, "special": token.flags["special"] or token.content in special}
+        fast.add_tokens([AddedToken(token.content, **flags)])
         if known is None and (given := fast.token_to_id(token.content)) != token.id:
             raise MixtralError(f"{token.key}: has the id {token.id}, where the vocabulary goes on with {given}")
         grown = grown or known is None
+    return grown
+
+
+def _add_special(fast: FastTokenizer, tokens: list[Special]) -> bool:
+    """Add the named tokens that are not added yet, after all others. -> whether new ids came of it."""
+    there = {token.content for token in fast.get_added_tokens_decoder().values()}
+    new = {token.content: token.flags for token in tokens if token.content not in there}
+    grown = any(fast.token_to_id(content) is None for content in new)
+    fast.add_tokens([AddedToken(content, **flags) for content, flags in new.items()])
     return grown
 
 

@@ -53,8 +53,7 @@ def tokenizer_metadata(
     if tokenizer is None:
         return {_PREFIX + "model": "none", **gguf_templates(templates), **kept}
     pieces, dummy_prefix = _pieces(tokenizer)
-    if len(pieces) > vocab_size:
-        raise UsageError(f"the tokenizer has {len(pieces)} pieces, more than the model's vocabulary of {vocab_size}")
+    pieces = _within(pieces, tokenizer, vocab_size)
     pieces = pieces + [_unused(i) for i in range(len(pieces), vocab_size)]
     metadata: dict[str, Any] = {_PREFIX + "model": "llama", _PREFIX + "pre": "default"}
     columns = ([p.text for p in pieces], [p.score for p in pieces], [int(p.kind) for p in pieces])
@@ -83,6 +82,18 @@ def _pieces(tokenizer: Tokenizer) -> SpmModel:
         elif kind == Kind.CONTROL and pieces[i].kind in (Kind.NORMAL, Kind.USER_DEFINED, Kind.UNUSED):
             pieces[i] = pieces[i]._replace(kind=kind)
     return SpmModel(pieces, dummy_prefix)
+
+
+def _within(pieces: list[Piece], tokenizer: Tokenizer, vocab_size: int) -> list[Piece]:
+    """Without added tokens for which the model has no row, such as a [PAD] that is only named beside it."""
+    least = len(pieces)
+    if isinstance(tokenizer, JsonTokenizer) and tokenizer.sentencepiece:
+        least = max(tokenizer.sentencepiece.vocab_size, tokenizer.bos_id + 1, tokenizer.eos_id + 1)
+    if least > vocab_size:
+        raise UsageError(f"the tokenizer has {len(pieces)} pieces, more than the model's vocabulary of {vocab_size}")
+    if left_out := [piece.text for piece in pieces[vocab_size:]]:
+        log.warning("the model has no row for %s: left out of the file's tokens", shown(", ".join(left_out)))
+    return pieces[:vocab_size]
 
 
 def _unused(token_id: int) -> Piece:

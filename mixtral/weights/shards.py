@@ -21,7 +21,10 @@ PACKED_FILE = "packed.safetensors"  # what `mixtral quantize` writes; quant/load
 _SINGLE, _INDEX, _NATIVE = "model.safetensors", "model.safetensors.index.json", "consolidated.safetensors"
 _COUNTED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")  # counted from 1
 _NUMBERED = re.compile(r"consolidated\.(?P<number>\d+)\.(safetensors|pth?)")  # counted from 0; how many is not said
-_ADAPTERS = ("lora.safetensors", "adapter_model.safetensors", "adapter_model.bin")
+_ADAPTERS = (  # Mistral's, PEFT's and MLX's
+    *("lora.safetensors", "adapter_model.safetensors", "adapter_model.bin"),
+    *("adapters.safetensors", "adapters.npz"),
+)
 
 
 class TensorFile(Protocol):

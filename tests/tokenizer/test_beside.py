@@ -138,6 +138,9 @@ BAD_FILES: list[tuple[dict[str, Any], str]] = [
     ({"added_tokens__json": {"<x>": "1000"}}, "added_tokens.json: '<x>' must have an id of at least 0, not '1000'"),
     ({"added_tokens__json": {"<x>": 10**9}}, "added_tokens.json: '<x>': has the id 1000000000, where the vocabulary"),
     ({"special_tokens_map__json": {"eos_token": [2]}}, "special_tokens_map.json: eos_token must be a token's text"),
+    ({"tokenizer_config__json": {"extra_special_tokens": "<x>"}}, "extra_special_tokens must be a list of tokens, not"),
+    ({"tokenizer_config__json": {"additional_special_tokens": [5]}}, "additional_special_tokens[0] must be a token's"),
+    ({"tokenizer_config__json": {"pad_token": {"content": "<x>", "lstrip": 1}}}, "pad_token.lstrip must be true or"),
     ({"special_tokens_map__json": b"{"}, "special_tokens_map.json: not JSON"),
     ({"tokenizer__json": {**json.loads(tokenizer_named("own").to_json()), "added_tokens": 7}}, "damaged or not a"),  # type: ignore[attr-defined]
 ]  # fmt: skip

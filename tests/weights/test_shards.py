@@ -89,7 +89,11 @@ def test_one_number_twice(tmp_path: Path) -> None:
         load_state(tmp_path, SPARSE)
 
 
-@pytest.mark.parametrize("name", ["lora.safetensors", "adapter_model.safetensors", "adapter_model.bin"])
+ADAPTERS = ["lora.safetensors", "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors",
+            "adapters.npz"]
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
 @pytest.mark.parametrize("save", [save_hf, save_mistral])
 def test_adapters_beside_the_weights(name: str, save: Callable[..., None], tmp_path: Path) -> None:
     save(STATE, SPARSE, tmp_path)
