@@ -69,7 +69,7 @@ def _check_failed(out: Path) -> None:
 
 
 def _check_tokenizer(folder: Path) -> None:
-    """Raise UsageError, naming the file, unless all that a folder holds is what Tokenizer.save writes: it is removed."""
+    """Raise UsageError, naming the file, unless a folder, to be removed, holds only what Tokenizer.save writes."""
     found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
     files = {name: path for name, path in found.items() if name != TEMPLATES}
     for name, path in {".": folder, **found}.items():
