@@ -33,6 +33,8 @@ def test_show_resolves_and_does_nothing(run: Run, tmp_path: Path, monkeypatch: p
         (["--resume", "nowhere"], 2, "nowhere is not a training run"),
         (["tiny", "--resume", "full", "--seed", "1"], 2, "leave out RECIPE, --seed"),
         (["--resume", "full", "--skip-bad"], 2, "leave out --skip-bad"),
+        (["tiny", "--out", "new", "--data", "d\udce9"], 2, "data[0] must be a text that is UTF-8, not 'd\\udce9'"),
+        (["tiny", "--out", "new", "--set", "tokenizer=\udce9"], 2, "tokenizer must be a text that is UTF-8"),
         (["tiny", "--out", "new", "--set", "trackers=wand"], 2, "unknown tracker 'wand'; did you mean 'wandb'?"),
     ],
 )
