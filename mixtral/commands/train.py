@@ -57,7 +57,7 @@ def train(
     """
     from mixtral.errors import UsageError
     from mixtral.train.pretrain import pretrain
-    from mixtral.train.run_folder import begin, change_threads, recorded_config
+    from mixtral.train.run_folder import begin, recorded_config
     from mixtral.train.view import TerminalView
 
     if resume is not None:
@@ -77,9 +77,7 @@ def train(
     view = TerminalView(console(stderr=True))
     if resume is None:
         begin(config, folder, threads, view)
-    else:
-        change_threads(folder, threads)
-    trained = pretrain(folder, view)
+    trained = pretrain(folder, view, threads if resume is not None else "auto")
     if as_json:
         print(json.dumps(summary(trained)))
     else:

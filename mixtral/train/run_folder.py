@@ -133,17 +133,11 @@ def recorded_threads(out: Path) -> int:
     return threads
 
 
-def change_threads(out: Path, threads: int | str) -> None:
-    """Let the run in `out` go on with another number of threads, and from there on with other bits; "auto": its own.
-
-    Raises UsageError when another process trains in the folder: the folder stays this process's until `pretrain` ends.
-    """
-    recorded_threads(out)  # or it is no training run
-    if threads != "auto":
-        lock_folder(split_checkpoint(out)[0])
-        path, record = _read_record(out)
-        record["environment"]["threads"] = asked_threads(threads)
-        atomic_write(path, json.dumps(record, indent=1))
+def record_threads(out: Path, threads: int) -> None:
+    """Let the run in `out`, whose folder is locked, go on with another number of threads: from there on other bits."""
+    path, record = _read_record(out)
+    record["environment"]["threads"] = threads
+    atomic_write(path, json.dumps(record, indent=1))
 
 
 def _read_record(out: Path) -> tuple[Path, dict[str, Any]]:
