@@ -99,7 +99,7 @@ def _check(document: dict[str, Any], surrogates: bool) -> None:
                         deeper.append(((path, key), value))
                 elif (kind is float or kind is int) and not -_MOST_NUMBER < value < _MOST_NUMBER:
                     raise ValueError(f"{_name((path, key))} is {shown(value)}: no finite number")
-                if surrogates and (_is_broken(key) or _is_broken(value)):
+                if surrogates and (is_broken(key) or is_broken(value)):
                     raise ValueError(f"{_name((path, key))} holds half of a surrogate pair, which is no character")
         level = deeper
     if level:
@@ -110,7 +110,8 @@ def _entries(container: Any) -> Iterator[tuple[Any, Any]]:
     return iter(container.items()) if type(container) is dict else enumerate(container)
 
 
-def _is_broken(text: Any) -> bool:
+def is_broken(text: Any) -> bool:
+    """Whether a value is a text that UTF-8 cannot hold, and that no file of ours may: half of a surrogate pair."""
     return type(text) is str and _SURROGATE.search(text) is not None
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from mixtral.errors import ConfigError, did_you_mean, shown
-from mixtral.json_files import parse
+from mixtral.json_files import is_broken, parse
 
 T = TypeVar("T")
 
@@ -111,6 +111,8 @@ def check_value(name: str, value: object, kind: Any) -> Any:
         bound = " below 2^63"
     elif isinstance(value, str) and len(value) > _LONGEST_TEXT:
         bound = f" of at most {_LONGEST_TEXT} characters"
+    elif is_broken(value):  # a name of a file that is not UTF-8, as Python gives it
+        bound = " that is UTF-8"
     if type(value) is not wanted:
         raise ConfigError(f"{name} must be {_NAMES[wanted]}, not {shown(value)}")
     if bound:

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import pytest
 
 from mixtral.errors import ConfigError
-from mixtral.specs import parse_spec
+from mixtral.specs import check_value, parse_spec
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,15 @@ def test_a_wrong_spec_says_what_is_wrong(text: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_spec(text, TABLE, "thing")
     assert message in str(caught.value)
+
+
+BROKEN = [("d\udce9", str), ("d\udce9", str | None), (["a", "d\udce9"], tuple[str, ...])]
+
+
+@pytest.mark.parametrize(("value", "kind"), BROKEN)
+def test_a_text_that_utf8_cannot_hold(value: object, kind: object) -> None:
+    with pytest.raises(ConfigError, match=r"^thing: path(\[1\])? must be a text that is UTF-8, not 'd\\udce9'$"):
+        check_value("thing: path", value, kind)
 
 
 ABSURD = ["nan", "inf", "1e400", "-Infinity", "1" + "0" * 400, "1" * 5000, "[" * 100_000, "x" * 5000]

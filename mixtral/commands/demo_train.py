@@ -22,11 +22,12 @@ def train_demo(out: Path, max_steps: int | None, threads: str, as_json: bool) ->
     from mixtral.recipes import recipe
     from mixtral.train.finished import finished
     from mixtral.train.pretrain import pretrain
-    from mixtral.train.run_folder import begin, change_threads
+    from mixtral.train.run_folder import begin
     from mixtral.train.view import TerminalView
 
     terminal = console(stderr=True)
-    if not (out / "config.json").exists():
+    resumed = (out / "config.json").exists()
+    if not resumed:
         config = recipe("tiny") if max_steps is None else recipe("tiny").replace(steps=max_steps)
         begin(config, out, threads, TerminalView(terminal))
         shape = config.model
@@ -37,9 +38,8 @@ def train_demo(out: Path, max_steps: int | None, threads: str, as_json: bool) ->
         )
     elif max_steps is not None:
         raise UsageError(f"--max-steps: the run in {out} was begun with its own number; choose another --out")
-    elif finished(out) is None:  # else no step follows
-        change_threads(out, threads)
-    trained = pretrain(out, TerminalView(terminal))
+    goes_on = resumed and finished(out) is None  # else no step follows
+    trained = pretrain(out, TerminalView(terminal), threads if goes_on else "auto")
     figures = _figures(trained)
     if as_json:
         print(json.dumps(figures))

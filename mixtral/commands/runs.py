@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,12 +33,13 @@ def runs(
     from rich.table import Table
 
     from mixtral.train.compare import plot_runs
+    from mixtral.train.metrics import json_line
 
     summaries = _summaries(folders)
     if plot is not None:
         plot_runs([Path(summary.name) for summary in summaries], plot)
     if as_json:
-        print(json.dumps([summary._asdict() for summary in summaries]))
+        print(json_line([summary._asdict() for summary in summaries]))
         return
     table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("run", overflow="fold")

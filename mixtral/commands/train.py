@@ -60,7 +60,7 @@ def train(
     from mixtral.errors import UsageError
     from mixtral.train.finished import finished
     from mixtral.train.pretrain import pretrain
-    from mixtral.train.run_folder import begin, change_threads, recorded_config
+    from mixtral.train.run_folder import begin, recorded_config
     from mixtral.train.view import TerminalView
 
     if resume is not None:
@@ -84,9 +84,7 @@ def train(
         view.say(f"done already: all {config.steps:,} steps; the model is in {done.folder}")
     elif resume is None:
         begin(config, folder, threads, view)
-    else:
-        change_threads(folder, threads)
-    trained = done or pretrain(folder, view)
+    trained = done or pretrain(folder, view, threads if resume is not None else "auto")
     if as_json:
         print(json.dumps(summary(trained)))
     else:

@@ -97,7 +97,7 @@ def fingerprint(name: str) -> str:
     digest = hashlib.sha256()
     for file in list_files(name):
         status = file.path.stat()
-        digest.update(f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        digest.update(_bytes(f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\n"))
     return digest.hexdigest()
 
 
@@ -112,7 +112,12 @@ def list_files(name: str) -> list[File]:
         files = [File(str(path), path, language_of(str(path))) for path in debian_files()]
     else:
         files = _path_files(Path(name).expanduser())
-    return sorted(files, key=lambda file: (hashlib.sha256(file.name.encode()).digest(), file.name))
+    return sorted(files, key=lambda file: (hashlib.sha256(_bytes(file.name)).digest(), file.name))
+
+
+def _bytes(name: str) -> bytes:
+    """A name as the file system has it, which may be no UTF-8."""
+    return name.encode(errors="surrogateescape")
 
 
 def _stdlib(part: str) -> list[File]:
@@ -180,14 +185,15 @@ def _has_fair_size(path: Path) -> bool:
 
 def _path_files(path: Path) -> list[File]:
     if path.is_file():
-        return [File(path.name, path, path.stem)]
+        return [File(path.name, path, _bytes(path.stem).decode(errors="replace"))]
     if not path.is_dir():
         raise _no_such_path(path)
     files = []
     for found in path.rglob("*"):
         name = found.relative_to(path)
         if found.suffix in SUFFIXES and found.is_file() and not any(part.startswith(".") for part in name.parts):
-            files.append(File(name.as_posix(), found, name.parts[0] if len(name.parts) > 1 else path.name))
+            domain = name.parts[0] if len(name.parts) > 1 else path.name
+            files.append(File(name.as_posix(), found, _bytes(domain).decode(errors="replace")))
     if not files:
         raise DataError(f"{path}: no text in this folder; looked for {' '.join(sorted(SUFFIXES))}")
     return files

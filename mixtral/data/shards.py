@@ -16,7 +16,7 @@ from typing import Any
 
 from mixtral.data.readers import BadInput
 from mixtral.data.sources import Source, check_weights, documents, text_digest
-from mixtral.data.store import FORMAT, Encoder, Index, Shard, TokenData
+from mixtral.data.store import FORMAT, Encoder, Index, Shard, TokenData, is_shard_file
 from mixtral.data.writer import Item, Progress, ShardWriter, encoder
 from mixtral.errors import DataError, UsageError
 from mixtral.files import atomic_write
@@ -153,9 +153,9 @@ class _Reading:
 
 
 def _remove_strangers(folder: Path, shards: dict[str, list[Shard]]) -> None:
-    """Delete shards of earlier preparations; nothing but our own file names is touched."""
+    """Delete shards of earlier preparations; nothing that is no shard is touched, whatever its name."""
     ours = {shard.name for split in shards.values() for shard in split}
     for path in folder.iterdir():
-        match = re.fullmatch(r"((?:train|val)-\d{5}-[0-9a-f]{12})(?:\.docs)?\.(?:npy|json)", path.name)
-        if match and match[1] not in ours:
+        match = re.fullmatch(r"((?:train|val)-\d{5}-[0-9a-f]{12})(?:\.json|(?:\.docs)?\.npy)", path.name)
+        if match and match[1] not in ours and is_shard_file(path):
             path.unlink()

@@ -234,6 +234,21 @@ class TokenData:
         return {**splits, **counts, "sources": by_source}
 
 
+def is_shard_file(path: Path) -> bool:
+    """Whether a file of a shard's name holds what a shard's does: the record of that name, or an array of its kind."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    try:
+        if path.suffix == ".json":
+            return Shard.read(path).name == path.stem
+        array = _mapped(path)
+    except DataError:
+        return False
+    if path.name.endswith(".docs.npy"):
+        return array.dtype == np.int64 and array.ndim == 2 and array.shape[1] == 3
+    return array.dtype in (np.uint16, np.uint32) and array.ndim == 1
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

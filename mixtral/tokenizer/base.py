@@ -135,13 +135,17 @@ class Tokenizer(ABC):
     def _files(self) -> dict[str, bytes]:
         """The files that `load_tokenizer` and transformers' AutoTokenizer need, by name."""
 
+    def files(self) -> dict[str, bytes]:
+        """What `save` writes, by the path in the folder."""
+        return {**self.side_files, **self._files()}
+
     def save(self, folder: Path | str) -> None:
         """Write those files into `folder`, which is made when missing.
 
         Raises UsageError, with nothing written, when one of them is there with other content; MixtralError when it
         cannot write.
         """
-        files = {Path(folder) / name: content for name, content in {**self.side_files, **self._files()}.items()}
+        files = {Path(folder) / name: content for name, content in self.files().items()}
         for path, content in files.items():
             if path.exists() and path.read_bytes() != content:
                 raise UsageError(f"{path}: exists already, and is of another tokenizer; name another folder")

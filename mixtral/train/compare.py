@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,8 @@ def summarise(folder: Path) -> RunSummary:
     lines, times = (_lines(folder / f"{name}.jsonl") for name in ("metrics", "timings"))
     steps = [line for line in lines if "cross_entropy" in line]
     validations = [line for line in lines if "val_cross_entropy" in line]
-    best = min(validations, key=lambda v: v["val_cross_entropy"], default={})
+    finite = (line for line in validations if math.isfinite(line["val_cross_entropy"]))
+    best = min(finite, key=lambda v: v["val_cross_entropy"], default={})
     layers = next((line["layers"] for line in reversed(steps) if "layers" in line), None)
     last = steps[-1] if steps else {"step": 0, "tokens": 0}
     return RunSummary(

@@ -47,7 +47,7 @@ class Progress:
     start_loss: float | None = None  # validation before the first step
 
     def to_dict(self) -> dict[str, float | int | None]:
-        return {**self.__dict__, "best_loss": None if math.isinf(self.best_loss) else self.best_loss}
+        return {**self.__dict__, "best_loss": self.best_loss if math.isfinite(self.best_loss) else None}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Progress:
@@ -153,6 +153,10 @@ class Run:
     def _validate(self, log: MetricsLog) -> Validation:
         result = validate(self.model, self.val_batches, self.byte_lengths_V)
         step = self.progress.step
+        if not math.isfinite(result.cross_entropy):
+            where = first_bad_layer(self.model, self.val_batches)
+            loss = f"the cross_entropy of the validation is {result.cross_entropy}"
+            raise NonFiniteLoss(f"step {step}: {loss}; lower the learning rate; first seen in {where}")
         log.write("metrics", {"step": step, "val_cross_entropy": result.cross_entropy,
                               "val_bits_per_byte": result.bits_per_byte, "val_loads": result.loads})  # fmt: skip
         self.view.validation(step, result)
@@ -172,6 +176,10 @@ class Run:
         return True
 
     def _save(self) -> None:
+        """Raises NonFiniteLoss rather than write weights that no run goes on from, and remove others for them."""
+        if bad := next((name for name, w in self.optimizer.weights.items() if not w.isfinite().all()), None):
+            step = self.progress.step
+            raise NonFiniteLoss(f"step {step}: {bad} is not finite, and not saved; lower the learning rate")
         self.writer.save(self.optimizer, dict(self.progress.to_dict()))
 
     def _finish_saving(self) -> None:

@@ -88,11 +88,27 @@ class MetricsLog:
         """Append one line to `metrics` or `timings`; it carries a `step`."""
         try:
             with open(self.paths[name], "a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json_line(line) + "\n")
         except OSError as error:
             raise MixtralError(f"cannot write {self.paths[name]}: {error.strerror}") from error
         if self.trackers:
             self.trackers.log(line["step"], flatten(line, "timing" if name == "timings" else ""))
+
+
+def json_line(line: Any) -> str:
+    """One line of JSON, which has no NaN: a figure that is not finite, a statistic of a layer perhaps, is null."""
+    try:
+        return json.dumps(line, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(line))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # What is read back: key -> type. Other keys may hold anything.

@@ -23,7 +23,7 @@ from mixtral.data.readers import BadInput
 from mixtral.data.shards import prepare
 from mixtral.data.sources import Source, documents
 from mixtral.data.store import TokenData
-from mixtral.errors import DataError, Interrupted, WeightsError
+from mixtral.errors import DataError, Interrupted, UsageError, WeightsError
 from mixtral.files import atomic_folder, atomic_write, lock_folder, unlock_folder
 from mixtral.kernels import use_backend
 from mixtral.kernels.memory import keep_freed_memory
@@ -38,7 +38,7 @@ from mixtral.train.memory import check_memory
 from mixtral.train.metrics import MatrixRate
 from mixtral.train.optim import Optimizer
 from mixtral.train.recompute import recompute_layers
-from mixtral.train.run_folder import recorded_config, recorded_threads, split_checkpoint
+from mixtral.train.run_folder import record_threads, recorded_config, recorded_threads, split_checkpoint
 from mixtral.train.step import Validation
 from mixtral.train.threads import ThreadWatch, counts_to_try, measure_training
 from mixtral.train.trackers import require_packages
@@ -61,17 +61,19 @@ class Trained(NamedTuple):
         return self.run.config
 
 
-def pretrain(out: Path, view: View) -> Trained:
+def pretrain(out: Path, view: View, threads: int | str = "auto") -> Trained:
     """Run, or go on with, the training run that `begin` recorded in `out`.
 
-    `out` may also be one of a run's checkpoints, to go on from there instead of from the last one. Raises UsageError
-    when another process trains in the folder, and as `begin` does; Interrupted at Ctrl-C.
+    `out` may also be one of a run's checkpoints, to go on from there instead of from the last one. A number of threads
+    other than "auto", the recorded one, is recorded once the run can go on with it. Raises UsageError when another
+    process trains in the folder, and as `begin` does; Interrupted at Ctrl-C.
     """
     recorded_config(out)  # else the lock would make the folder
+    changed = None if threads == "auto" else asked_threads(threads)
     out, checkpoint = split_checkpoint(out)
     lock_folder(out)
     try:
-        return _pretrain(recorded_config(out), out, checkpoint, view)
+        return _pretrain(recorded_config(out), out, checkpoint, view, changed)
     except KeyboardInterrupt:  # outside the steps, or a second time in one
         anew = "" if latest_checkpoint(out) else "begin anew with the same --out, or "
         raise Interrupted(f"stopped; {anew}go on with: mixtral train --resume {out}") from None
@@ -79,10 +81,10 @@ def pretrain(out: Path, view: View) -> Trained:
         unlock_folder(out)
 
 
-def _pretrain(config: TrainConfig, out: Path, checkpoint: Path | None, view: View) -> Trained:
+def _pretrain(config: TrainConfig, out: Path, checkpoint: Path | None, view: View, threads: int | None) -> Trained:
     require_packages(config.trackers)
     check_memory(config)
-    _keep_threads(out, view)
+    _use_threads(out, view, threads)
     keep_freed_memory()
     tokenizer = _tokenizer(config, out, view)
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
@@ -90,6 +92,8 @@ def _pretrain(config: TrainConfig, out: Path, checkpoint: Path | None, view: Vie
     run = _run(config, tokenizer, _data(config, tokenizer, out, view), out, view)
     if start := checkpoint or latest_checkpoint(out):
         run.resume(start)
+    if threads is not None:
+        record_threads(out, threads)
     with use_backend("compiled") if config.compile else contextlib.nullcontext():
         validation = run.train()
     final = save_final(run, tokenizer)
@@ -97,10 +101,16 @@ def _pretrain(config: TrainConfig, out: Path, checkpoint: Path | None, view: Vie
     return Trained(final, run.progress.start_loss, validation, run)
 
 
-def _keep_threads(out: Path, view: View) -> None:
-    """Compute with the threads that are recorded; what speaks against them is told when the run goes on."""
-    threads, cores, asked = recorded_threads(out), cpu_count(), asked_threads()
-    set_threads(threads)
+def _use_threads(out: Path, view: View, changed: int | None) -> None:
+    """Compute with `changed` threads, or as recorded; what speaks against that is told when the run goes on."""
+    threads, cores = recorded_threads(out), cpu_count()
+    set_threads(changed or threads)
+    if changed is not None:
+        return
+    try:
+        asked = asked_threads()
+    except UsageError:  # of what is no number, which decides nothing here
+        asked = None
     if latest_checkpoint(out) and (threads > cores or asked not in (None, threads)):
         few = "there is 1 core" if cores == 1 else f"there are {cores} cores"
         here = f"{few}, so it is slower" if threads > cores else f"not OMP_NUM_THREADS={asked}"

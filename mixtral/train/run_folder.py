@@ -16,6 +16,7 @@ from mixtral.errors import ConfigError, Interrupted, MixtralError, UsageError, s
 from mixtral.files import atomic_write, is_temporary, lock_folder, remove_folder, unlock_folder
 from mixtral.json_files import SMALL, parse_object, read_object, read_regular
 from mixtral.runtime import environment, set_threads
+from mixtral.tokenizer import load_tokenizer
 from mixtral.tokenizer.beside import TEMPLATES, is_side_file
 from mixtral.train.checkpoint import checkpoints
 from mixtral.train.checks import check_run
@@ -24,7 +25,7 @@ from mixtral.train.threads import choose_threads
 from mixtral.train.view import View
 
 _BEFORE_TRAINING = {"config.json", "tokenizer", "data"}  # what a run writes before its first checkpoint
-_TOKENIZER_FILES = re.compile(r"tekken\.json|tokenizer(_config)?\.json|.+\.model(\.v\w+)?")
+_TOKENIZER_FILES = re.compile(r"tekken\.json|tokenizer(_config)?\.json|[^/]+\.model\.v\w+")  # and side files
 
 
 def begin(config: TrainConfig, out: Path, threads: int | str | None = None, view: View | None = None) -> None:
@@ -62,11 +63,32 @@ def _check_failed(out: Path) -> None:
         if names - _BEFORE_TRAINING or (names and not _is_record(out / "config.json")):
             raise _taken(out)
         if "tokenizer" in names:
-            for path in (out / "tokenizer").iterdir():
-                if not (_TOKENIZER_FILES.fullmatch(path.name) or is_side_file(path.name) or path.name == TEMPLATES):
-                    raise UsageError(f"{path}: no run has written this; move it, or choose another --out")
+            _check_tokenizer(out / "tokenizer")
     except OSError as error:
         raise MixtralError(f"cannot read {out}: {error.strerror}") from error
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Raise UsageError, naming the file, unless a folder, to be removed, holds only what Tokenizer.save writes."""
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    files = {name: path for name, path in found.items() if name != TEMPLATES}
+    for name, path in {".": folder, **found}.items():
+        regular = path.is_file() and (_TOKENIZER_FILES.fullmatch(name) or is_side_file(name))
+        if path.is_symlink() or not (path.is_dir() if name in (".", TEMPLATES) else regular):
+            raise _foreign(path)
+    if not files:
+        return
+    try:
+        saved = load_tokenizer(folder).files()
+    except MixtralError as error:
+        raise UsageError(f"{folder}: no run has written this; move it, or choose another --out ({error})") from error
+    for name, path in files.items():
+        if name not in saved:  # such as another vocabulary beside ours
+            raise _foreign(path)
+
+
+def _foreign(path: Path) -> UsageError:
+    return UsageError(f"{path}: no run has written this; move it, or choose another --out")
 
 
 def _taken(out: Path) -> UsageError:
@@ -121,17 +143,11 @@ def recorded_threads(out: Path) -> int:
     return threads
 
 
-def change_threads(out: Path, threads: int | str) -> None:
-    """Let the run in `out` go on with another number of threads, and from there on with other bits; "auto": its own.
-
-    Raises UsageError when another process trains in the folder: the folder stays this process's until `pretrain` ends.
-    """
-    recorded_threads(out)  # or it is no training run
-    if threads != "auto":
-        lock_folder(split_checkpoint(out)[0])
-        path, record = _read_record(out)
-        record["environment"]["threads"] = asked_threads(threads)
-        atomic_write(path, json.dumps(record, indent=1))
+def record_threads(out: Path, threads: int) -> None:
+    """Let the run in `out`, whose folder is locked, go on with another number of threads: from there on other bits."""
+    path, record = _read_record(out)
+    record["environment"]["threads"] = threads
+    atomic_write(path, json.dumps(record, indent=1))
 
 
 def _read_record(out: Path) -> tuple[Path, dict[str, Any]]:

@@ -48,6 +48,17 @@ def test_figures(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert figures["matrix_share"] == pytest.approx(0.3)
 
 
+def test_a_validation_that_is_not_finite(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the log of an earlier version: it is never the best, and no NaN is printed, which JSON has not."""
+    lines = (run / "metrics.jsonl").read_text()
+    bad = '{"step": %d, "val_cross_entropy": NaN, "val_bits_per_byte": NaN}\n'
+    (run / "metrics.jsonl").write_text(bad % 0 + lines + bad % 2)
+    assert main(["runs", str(run), "--json"]) == 0
+    out = capsys.readouterr().out
+    (figures,) = json.loads(out)
+    assert "NaN" not in out and figures["val_cross_entropy"] is None and figures["best_val_cross_entropy"] == 7.0
+
+
 def test_the_table_has_a_run_on_a_line(run: Path, capsys: pytest.CaptureFixture[str],
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")

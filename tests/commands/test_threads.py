@@ -30,13 +30,16 @@ COMMANDS: dict[str, Arguments] = {
 
 
 @pytest.fixture(autouse=True)
-def _without_the_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int | str]:
+    """Without the long work: what each training run was asked to go on with, "auto" being as recorded."""
+    asked: list[int | str] = []
     monkeypatch.setattr(demo, "_shipped", lambda _: None)
     monkeypatch.setattr(doctor, "examine", lambda: {"environment": runtime.environment()["threads"]})
-    monkeypatch.setattr(pretrain, "pretrain", lambda *_: None)
+    monkeypatch.setattr(pretrain, "pretrain", lambda *given: asked.append(given[2]))
     monkeypatch.setattr(train, "_text", lambda _: "")
     monkeypatch.setattr("builtins.input", lambda _: (_ for _ in ()).throw(EOFError))
     monkeypatch.setattr(runtime, "cpu_count", lambda: 4)
+    return asked
 
 
 def test_every_command_that_computes_has_the_option() -> None:
@@ -71,19 +74,25 @@ def test_the_environment_counts_unless_told(run: Run, folder: Path, monkeypatch:
     assert run("chat", "--model", folder, "--max-tokens", "2").code == 0 and torch.get_num_threads() == 4
 
 
-def test_a_run_records_the_number_and_resuming_changes_it_only_when_told(run: Run, tmp_path: Path) -> None:
+def test_a_run_records_the_number_and_resuming_changes_it_only_when_told(
+    run: Run, tmp_path: Path, asked: list[int | str]
+) -> None:
+    """`pretrain` records the change, once it has loaded what the run goes on from: tests/train/test_threads.py."""
     out = tmp_path / "run"
-    assert run("train", "tiny", "--out", out, "--threads", "3").code == 0 and recorded_threads(out) == 3
-    for options, threads in (([], 3), (["--threads", "auto"], 3), (["--threads", "2"], 2), ([], 2)):
-        assert run("train", "--resume", out, *options).code == 0 and recorded_threads(out) == threads
+    assert run("train", "tiny", "--out", out, "--threads", "3").code == 0
+    for options in ([], ["--threads", "auto"], ["--threads", "2"]):
+        assert run("train", "--resume", out, *options).code == 0 and recorded_threads(out) == 3
+    assert asked == ["auto", "auto", "auto", "2"]
 
 
-def test_the_demo_records_it_too(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_records_it_too(
+    run: Run, tmp_path: Path, asked: list[int | str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "run"
     monkeypatch.setattr("mixtral.commands.demo_train._figures", lambda _: {})
-    for options, threads in ((["--threads", "3"], 3), ([], 3), (["--threads", "2"], 2)):
-        assert run("demo", "--train", "--out", out, "--json", *options).code == 0
-        assert recorded_threads(out) == threads
+    for options in (["--threads", "3"], [], ["--threads", "2"]):
+        assert run("demo", "--train", "--out", out, "--json", *options).code == 0 and recorded_threads(out) == 3
+    assert asked == ["auto", "auto", "2"]
 
 
 def test_text_does_not_depend_on_the_number(run: Run, folder: Path) -> None:

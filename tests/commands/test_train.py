@@ -50,6 +50,8 @@ def test_show_resolves_and_does_nothing(run: Run, tmp_path: Path, monkeypatch: p
         (["tiny", "--out", "new", "--set", "balance=quantile"], 2, "the router of layer 0 has no bias"),
         (["tiny", "--out", "new", "--set", "balance=k_price"], 2, "the router learns no k"),
         (["tiny", "--out", "new", "--set", "balance=threshold"], 2, "choose model.router=threshold"),
+        (["tiny", "--out", "new", "--data", "d\udce9"], 2, "data[0] must be a text that is UTF-8, not 'd\\udce9'"),
+        (["tiny", "--out", "new", "--set", "tokenizer=\udce9"], 2, "tokenizer must be a text that is UTF-8"),
         (["tiny", "--out", "new", "--set", "trackers=wand"], 2, "unknown tracker 'wand'; did you mean 'wandb'?"),
     ],
 )

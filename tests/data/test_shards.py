@@ -115,6 +115,26 @@ def test_same_inputs_are_only_opened(tmp_path: Path, jsonl: Write, tokenizer: By
     assert set(contents(tmp_path / "p")) == named  # what the old inputs gave is gone
 
 
+def test_what_is_no_shard_is_kept_whatever_its_name(tmp_path: Path, jsonl: Write, tokenizer: ByteTokenizer) -> None:
+    """Shards of other inputs go, those left by a kill before their record too."""
+    source = Source(str(jsonl("a", [f"text {i}" for i in range(9)])))
+    folder = tmp_path / "data"
+    prepare([source], tokenizer, folder, seed=1)
+    next(folder.glob("train-*[0-9a-f].json")).unlink()
+    old = {path.name for path in folder.iterdir()} - {"index.json"}
+    name = "train-00000-0123456789ab"
+    (folder / f"{name}.npy").write_text("precious")
+    np.save(folder / f"{name}.docs.npy", np.zeros((2, 4)))
+    (folder / f"{name}.json").write_text('{"name": "mine"}')
+    (folder / "val-00000-0123456789ab.npy").mkdir()
+    (folder / "val-00000-0123456789ab.docs.npy").symlink_to(folder / f"{name}.docs.npy")
+    before = {path.name for path in folder.iterdir()} - old
+    other = Source(str(jsonl("b", [f"other {i}" for i in range(9)])))
+    prepare([other], tokenizer, folder, seed=1)
+    after = {path.name for path in folder.iterdir()}
+    assert before <= after and not old & after and (folder / f"{name}.npy").read_text() == "precious"
+
+
 def test_a_failed_preparation_leaves_the_old_one(tmp_path: Path, jsonl: Write, tokenizer: ByteTokenizer) -> None:
     path = jsonl("a", TEXTS)
     before = texts_of(prepare([Source(str(path))], tokenizer, tmp_path / "p"), "train")

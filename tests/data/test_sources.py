@@ -96,6 +96,19 @@ def test_folder_order_and_domains_do_not_depend_on_where_it_lies(tmp_path: Path)
     }  # fmt: skip
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take no name that is not UTF-8")
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    """The domain is written as JSON, which has no such text."""
+    for name in (b"\xe9.txt", b"\xe8/a.txt", b"fine/a.txt"):
+        path = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path / "corpus"), name)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"text of {name!r}")
+    source = Source(str(tmp_path / "corpus"))
+    assert {file.domain for file in list_files(source.name)} == {"corpus", "\ufffd", "fine"}
+    assert len(list(documents(source, BadInput(False)))) == 3 and source.inputs() == source.inputs()
+    assert list_files(str(tmp_path / os.fsdecode(b"corpus/\xe9.txt")))[0].domain == "\ufffd"
+
+
 def test_missing_path_and_folder_without_text(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere: no such file or folder"):
         list(documents(Source(str(tmp_path / "nowhere")), BadInput(skip=True)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import signal
@@ -10,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,11 +19,12 @@ import torch
 from mixtral.data.store import TokenData
 from mixtral.errors import Interrupted
 from mixtral.tokenizer import Tokenizer
+from mixtral.train import loop as module
 from mixtral.train.checkpoint import checkpoints, load_checkpoint
 from mixtral.train.config import TrainConfig
 from mixtral.train.loop import Progress
 from mixtral.train.metrics import MatrixRate, read_lines
-from mixtral.train.step import NonFiniteLoss
+from mixtral.train.step import NonFiniteLoss, Validation
 from tests.train.tiny_run import MakeRun, Watching, make_run, same, train_config, weights
 
 
@@ -337,6 +339,47 @@ def test_a_non_finite_loss_leaves_the_last_checkpoint(run_in: MakeRun, tmp_path:
     fresh = run_in(tmp_path, train_config())
     assert load_checkpoint(checkpoints(tmp_path)[-1], fresh.optimizer)["step"] == 4
     assert all(p.isfinite().all() for p in fresh.model.parameters())
+
+
+def saved(folder: Path) -> list[str]:
+    return [path.name for path in checkpoints(folder)]
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_a_validation_that_is_not_finite_is_no_best_one_and_stops_the_run(run_in: MakeRun, tmp_path: Path,
+                                                                          monkeypatch: pytest.MonkeyPatch,
+                                                                          bad: str) -> None:
+    config = train_config(val_every=1, save_every=1, steps=4, keep=1)
+    run, real = run_in(tmp_path, config), module.validate
+
+    def broken(*arguments: Any) -> Validation:
+        result = real(*arguments)
+        return result._replace(cross_entropy=float(bad)) if run.progress.step == 3 else result
+
+    monkeypatch.setattr(module, "validate", broken)
+    with pytest.raises(NonFiniteLoss, match=rf"^step 3: the cross_entropy of the validation is {bad}; [^\n]+$"):
+        run.train()
+    assert saved(tmp_path) == ["step_000002"] and bad not in (tmp_path / "metrics.jsonl").read_text().lower()
+    monkeypatch.undo()
+    resume(run_in, tmp_path, config)
+    assert saved(tmp_path) == ["step_000004"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(run_in: MakeRun, tmp_path: Path) -> None:
+    """Validations are rarer than checkpoints, and the loss of the step was taken before its update."""
+    config = train_config(val_every=4, save_every=2, keep=1)
+    run = run_in(tmp_path, config)
+    run.view = Watching(lambda step: run.model.norm.weight.data.fill_(float("inf")) if step == 2 else None)
+    with pytest.raises(NonFiniteLoss, match=r"^step 2: norm\.weight is not finite, and not saved; lower the"):
+        run.train()
+    assert saved(tmp_path) == ["step_000000"]
+    resume(run_in, tmp_path, config)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_progress_writes_no_number_that_json_has_not(loss: float) -> None:
+    text = json.dumps(Progress(2, 1, loss).to_dict(), allow_nan=False)
+    assert Progress.from_dict(json.loads(text)) == Progress(2, 1)
 
 
 @pytest.mark.parametrize("progress", [Progress(), Progress(8, 4, 2.5, 5.7)])

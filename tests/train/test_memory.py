@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from mixtral.config import ModelConfig
+from mixtral.data.loader import Loader
+from mixtral.data.store import TokenData
 from mixtral.errors import ConfigError, MixtralError
 from mixtral.hardware import available_memory_bytes
 from mixtral.model import Mixtral
 from mixtral.train.config import TrainConfig, override
-from mixtral.train.memory import check_memory, least_bytes
+from mixtral.train.memory import BYTES_PER_TOKEN, batch_bytes, check_memory, least_bytes
 from mixtral.train.optim import Optimizer
 from tests.train.tiny_run import train_config
 
@@ -43,6 +45,22 @@ def test_absurd_values(field: str) -> None:
 def test_the_largest_numbers_that_a_field_takes(field: str) -> None:
     with pytest.raises(MixtralError, match=r"memory are needed|too many tokens|must be at most"):
         check_memory(override(train_config(), [f"{field}={2**63 - 2 * 2**10}"]))
+
+
+def test_rows_are_bounded_however_many_parts_they_come_in() -> None:
+    """The parts of a step are a list."""
+    for parts in ("1e15", "1e10"):
+        changes = ["rows=1e15", f"accumulation={parts}", "steps=1", "context=1"]
+        with pytest.raises(MixtralError, match=r"GiB of memory are needed .*; choose fewer rows, or a shorter context"):
+            check_memory(override(train_config(), changes))
+
+
+def test_a_batch_is_no_less_than_is_told(data: TokenData) -> None:
+    config = train_config(rows=4, accumulation=2)
+    parts = [Loader(data, config.rows, config.context).batch(0, i, 2) for i in range(2)]
+    tensors = [(part.batch.tokens_T, part.batch.positions_T, part.targets_T) for part in parts]
+    content = sum(t.nbytes for part in tensors for t in part)
+    assert content == BYTES_PER_TOKEN * config.tokens_per_step < batch_bytes(config)
 
 
 def test_both_numbers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

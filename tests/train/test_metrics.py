@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,14 @@ def test_lines_come_back_as_written(tmp_path: Path) -> None:
     log.write("timings", {"step": 1, "seconds": 2.0})
     assert read_lines(tmp_path / "metrics.jsonl") == lines
     assert read_lines(tmp_path / "timings.jsonl") == [{"step": 1, "seconds": 2.0}]
+
+
+def test_a_figure_that_is_not_finite_is_null(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    layer = {"max_over_mean": 1.0, "gini": 0.0, "dead": 0, "entropy": math.nan, "output_norms": [math.inf, 1.0]}
+    log.write("metrics", {"step": 1, "layers": [layer]})
+    (line,) = read_lines(tmp_path / "metrics.jsonl")
+    assert line["layers"] == [{**layer, "entropy": None, "output_norms": [None, 1.0]}]
 
 
 def test_lines_of_later_steps_are_dropped(tmp_path: Path) -> None:

@@ -202,6 +202,34 @@ def test_a_file_put_beside_the_tokenizer_of_a_failed_run_is_kept(corpus: Path, t
     assert contents(tmp_path) == before
 
 
+STRANGERS = ("precious.model", "precious.model.v3", "tekken.json.bak", "mine.model.v3/weights", "deep/tokenizer.json")
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_what_looks_like_a_tokenizer_is_kept_unless_the_run_has_written_it(trained: Trained, corpus: Path,
+                                                                           tmp_path: Path, name: str) -> None:
+    begin(config_of(corpus), tmp_path)
+    shutil.copytree(trained.run.folder / "tokenizer", tmp_path / "tokenizer")
+    begin(config_of(corpus), tmp_path)
+    assert not (tmp_path / "tokenizer").exists()  # all of it was the run's
+
+    shutil.copytree(trained.run.folder / "tokenizer", tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "tokenizer" / name).write_text("precious")
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match=r"tokenizer.*: no run has written this; move it, or choose another --out"):
+        begin(config_of(corpus), tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_link_to_a_tokenizer_is_kept(trained: Trained, corpus: Path, tmp_path: Path) -> None:
+    begin(config_of(corpus), tmp_path)
+    (tmp_path / "tokenizer").symlink_to(trained.run.folder / "tokenizer")
+    with pytest.raises(UsageError, match="tokenizer: no run has written this"):
+        begin(config_of(corpus), tmp_path)
+    assert (tmp_path / "tokenizer/tokenizer.json").is_file()
+
+
 def test_what_was_put_into_a_finished_model_stays(trained: Trained, tmp_path: Path) -> None:
     """`pretrain` writes the model of a finished run once more; `mixtral train --resume` does not call it then."""
     out = tmp_path / "run"

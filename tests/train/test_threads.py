@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from mixtral import cores, runtime
-from mixtral.errors import ConfigError, UsageError
+from mixtral.errors import ConfigError, MixtralError, UsageError
 from mixtral.train import pretrain as pretraining
 from mixtral.train import threads as module
 from mixtral.train.checkpoint import checkpoints
 from mixtral.train.config import TrainConfig
 from mixtral.train.metrics import MatrixRate, read_lines
 from mixtral.train.pretrain import pretrain
-from mixtral.train.run_folder import begin, change_threads, recorded_config, recorded_threads
+from mixtral.train.run_folder import begin, recorded_config, recorded_threads
 from mixtral.train.threads import (
     WINDOW,
     Pace,
@@ -180,11 +180,34 @@ def test_equal_threads_give_equal_bits_and_a_change_is_kept(corpus: Path, tmp_pa
     assert (parts / "metrics.jsonl").read_bytes() == metrics
     assert (parts / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
 
-    change_threads(first, "1")
-    assert recorded_threads(parts) == 1
-    pretrain(checkpoints(parts)[0], Watching())
-    assert torch.get_num_threads() == 1
+    pretrain(checkpoints(parts)[0], Watching(), "1")
+    assert recorded_threads(parts) == 1 and torch.get_num_threads() == 1
     assert recorded_config(parts) == config_of(corpus)
+
+
+def test_the_record_changes_only_once_the_checkpoint_is_loaded(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    begin(config_of(corpus), out, threads=2)
+    pretrain(out, Watching())
+    before = (out / "config.json").read_bytes()
+    for damage, start in ((lambda: None, out / "checkpoints/step_000099"),
+                          (lambda: (checkpoints(out)[-1] / "state.json").write_text("{"), out)):  # fmt: skip
+        damage()
+        with pytest.raises(MixtralError, match="checkpoint"):
+            pretrain(start, Watching(), 1)
+        assert (out / "config.json").read_bytes() == before
+    pretrain(checkpoints(out)[0], Watching(), 1)
+    assert recorded_threads(out) == 1
+
+
+@pytest.mark.parametrize("value", ["2000", "abc", "0"])
+def test_the_environment_does_not_stop_a_run_that_has_its_number(corpus: Path, tmp_path: Path, value: str,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(config_of(corpus, steps=1), tmp_path / "run", threads=2)
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    for _ in range(2):
+        pretrain(tmp_path / "run", Watching())
+        assert torch.get_num_threads() == 2
 
 
 def test_what_is_refused(corpus: Path, tmp_path: Path) -> None:
@@ -192,16 +215,15 @@ def test_what_is_refused(corpus: Path, tmp_path: Path) -> None:
         begin(config_of(corpus), tmp_path / "run", threads=0)
     assert not (tmp_path / "run").exists()
     with pytest.raises(UsageError, match="is not a training run"):
-        change_threads(tmp_path / "run", 1)
+        pretrain(tmp_path / "run", Watching(), 1)
     begin(config_of(corpus), tmp_path / "run", threads=1)
     before = (tmp_path / "run/config.json").read_text()
-    change_threads(tmp_path / "run", "auto")
     with pytest.raises(UsageError, match="not many"):
-        change_threads(tmp_path / "run", "many")
+        pretrain(tmp_path / "run", Watching(), "many")
     assert (tmp_path / "run/config.json").read_text() == before
     for bad in ("{}", '{"environment": {"threads": "two"}}', '{"environment": {"threads": null}}', "[]", "{"):
         (tmp_path / "run/config.json").write_text(bad)
-        for act in (recorded_threads, lambda out: change_threads(out, 2)):
+        for act in (recorded_threads, lambda out: pretrain(out, Watching(), 2)):
             with pytest.raises(ConfigError, match=r"config\.json"):
                 act(tmp_path / "run")
 
