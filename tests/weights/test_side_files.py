@@ -158,7 +158,6 @@ def test_what_a_gguf_file_says(source: Path, tmp_path: Path) -> None:
     ({"mixtral.file.tokenizer_config.json": 5}, "must be the text of a file"),
     ({"mixtral.file.model.safetensors": ""}, "must be the text of a file"),
     ({"tokenizer.chat_template": 5}, "tokenizer.chat_template must be a text, not 5"),
-    ({"tokenizer.chat_template.../../x": "t"}, "is no name for a file"),
 ])
 def test_files_that_a_stranger_put_into_gguf(metadata: dict[str, Any], message: str) -> None:
     with pytest.raises((MixtralError, ValueError), match=message):
