@@ -54,9 +54,8 @@ def with_recommended(asked: Mapping[str, Any], model: Mapping[str, Any]) -> dict
     instead = {"max_tokens": "max_length", "min_tokens": "min_length"}
     replaced = {whole for new, whole in instead.items() if new in asked}
     if "max_length" in model and "max_length" in asked:
-        model = {**model, "max_tokens": asked["max_length"]}
-        if asked["max_length"] is None:
-            replaced.add("max_tokens")
+        replaced |= {"max_length", "max_tokens"}
+        asked = ({"max_tokens": asked["max_length"]} if asked["max_length"] is not None else {}) | dict(asked)
     return {name: value for name, value in model.items() if name not in replaced} | dict(asked)
 
 

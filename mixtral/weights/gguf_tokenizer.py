@@ -160,7 +160,7 @@ def _files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     known, templates = folder_templates(files), metadata_templates(metadata)
     if "default" not in known and templates.get("default") in TEMPLATES.values():
         del templates["default"]  # written for want of another
-    if templates != known:
+    if templates != {name: text for name, text in known.items() if text}:  # GGUF writers leave out empty texts
         files = {name: content for name, content in files.items() if not name.endswith(".jinja")}
         files |= template_files(templates)
     return files
@@ -184,12 +184,19 @@ def _rebuilt(metadata: Mapping[str, Any]) -> Tokenizer:
     if (document := metadata.get(_JSON)) is not None:
         if not isinstance(document, str):
             raise ValueError(f"{_JSON} must be a text, not {shown(document)}")
-        whole = JsonTokenizer(document.encode(), beside, _JSON, spm)
+        whole = JsonTokenizer(document.encode(), _naming(beside, pieces[bos].text, pieces[eos].text), _JSON, spm)
         if whole.sentencepiece:
             tokenizer = whole
     tokenizer.frame(*(None if flag == now else flag for flag, now in (
         (add_bos, tokenizer.adds_bos), (add_eos, tokenizer.adds_eos))))  # fmt: skip
     return tokenizer
+
+
+def _naming(beside: Beside, bos: str, eos: str) -> Beside:
+    """With the names of begin and end, where none of the files gives one."""
+    missing = {role: name for role, name in {"bos_token": bos, "eos_token": eos}.items() if beside.name(role) is None}
+    config = json.dumps(beside.config | missing).encode()
+    return Beside({**beside.files, "tokenizer_config.json": config}) if missing else beside
 
 
 def _text_end(metadata: Mapping[str, Any], key: str, pieces: list[Piece], usual: int, name: str) -> int:
