@@ -219,7 +219,7 @@ FORMATS = ("gguf", "mistral", "gguf and back", "gguf to mistral", "mistral and b
 
 
 @pytest.mark.parametrize(("holder", "end"), [
-    ("generation_config.json", 1001), ("generation_config.json", 0), ("generation_config.json", 24),
+    ("generation_config.json", 1001), ("generation_config.json", 0),
     ("config.json", 300), ("config.json", [300, 301]), ("config.json", 1004), ("config.json", [1001, 2]),
     ("generation_config.json", [2, 5, 6, 7, 8]), ("config.json", [2, 5, 6, 7, 8]),
 ], ids=str)
