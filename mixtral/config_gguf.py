@@ -89,7 +89,7 @@ def from_gguf(headers: Sequence[GgufHeader]) -> ModelConfig:
     if (what := metadata.get("general.type", "model")) != "model":
         raise ConfigError(f"general.type must be 'model', not {shown(what)}; merge an adapter into its model first")
     flat = {key: _shortest(value) for key, value in metadata.items() if key.startswith("llama.")}
-    flat |= {key: metadata[key] for key in _IDS.values() if key in metadata} 
+    flat |= {key: metadata[key] for key in _IDS.values() if key in metadata}
     if (ends := named_end_tokens(metadata)) is not None:
         flat[_ENDS[0]] = list(ends)
     flat["tie_embeddings"] = not any("output.weight" in header.tensors for header in headers)

@@ -142,7 +142,8 @@ def to_gguf_sampling(values: Mapping[str, Any]) -> dict[str, Any]:
     """`general.sampling` of a GGUF file for what generation_config.json says, as far as there are keys for it."""
     if values.get("do_sample") is not True:
         return {}
-    stated = {name: values.get(key, SAMPLING[key]) for name, key in GGUF_KEYS.items()}
+    said = {key: value for key, value in values.items() if value is not None}
+    stated = {name: said.get(key, SAMPLING[key]) for name, key in GGUF_KEYS.items()}
     return {
         f"{GGUF_SAMPLING}{name}": value if name == "top_k" else float(value) for name, value in stated.items()
         if (type(value) is int and 0 <= value < 1 << 31) or (type(value) is float and name != "top_k"

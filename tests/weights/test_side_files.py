@@ -248,17 +248,20 @@ def test_the_tokenizers_end_does_not_become_the_models(tmp_path: Path) -> None:
 
 def test_an_embedded_tokenizer_json_counts_whatever_the_models_end(tmp_path: Path) -> None:
     """Its ids differ from those of the sentencepiece model: it puts no space before a text."""
-    source = _small(tmp_path / "source", generation_config__json={"eos_token_id": 300})
+    files = {"generation_config__json": {"eos_token_id": 1001, "do_sample": True, "top_k": None}}
+    source = _small(tmp_path / "source", added_tokens__json=ADDED_JSON, **files)
     document = json.loads((source / "tokenizer.json").read_bytes())
     document["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     (source / "tokenizer.json").write_text(json.dumps(document))
     wanted = load_tokenizer(source).encode_batch(LINES)
     assert wanted != tokenizer_named("own").encode_batch(LINES)
     metadata = dict(read_gguf_header(_convert("gguf")(source, tmp_path)).metadata)
-    for change in ({}, {"tokenizer.ggml.eos_token_id": 300}):  # as earlier versions wrote it
-        assert _rebuilt(metadata | change).encode_batch(LINES) == wanted
-    del metadata["mixtral.file.tokenizer_config.json"]  # which names begin and end
-    assert _rebuilt(metadata).encode_batch(LINES) == wanted
+    assert metadata["tokenizer.ggml.eos_token_id"] == 2 and metadata["general.sampling.top_k"] == 50
+    earlier = metadata | {"tokenizer.ggml.eos_token_id": 1001}  # as earlier versions wrote it
+    for back in (_rebuilt(metadata), _rebuilt(earlier)):
+        assert back.encode_batch(LINES) == wanted and back.eos_id == 2
+    del earlier["mixtral.file.tokenizer_config.json"]  # which names begin and end
+    assert _rebuilt(earlier).encode_batch(LINES) == wanted and _rebuilt(earlier).eos_id == 1001
 
 
 DEFAULTS = {"do_sample": True, "temperature": 0.75, "top_p": 0.5, "repetition_penalty": 1.25, "pad_token_id": 0}
