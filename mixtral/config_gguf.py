@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mixtral.config import DEFAULT_EOS, ModelConfig, is_token_id
+from mixtral.config import DEFAULT_EOS, ModelConfig, end_tokens, is_token_id
 from mixtral.config_table import FileFormat, build, warn_once, written
 from mixtral.errors import ConfigError, shown
+from mixtral.generation_config import GGUF_KEY, embedded
 from mixtral.gguf_header import GgufHeader
 
 _ARCHITECTURE = "llama"
@@ -88,7 +89,9 @@ def from_gguf(headers: Sequence[GgufHeader], where: str = "GGUF") -> ModelConfig
     if (what := metadata.get("general.type", "model")) != "model":
         raise ConfigError(f"general.type must be 'model', not {shown(what)}; merge an adapter into its model first")
     flat = {key: _shortest(value) for key, value in metadata.items() if key.startswith("llama.")}
-    flat |= {key: metadata[key] for key in _IDS.values() if key in metadata} | _end_tokens(metadata)
+    flat |= {key: metadata[key] for key in _IDS.values() if key in metadata}
+    if (ends := named_end_tokens(metadata)) is not None:
+        flat[_ENDS[0]] = list(ends)
     flat["tie_embeddings"] = not any("output.weight" in header.tensors for header in headers)
     tokens = metadata.get("tokenizer.ggml.tokens")
     flat.setdefault("llama.vocab_size", len(tokens) if isinstance(tokens, list) and tokens else None)
@@ -105,7 +108,8 @@ def from_gguf(headers: Sequence[GgufHeader], where: str = "GGUF") -> ModelConfig
 def to_gguf(config: ModelConfig, text_end: int | None = None) -> dict[str, Any]:
     """Metadata that say the shape of a model, and which ids its first and last tokens have.
 
-    `text_end` is the tokenizer's end token: of several it comes first, since GGUF has one key for both.
+    `text_end` is the tokenizer's end token: it comes first, since GGUF has one key for both. `named_end_tokens` tells
+    whether the metadata say the model's end tokens exactly.
     llama.cpp's "llama" has no sliding window: such a model is written with it, and computed there without.
     Raises ConfigError for a model that is not plain Mistral or Mixtral.
     """
@@ -117,22 +121,32 @@ def to_gguf(config: ModelConfig, text_end: int | None = None) -> dict[str, Any]:
     metadata = {key: getattr(config, field) for field, key in written(config, _GGUF) if field != "tie_embeddings"}
     metadata |= {key: config.head_dim for key, field in _GGUF.repeated.items() if field == "head_dim"}
     metadata[_THETA] = float(config.rope_theta)
-    ends = sorted(config.eos_ids, key=lambda token_id: token_id != text_end)
+    ends = list(dict.fromkeys(config.eos_ids if text_end is None else (text_end, *config.eos_ids)))
     metadata |= dict(zip(_ENDS, ends, strict=False))
     if left_out := ends[len(_ENDS) :]:
-        warn_once(f"GGUF holds {len(_ENDS)} end tokens: {', '.join(map(str, left_out))} left out")
+        warn_once(f"llama.cpp knows {len(_ENDS)} end tokens, and will not end at {', '.join(map(str, left_out))}")
     return {key: value for key, value in metadata.items() if value is not None}
 
 
-def _end_tokens(metadata: dict[str, Any]) -> dict[str, Any]:
-    """All end tokens of a file under the key of the first: llama.cpp ends at any of them."""
+def named_end_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The end tokens that a file names; None when it names none.
+
+    Those of the generation_config.json that it holds, else all that the format's keys name: llama.cpp ends at any.
+    """
+    values = embedded(metadata) or {}
+    if "eos_token_id" in values:
+        return _as_tuple(values["eos_token_id"], f"{GGUF_KEY}: eos_token_id")
     for key in (found := [key for key in _ENDS if key in metadata]):
         if not is_token_id(metadata[key]):
             raise ConfigError(f"{key} must be a token id, not {shown(metadata[key])}")
     if not found:
-        return {}
-    first = metadata.get(_ENDS[0], DEFAULT_EOS)
-    return {_ENDS[0]: [first, *(metadata[key] for key in found)]}
+        return None
+    return _as_tuple([metadata.get(_ENDS[0], DEFAULT_EOS), *(metadata[key] for key in found)], _ENDS[0])
+
+
+def _as_tuple(value: object, name: str) -> tuple[int, ...]:
+    ids = end_tokens(value, name)
+    return () if ids is None else ids if isinstance(ids, tuple) else (ids,)
 
 
 def _shortest(value: Any) -> Any:

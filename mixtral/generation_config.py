@@ -7,10 +7,13 @@ each key means.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mixtral.json_files import read_object
+from mixtral.config import DEFAULT_EOS
+from mixtral.errors import ConfigError, shown
+from mixtral.json_files import parse_object, read_object
 
 NAME = "generation_config.json"
 GGUF_KEY = f"mixtral.file.{NAME}"  # where a GGUF file that we wrote keeps it, as text
@@ -37,6 +40,8 @@ SAMPLING = {  # honoured with `do_sample` alone: key, which is also the field ->
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
 }
+GGUF_SAMPLING = "general.sampling."  # what follows in a GGUF file -> key here
+GGUF_KEYS = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 SWITCHES = frozenset({"do_sample", "eos_token_id"})  # read apart
 _CACHES = ("dynamic", "static", "hybrid", "sliding_window", "hybrid_chunked", "paged")
 NEUTRAL: dict[str, tuple[object, ...]] = {  # changes the result, not implemented -> values that ask for nothing
@@ -73,6 +78,7 @@ HARMLESS = frozenset(
     | {"output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"}
     | {"transformers_version", "_from_model_config", "_commit_hash"}
 )
+_MOST_FP32 = 3.4e38
 KEYS = HONOURED.keys() | SAMPLING.keys() | SWITCHES | NEUTRAL.keys() | HARMLESS
 
 
@@ -90,3 +96,56 @@ def read_generation_config(folder: Path) -> tuple[Path, dict[str, Any]]:
     else:
         values = {}
     return file, {key: value for key, value in values.items() if value is not None}
+
+
+def from_config_json(folder: Path) -> dict[str, Any]:
+    """What generation_config.json would say for a folder that has none, but such keys in its config.json; else {}.
+
+    The end tokens are among them, since transformers takes those from generation_config.json alone once there is one.
+    """
+    file, values = read_generation_config(folder)
+    if file.name == NAME or not values.keys() - HARMLESS - {"eos_token_id"}:
+        return {}
+    if "eos_token_id" not in read_object(file):  # not even as null
+        values["eos_token_id"] = DEFAULT_EOS
+    return {key: value for key, value in values.items() if key not in HARMLESS or key.endswith("_token_id")}
+
+
+def embedded(metadata: Mapping[str, Any], where: str = GGUF_KEY) -> dict[str, Any] | None:
+    """What the generation_config.json says that a GGUF file holds, without nulls; None when it holds none.
+
+    Raises ConfigError, which begins with `where`, when that is damaged.
+    """
+    if (text := metadata.get(GGUF_KEY)) is None:
+        return None
+    if not isinstance(text, str):
+        raise ConfigError(f"{where} must be a text, not {shown(text)}")
+    return {key: value for key, value in parse_object(text.encode(), where).items() if value is not None}
+
+
+def from_gguf_sampling(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What generation_config.json would say for a GGUF file's `general.sampling`; {} without a temperature, since then
+    it has no effect. Raises ConfigError, which begins with the key, for what is no finite number."""
+    names = {f"{GGUF_SAMPLING}{name}": key for name, key in GGUF_KEYS.items()}
+    stated = {key: metadata[name] for name, key in names.items() if name in metadata}
+    if "temperature" not in stated:
+        return {}
+    for name, key in names.items():
+        if key in stated and (type(stated[key]) not in (int, float) or not abs(stated[key]) < _MOST_FP32):
+            raise ConfigError(f"{name} must be a finite number, not {shown(stated[key])}")
+    if stated["temperature"] == 0:  # greedy, as transformers says it
+        return {"do_sample": False}
+    return {"do_sample": True, "top_k": 0, **stated}
+
+
+def to_gguf_sampling(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`general.sampling` of a GGUF file for what generation_config.json says, as far as there are keys for it."""
+    if values.get("do_sample") is not True:
+        return {}
+    said = {key: value for key, value in values.items() if value is not None}
+    stated = {name: said.get(key, SAMPLING[key]) for name, key in GGUF_KEYS.items()}
+    return {
+        f"{GGUF_SAMPLING}{name}": value if name == "top_k" else float(value) for name, value in stated.items()
+        if (type(value) is int and 0 <= value < 1 << 31) or (type(value) is float and name != "top_k"
+                                                             and abs(value) < _MOST_FP32)
+    }  # fmt: skip

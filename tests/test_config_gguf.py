@@ -79,9 +79,11 @@ def test_all_end_tokens(ends: dict[str, int], wanted: tuple[int, ...]) -> None:
 def test_end_tokens_beyond_three(caplog: pytest.LogCaptureFixture) -> None:
     written = to_gguf(preset("mixtral-8x7b").replace(eos_id=[2, 7, 9, 11, 12]))
     assert [written[key] for key in (_EOS, _EOT, _EOM)] == [2, 7, 9]
-    assert "GGUF holds 3 end tokens: 11, 12 left out" in caplog.text
+    assert "llama.cpp knows 3 end tokens, and will not end at 11, 12" in caplog.text
     first = to_gguf(preset("mixtral-8x7b").replace(eos_id=[2, 7, 9]), text_end=9)  # the tokenizer's
     assert [first[key] for key in (_EOS, _EOT, _EOM)] == [9, 2, 7]
+    other = to_gguf(preset("mixtral-8x7b").replace(eos_id=9), text_end=2)
+    assert other[_EOS] == 2 and other[_EOT] == 9 and _EOM not in other
     assert _EOS not in to_gguf(preset("mixtral-8x7b").replace(eos_id=None))
 
 

@@ -13,12 +13,18 @@ from typing import Any
 from mixtral.config_table import warn_once
 from mixtral.engine.params import TOKEN_FIELDS, SamplingParams
 from mixtral.errors import ConfigError, UsageError, one_line, shown
-from mixtral.generation_config import GGUF_KEY, HONOURED, KEYS, NEUTRAL, SAMPLING, read_generation_config
+from mixtral.generation_config import (
+    GGUF_KEY,
+    GGUF_KEYS,
+    HONOURED,
+    KEYS,
+    NEUTRAL,
+    SAMPLING,
+    embedded,
+    read_generation_config,
+)
+from mixtral.generation_config import GGUF_SAMPLING as _GGUF
 from mixtral.gguf_header import read_gguf_header
-from mixtral.json_files import parse_object
-
-_GGUF = "general.sampling."
-_GGUF_KEYS = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}  # -> field
 
 
 def recommended(path: str | Path) -> dict[str, Any]:
@@ -31,9 +37,9 @@ def recommended(path: str | Path) -> dict[str, Any]:
     if path.suffix != ".gguf":
         return _of_json(*read_generation_config(path))
     metadata = read_gguf_header(path).metadata
-    if isinstance(text := metadata.get(GGUF_KEY), str):
-        values = parse_object(text.encode(), f"{path}: {GGUF_KEY}")
-        return _of_json(path, {key: value for key, value in values.items() if value is not None})
+    where = f"{path}: {GGUF_KEY}"
+    if (values := embedded(metadata, where)) is not None:
+        return _of_json(where, values)
     return _of_gguf(path, metadata)
 
 
@@ -53,17 +59,20 @@ def within_vocabulary(model: Mapping[str, Any], vocab_size: int) -> dict[str, An
 def with_recommended(asked: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
     """`asked` and, where it says nothing, what the model recommends.
 
-    A number of new tokens that is asked for also stands in for a recommended number of all tokens. `stop` may be one
-    string.
+    A number of new tokens that is asked for also stands in for a recommended number of all tokens, and a number of all
+    tokens for that and for the number of new ones that came of it (`recommended`). `stop` may be one string.
     """
     if isinstance(stop := asked.get("stop"), str):
         asked = {**asked, "stop": (stop,)}
     instead = {"max_tokens": "max_length", "min_tokens": "min_length"}
     replaced = {whole for new, whole in instead.items() if new in asked}
+    if "max_length" in model and "max_length" in asked:
+        replaced |= {"max_length", "max_tokens"}
+        asked = ({"max_tokens": asked["max_length"]} if asked["max_length"] is not None else {}) | dict(asked)
     return {name: value for name, value in model.items() if name not in replaced} | dict(asked)
 
 
-def _of_json(file: Path, values: dict[str, Any]) -> dict[str, Any]:
+def _of_json(file: Path | str, values: dict[str, Any]) -> dict[str, Any]:
     samples = values.get("do_sample", False)
     if not isinstance(samples, bool):
         raise ConfigError(f"{file}: do_sample must be true or false, not {shown(samples)}")
@@ -86,7 +95,7 @@ def _of_json(file: Path, values: dict[str, Any]) -> dict[str, Any]:
     return found | (_sampling(file, values) if samples else {})
 
 
-def _sampling(file: Path, values: dict[str, Any]) -> dict[str, Any]:
+def _sampling(file: Path | str, values: dict[str, Any]) -> dict[str, Any]:
     stated = {key: values.get(key, otherwise) for key, otherwise in SAMPLING.items()}
     if stated["top_k"] == 0:  # as transformers writes "no such filter"
         stated["top_k"] = None
@@ -95,23 +104,23 @@ def _sampling(file: Path, values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key == "temperature" or value != getattr(neutral, key)}
 
 
-def _of_gguf(file: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+def _of_gguf(file: Path | str, metadata: dict[str, Any]) -> dict[str, Any]:
     values = {key.removeprefix(_GGUF): value for key, value in metadata.items() if key.startswith(_GGUF)}
     samples = "temp" in values
     _warn(file, {
-        "not applied": [f"{_GGUF}{key} {shown(value)}" for key, value in values.items() if key not in _GGUF_KEYS],
-        f"no effect without {_GGUF}temp": [f"{_GGUF}{key}" for key in values if not samples and key in _GGUF_KEYS],
+        "not applied": [f"{_GGUF}{key} {shown(value)}" for key, value in values.items() if key not in GGUF_KEYS],
+        f"no effect without {_GGUF}temp": [f"{_GGUF}{key}" for key in values if not samples and key in GGUF_KEYS],
     })  # fmt: skip
     if not samples:
         return {}
     if values.get("top_k") == 0:
         del values["top_k"]
     return {
-        field: _checked(file, f"{_GGUF}{key}", field, values[key]) for key, field in _GGUF_KEYS.items() if key in values
+        field: _checked(file, f"{_GGUF}{key}", field, values[key]) for key, field in GGUF_KEYS.items() if key in values
     }
 
 
-def _checked(file: Path, key: str, field: str, value: Any) -> Any:
+def _checked(file: Path | str, key: str, field: str, value: Any) -> Any:
     """The value as SamplingParams holds it."""
     try:
         return getattr(SamplingParams(**{field: value}), field)
@@ -119,7 +128,7 @@ def _checked(file: Path, key: str, field: str, value: Any) -> Any:
         raise ConfigError(f"{file}: {str(error).replace(f'sampling: {field}', f'sampling: {key}', 1)}") from None
 
 
-def _warn(file: Path, groups: dict[str, list[str]]) -> None:
+def _warn(file: Path | str, groups: dict[str, list[str]]) -> None:
     parts = "; ".join(f"{what}: {', '.join(names)}" for what, names in groups.items() if names)
     if parts:
         warn_once(one_line(f"{file}: {parts}"))

@@ -56,9 +56,9 @@ class SamplingParams:
                 object.__setattr__(self, name, tuple(tuple(v) if isinstance(v, list) else v for v in value))
 
     def _check_lengths(self) -> None:
-        self._require("max_tokens", "a positive integer", _is_int(self.max_tokens, 1))
         max_length = self.max_length is None or _is_int(self.max_length, 1)
-        self._require("max_length", "a positive integer or None", max_length)
+        self._require("max_length", "a positive integer or None", max_length)  # before what may come of it
+        self._require("max_tokens", "a positive integer", _is_int(self.max_tokens, 1))
         for name in ("min_tokens", "min_length"):
             self._require(name, "an integer of at least 0", _is_int(getattr(self, name), 0))
         strings = isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop)

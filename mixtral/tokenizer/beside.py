@@ -21,6 +21,7 @@ SIDE_FILES = (
     *("chat_template.jinja", "chat_template.json", f"{TEMPLATES}/*.jinja"),
 )
 FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": True, "special": False}
+_MOST_NAME = 200  # bytes of a file's name; file systems have 255, and a file being written has a longer one
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -67,7 +68,8 @@ def parse_vocabulary(data: bytes, name: str) -> dict[str, Any]:
 def is_side_file(name: str) -> bool:
     """Whether a path inside a folder is one of SIDE_FILES."""
     path = PurePosixPath(name)
-    return ".." not in path.parts and any(
+    is_name = all(part != ".." and "\0" not in part and len(part.encode()) <= _MOST_NAME for part in path.parts)
+    return is_name and any(
         len(path.parts) == len(PurePosixPath(pattern).parts) and path.match(pattern) for pattern in SIDE_FILES
     )
 

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from mixtral.config_table import warn_once
 from mixtral.errors import MixtralError, shown
+from mixtral.tokenizer.beside import TEMPLATES as FOLDER
 from mixtral.tokenizer.beside import Beside, is_side_file
 
 _GGUF = "tokenizer.chat_template"  # the default one; the others are _GGUF.NAME, and _GGUFs lists their names
@@ -92,12 +94,14 @@ def _configured(value: object) -> dict[str, str]:
 
 
 def template_files(templates: Mapping[str, str]) -> dict[str, bytes]:
-    """Templates by name -> the files that hold them. Raises MixtralError for a name that no file can have."""
-    files = {"chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja": text.encode()
-             for name, text in templates.items()}  # fmt: skip
-    for name in files:
-        if not is_side_file(name):
-            raise MixtralError(f"{_GGUF}s: {shown(name)} is no name for a file")
+    """Templates by name -> the files that hold them; one whose name no file can have is left out with a warning."""
+    files = {}
+    for name, text in templates.items():
+        file = "chat_template.jinja" if name == "default" else f"{FOLDER}/{name}.jinja"
+        if name and is_side_file(file):
+            files[file] = text.encode()
+        else:
+            warn_once(f"{_GGUF}: the template named {shown(name)} is left out: that is no name for a file")
     return files
 
 
@@ -117,5 +121,5 @@ def metadata_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
         if key == _GGUF or key.startswith(f"{_GGUF}."):
             if not isinstance(text, str):
                 raise MixtralError(f"{key} must be a text, not {shown(text)}")
-            found[key.removeprefix(_GGUF).removeprefix(".") or "default"] = text
+            found["default" if key == _GGUF else key.removeprefix(f"{_GGUF}.")] = text
     return found

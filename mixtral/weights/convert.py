@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mixtral.config import ModelConfig
+from mixtral.config import DEFAULT_EOS, ModelConfig
 from mixtral.config_formats import read_config, to_mistral
 from mixtral.errors import MixtralError, UsageError, did_you_mean
 from mixtral.files import atomic_folder, atomic_write
@@ -75,7 +75,8 @@ def convert(
         if to == "hf":
             _add_tokenizer_json(new)
         if to == "mistral":
-            write_end_tokens(config, new)  # the copied file may name none
+            assumed = with_token_ids(config.replace(eos_id=DEFAULT_EOS), new).eos_ids[0]
+            write_end_tokens(config, new, assumed)  # the copied file may name none
 
 
 def _add_tokenizer_json(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections import Counter
@@ -9,7 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mixtral.config import is_token_id
+from mixtral.config_gguf import named_end_tokens
 from mixtral.errors import MixtralError, UsageError, WeightsError, shown
+from mixtral.generation_config import NAME as GENERATION_CONFIG
+from mixtral.generation_config import embedded, from_config_json, from_gguf_sampling
 from mixtral.gguf_header import read_gguf_header
 from mixtral.tokenizer import Tokenizer, load_tokenizer
 from mixtral.tokenizer.beside import Beside, is_side_file, read_side_files
@@ -125,17 +130,33 @@ def read_tokenizer(path: str | Path) -> Tokenizer | None:
 def side_files(source: str | Path) -> dict[str, bytes]:
     """The small files beside the tokenizer of a model folder, or what a GGUF file holds of them, by name.
 
-    Raises MixtralError, one line with the file, for one that cannot be read.
+    Generation defaults that the model keeps elsewhere, in config.json or GGUF's `general.sampling`, come as a
+    generation_config.json. Raises MixtralError, one line with the file, for one that cannot be read.
     """
     source = Path(source)
     if source.suffix != ".gguf":
-        return read_side_files(source) if source.is_dir() else {}
+        files = read_side_files(source) if source.is_dir() else {}
+        return _with_defaults(files, {} if GENERATION_CONFIG in files else from_config_json(source))
     try:
-        return _files(read_gguf_header(source).metadata)
+        metadata = read_gguf_header(source).metadata
+        files = _files(metadata)
+        embedded(metadata)  # raises where it is damaged
+        return _with_defaults(files, {} if GENERATION_CONFIG in files else _sampling(metadata))
     except (WeightsError, ValueError) as error:
         raise error if isinstance(error, WeightsError) else MixtralError(f"{source}: {error}") from None
     except MixtralError as error:
         raise MixtralError(f"{source}: {error}") from None
+
+
+def _with_defaults(files: dict[str, bytes], values: dict[str, Any]) -> dict[str, bytes]:
+    """With the generation defaults that were kept elsewhere, in the file of their own that every format takes along."""
+    return files | ({GENERATION_CONFIG: json.dumps(values, indent=2).encode() + b"\n"} if values else {})
+
+
+def _sampling(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What `general.sampling` recommends, with the end tokens, which generation_config.json must name too."""
+    values, ends = from_gguf_sampling(metadata), named_end_tokens(metadata)
+    return values | ({"eos_token_id": list(ends)} if values and ends else {})
 
 
 def _files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
@@ -150,7 +171,7 @@ def _files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     known, templates = folder_templates(files), metadata_templates(metadata)
     if "default" not in known and templates.get("default") in TEMPLATES.values():
         del templates["default"]  # written for want of another
-    if templates != known:
+    if templates != {name: text for name, text in known.items() if text}:  # GGUF writers leave out empty texts
         files = {name: content for name, content in files.items() if not name.endswith(".jinja")}
         files |= template_files(templates)
     return files
@@ -158,26 +179,51 @@ def _files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
 
 def _rebuilt(metadata: Mapping[str, Any]) -> Tokenizer:
     pieces = _read_pieces(metadata)
-    ids = [metadata.get(key, default) for key, default in ((_BOS, 1), (_EOS, 2), (_UNKNOWN, 0))]
-    if not all(type(i) is int and 0 <= i < len(pieces) for i in ids):
-        raise ValueError(f"{_BOS}, {_EOS} and {_UNKNOWN} must be ids of its {len(pieces)} tokens")
-    bos, eos, unknown = ids
+    unknown = metadata.get(_UNKNOWN, 0)
+    if type(unknown) is not int or not 0 <= unknown < len(pieces):
+        raise ValueError(f"{_UNKNOWN} must be the id of one of its {len(pieces)} tokens, not {shown(unknown)}")
     space, add_bos, add_eos = (
         _flag(metadata, key, default) for key, default in ((_SPACE, True), (_ADD_BOS, True), (_ADD_EOS, False))
     )
     pieces = [piece._replace(kind=_kind(i, piece.kind, unknown)) for i, piece in enumerate(pieces)]
+    bos, eos = (_text_end(metadata, key, pieces, *usual) for key, usual in ((_BOS, (1, "<s>")), (_EOS, (2, "</s>"))))
+    for i in (bos, eos):
+        pieces[i] = pieces[i]._replace(kind=Kind.CONTROL)
     beside = Beside(_files(metadata))
     spm = SentencePieceTokenizer(write_spm_model(SpmModel(pieces, space), bos, eos), "tokenizer.model")
     tokenizer: Tokenizer = spm.with_files(beside)
     if (document := metadata.get(_JSON)) is not None:
         if not isinstance(document, str):
             raise ValueError(f"{_JSON} must be a text, not {shown(document)}")
-        whole = JsonTokenizer(document.encode(), beside, _JSON, spm)
-        if whole.sentencepiece and (whole.bos_id, whole.eos_id) == (bos, eos):
+        whole = JsonTokenizer(document.encode(), _naming(beside, pieces[bos].text, pieces[eos].text), _JSON, spm)
+        if whole.sentencepiece:
             tokenizer = whole
     tokenizer.frame(*(None if flag == now else flag for flag, now in (
         (add_bos, tokenizer.adds_bos), (add_eos, tokenizer.adds_eos))))  # fmt: skip
     return tokenizer
+
+
+def _naming(beside: Beside, bos: str, eos: str) -> Beside:
+    """With the names of begin and end, where none of the files gives one."""
+    missing = {role: name for role, name in {"bos_token": bos, "eos_token": eos}.items() if beside.name(role) is None}
+    config = json.dumps(beside.config | missing).encode()
+    return Beside({**beside.files, "tokenizer_config.json": config}) if missing else beside
+
+
+def _text_end(metadata: Mapping[str, Any], key: str, pieces: list[Piece], usual: int, name: str) -> int:
+    """The token with which a text begins or ends.
+
+    The format has one key for it and for the model's own begin or end, which may be any token, even one that the
+    vocabulary lacks: where it is no token of control and none that was added, the usual one counts.
+    """
+    value = metadata.get(key, usual)
+    if not is_token_id(value):
+        raise ValueError(f"{key} must be a token id, not {shown(value)}")
+    named = [i for i, piece in enumerate(pieces) if piece.text == name and piece.kind != Kind.UNKNOWN]
+    added = [i for i in (value, usual) if i < len(pieces) and pieces[i].kind in (Kind.CONTROL, Kind.USER_DEFINED)]
+    if found := added[:1] if value in added else named or added:
+        return found[0]
+    raise ValueError(f"{key} is {value}, which is no control token, and there is no {name}")
 
 
 def _read_pieces(metadata: Mapping[str, Any]) -> list[Piece]:

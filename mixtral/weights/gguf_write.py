@@ -6,6 +6,7 @@ multiple of a block of 32 stays bf16.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -17,10 +18,13 @@ import torch
 from torch import Tensor
 
 from mixtral.config import ModelConfig
-from mixtral.config_gguf import to_gguf
+from mixtral.config_gguf import named_end_tokens, to_gguf
 from mixtral.errors import UsageError, did_you_mean
 from mixtral.files import atomic_file, check_writable
+from mixtral.generation_config import NAME as GENERATION_CONFIG
+from mixtral.generation_config import to_gguf_sampling
 from mixtral.gguf_header import TYPES
+from mixtral.json_files import parse_object
 from mixtral.tokenizer import Tokenizer
 from mixtral.weights.finite import require_finite
 from mixtral.weights.gguf_file import gguf_package
@@ -59,8 +63,7 @@ def write_gguf(
     """
     check_target(path, type)
     gguf = gguf_package("writing GGUF")
-    metadata = tokenizer_metadata(tokenizer, config.vocab_size, files)
-    metadata |= to_gguf(config, tokenizer.eos_id if tokenizer else None)
+    metadata = _metadata(config, tokenizer, files or {})
     check_state(described(state), config, torch.float32)
     found = slots(config, "gguf", layouts(config, "gguf")[0])
     if config.tie_embeddings:
@@ -83,6 +86,19 @@ def write_gguf(
                 require_finite(name, tensor, _scales(rounded, stored[name]), stored[name], "bf16 holds larger ones")
             writer.write_tensor_data(rounded)
             done(sizes[name])
+
+
+def _metadata(config: ModelConfig, tokenizer: Tokenizer | None, files: Mapping[str, bytes]) -> dict[str, Any]:
+    """What the file says besides its tensors. Begin and end of a text are the tokenizer's, where there is one.
+
+    End tokens that the format's keys cannot say are put into the generation_config.json that the file holds.
+    """
+    shape = to_gguf(config, tokenizer.eos_id if tokenizer else None)
+    generation = parse_object(files.get(GENERATION_CONFIG, b"{}"), GENERATION_CONFIG)
+    if generation.get("eos_token_id") is None and config.eos_ids and named_end_tokens(shape) != config.eos_ids:
+        generation["eos_token_id"] = list(config.eos_ids)
+        files = {**files, GENERATION_CONFIG: json.dumps(generation, indent=2).encode()}
+    return to_gguf_sampling(generation) | shape | tokenizer_metadata(tokenizer, config.vocab_size, files)
 
 
 def check_target(path: str | Path, type: str) -> None:

@@ -121,10 +121,11 @@ def write_mistral(
     _write_json(folder / "params.json", params)
 
 
-def write_end_tokens(config: ModelConfig, folder: Path) -> None:
-    """Say in generation_config.json what params.json cannot: end tokens that no reader would assume."""
+def write_end_tokens(config: ModelConfig, folder: Path, assumed: int = DEFAULT_EOS) -> None:
+    """Say in generation_config.json what params.json cannot: end tokens other than the one a reader would assume, which
+    is the tokenizer's where the folder has one."""
     file, values = folder / GENERATION_CONFIG, read_generation_config(folder)[1]
-    if "eos_token_id" not in values and config.eos_ids and config.eos_id != DEFAULT_EOS:
+    if "eos_token_id" not in values and config.eos_ids not in ((), (assumed,)):
         _write_json(file, {**values, "eos_token_id": config.eos_id})
 
 

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from mixtral import config_table, generation_config
 from mixtral.engine import SamplingParams, recommended, with_recommended, within_vocabulary
-from mixtral.errors import ConfigError, MixtralError
+from mixtral.errors import ConfigError, MixtralError, UsageError
 
 DRAW = '"do_sample": true'
 
@@ -179,6 +179,25 @@ def test_what_is_asked_for_counts_before_what_is_recommended() -> None:
     assert with_recommended({"top_k": None, "temperature": 0.0}, model) == {**model, "top_k": None, "temperature": 0.0}
     asked = {"max_tokens": 7, "min_tokens": 1, "stop": "x"}
     assert with_recommended(asked, model) == {**asked, "stop": ("x",), "temperature": 0.7, "top_k": 50}
+
+
+@pytest.mark.parametrize(
+    ("model", "asked", "wanted"),
+    [
+        ({"max_length": 30}, {"max_length": 100}, {"max_length": 100, "max_tokens": 100}),
+        ({"max_length": 300}, {"max_length": 10}, {"max_length": 10, "max_tokens": 10}),
+        ({"max_length": 30}, {"max_length": 100, "max_tokens": 7}, {"max_length": 100, "max_tokens": 7}),
+        ({"max_length": 30}, {"max_length": None}, {"max_length": None}),
+        ({"max_new_tokens": 10}, {"max_length": 100}, {"max_length": 100, "max_tokens": 10}),  # as transformers has it
+    ],
+)
+def test_how_long(tmp_path: Path, model: dict[str, Any], asked: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert with_recommended(asked, recommended(says(tmp_path, model))) == wanted
+
+
+def test_a_wrong_length_is_named_as_asked(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="sampling: max_length must be a positive integer or None, not -3"):
+        SamplingParams.from_dict(with_recommended({"max_length": -3}, recommended(says(tmp_path, {"max_length": 9}))))
 
 
 # -- GGUF --------------------------------------------------------------------------------------------------------------

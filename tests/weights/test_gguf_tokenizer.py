@@ -100,10 +100,10 @@ def test_what_cannot_be_written() -> None:
         ({"scores": [0.5]}, "must be lists of one length"),
         ({"token_type": 3}, "must be lists of one length"),
         ({"token_type": [9] * 1000}, "tokenizer.ggml.token_type\\[0\\] is 9, which is no kind"),
-        ({"eos_token_id": 1000}, "must be ids of its 1000 tokens"),
-        ({"bos_token_id": -1}, "must be ids of its 1000 tokens"),
-        ({"unknown_token_id": False}, "must be ids of its 1000 tokens"),
-        ({"eos_token_id": [2]}, "must be ids of its 1000 tokens"),
+        ({"bos_token_id": -1}, "tokenizer.ggml.bos_token_id must be a token id, not -1"),
+        ({"unknown_token_id": False}, "must be the id of one of its 1000 tokens, not False"),
+        ({"unknown_token_id": 1000}, "must be the id of one of its 1000 tokens, not 1000"),
+        ({"eos_token_id": [2]}, r"tokenizer.ggml.eos_token_id must be a token id, not \[2\]"),
         ({"tokens": 5}, "must be lists of one length"),
         ({"tokens": [5] * 1000}, r"tokenizer.ggml.tokens\[0\] is 5, which is no text"),
         ({"scores": ["x"] * 1000}, r"tokenizer.ggml.scores\[0\] is 'x', which is no score"),
@@ -119,6 +119,23 @@ def test_damaged_vocabularies(change: dict[str, Any], message: str) -> None:
     metadata = tokenizer_metadata(tokenizer_named("own"), 1000) | {KEY + key: v for key, v in change.items()}
     with pytest.raises((MixtralError, ValueError), match=message):
         _rebuilt(metadata)
+
+
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id"])
+@pytest.mark.parametrize("other", [0, 24, 300, 1000, 99_999])  # unknown, a byte, a word, in the padding, beyond
+def test_a_models_end_that_is_no_control_token(key: str, other: int) -> None:
+    """Files of others have one key for it and for the tokenizer's."""
+    own = tokenizer_named("own")
+    back = _rebuilt(tokenizer_metadata(own, 1003) | {KEY + key: other})
+    assert (back.bos_id, back.eos_id, back.fingerprint) == (1, 2, own.fingerprint)
+    assert back.encode(TEXT) == own.encode(TEXT)
+
+
+def test_an_added_end_that_is_not_called_control() -> None:
+    metadata = tokenizer_metadata(tokenizer_named("own"), 1001) | {KEY + "eos_token_id": 1000}
+    metadata[KEY + "tokens"][1000], metadata[KEY + "token_type"][1000] = "<|im_end|>", 4
+    back = _rebuilt(metadata)
+    assert back.eos_id == 1000 and back.control[1000] == "<|im_end|>"
 
 
 @pytest.mark.parametrize(("bos", "eos"), [(True, False), (False, False), (True, True), (False, True)])
