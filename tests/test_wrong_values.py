@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-import mixtral
 from mixtral.cli import main
 from mixtral.config import FLOATS, LIMITS, ModelConfig
 from mixtral.config_formats import _HF, _MISTRAL, read_config, to_hf, to_mistral
@@ -24,6 +23,8 @@ from mixtral.data.store import Index
 from mixtral.engine import SamplingParams
 from mixtral.errors import ConfigError, DataError, MixtralError, UsageError, WeightsError
 from mixtral.gguf_header import GgufHeader
+from mixtral.lm import LM
+from mixtral.model import Mixtral
 from mixtral.presets import preset
 from mixtral.quant.recipe import Recipe
 from mixtral.specs import check_value
@@ -205,7 +206,7 @@ def test_a_configuration_of_700_bytes_takes_no_time(tmp_path: Path, capsys: pyte
 
 @pytest.mark.parametrize("field", FLOATS)
 @pytest.mark.parametrize("number", [10**20, 10**29, 1e39, 10**299, 1e299])
-def test_large_numbers_are_floats_or_refused(tmp_path: Path, field: str, number: float) -> None:
+def test_large_numbers_are_floats_or_refused(field: str, number: float) -> None:
     """A whole number beyond 64 bits is no number for torch, one beyond 1e38 none for fp32 and GGUF."""
     plain = preset("tiny")
     if number > LIMITS[field]:
@@ -214,9 +215,7 @@ def test_large_numbers_are_floats_or_refused(tmp_path: Path, field: str, number:
     config = plain.replace(**{field: number})
     assert type(getattr(config, field)) is float
     if field != "init_std":
-        (tmp_path / "config.json").write_bytes(dumped(to_hf(plain, "bfloat16") | {_HF.fields.get(field, field): number}))
-        assert getattr(read_config(tmp_path), field) in (float(number), plain.rope_theta)
-        mixtral.LM(mixtral.Mixtral(config)).generate([1, 5, 7], max_tokens=2)
+        LM(Mixtral(config)).generate([1, 5, 7], max_tokens=2)
 
 
 SAMPLING_FLOATS = [name for name, kind in kinds(SamplingParams).items() if kind is float]
@@ -231,7 +230,7 @@ def test_large_numbers_for_sampling(field: str, number: int) -> None:
         return
     params = SamplingParams(**{"temperature": 1.0, field: number})
     assert type(getattr(params, field)) is float
-    lm = mixtral.LM(mixtral.Mixtral(preset("tiny")))
+    lm = LM(Mixtral(preset("tiny")))
     assert len(lm.generate([1, 5, 7], max_tokens=2, ignore_eos=True, **{"temperature": 1, field: number})) == 2
 
 
