@@ -20,8 +20,9 @@ LIMITS = {
     "vocab_size": 1 << 24, "dim": 1 << 20, "n_layers": 1 << 12, "n_heads": 1 << 16, "n_kv_heads": 1 << 16,
     "head_dim": 1 << 16, "ffn_dim": 1 << 24, "n_experts": 1 << 16, "experts_per_token": 1 << 16,
     "shared_experts": 1 << 16, "context": (1 << 31) - 1, "sliding_window": (1 << 31) - 1,
-    "rope_theta": 1e300, "norm_eps": 1e30, "init_std": 1e30,
+    "rope_theta": 1e30, "norm_eps": 1e30, "init_std": 1e30,  # fp32 holds them
 }  # fmt: skip
+FLOATS = ("rope_theta", "norm_eps", "init_std")
 _LONGEST_ROUTER = 1000  # characters
 
 DEFAULT_EOS = 2  # of every published model
@@ -80,7 +81,7 @@ class ModelConfig:
             value = getattr(self, name)
             if not _is_int(value) or value < 1:
                 raise ConfigError(f"config: {name} must be a positive integer, not {shown(value)}")
-        for name in ("rope_theta", "norm_eps", "init_std"):
+        for name in FLOATS:
             value = getattr(self, name)
             if not (_is_int(value) or isinstance(value, float)) or not 0 < value < math.inf:
                 raise ConfigError(f"config: {name} must be a positive number, not {shown(value)}")
@@ -101,6 +102,8 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value > most:
                 raise ConfigError(f"config: {name} must be at most {most:,}, not {shown(value)}")
+        for name in FLOATS:  # as a file may have whole numbers, of any size, which torch does not take for them
+            object.__setattr__(self, name, float(getattr(self, name)))
         self._check_together()
 
     def _check_together(self) -> None:

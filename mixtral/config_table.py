@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from mixtral.config import ModelConfig, end_tokens
+from mixtral.config import FLOATS, ModelConfig, end_tokens
 from mixtral.errors import ConfigError, one_line, shown
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ RESEARCH = {"router": "router", "shared_experts": "shared_experts"}  # ours alon
 
 _REQUIRED = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "norm_eps")
 EXPERTS = ("n_experts", "experts_per_token")
-_FLOATS = ("norm_eps", "rope_theta", "init_std")
 _BOOLS = ("tie_embeddings",)
 
 # What a published shape implies when its file leaves it out. The 7B with a vocabulary of 32000 and no window (v0.2) is
@@ -107,7 +106,7 @@ def _in_terms_of(kind: FileFormat, message: str) -> str:
 
 def _refuse(flat: dict[str, Any], kind: FileFormat, where: str) -> None:
     """Raise for what would change the computation, report what is not known to."""
-    plain = tuple(f"{key}." for key in (*kind.fields.values(), *kind.theta))
+    plain = tuple(f"{key}." for key in (*kind.fields.values(), *kind.theta, *kind.checked))
     closed = (*kind.closed, *(f"{key}." for key in (*kind.neutral, *kind.repeated)))
     for key, value in flat.items():
         if key in kind.neutral and value not in kind.neutral[key]:
@@ -159,7 +158,7 @@ def _check_type(key: str, ours: str, value: object) -> None:
         return
     want: Any = int
     name = "an integer"
-    if ours in _FLOATS:
+    if ours in FLOATS:
         want, name = float | int, "a number"
     elif ours in _BOOLS:
         want, name = bool, "true or false"

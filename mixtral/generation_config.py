@@ -7,6 +7,7 @@ each key means.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,9 @@ NEUTRAL: dict[str, tuple[object, ...]] = {  # changes the result, not implemente
     "max_time": (),
     "cache_implementation": _CACHES + tuple(f"offloaded{end}" for end in ("", "_static", "_hybrid", "_hybrid_chunked")),
 }
-HARMLESS = frozenset(
-    {"bos_token_id", "pad_token_id", "decoder_start_token_id", "renormalize_logits", "use_cache", "cache_config"}
+TOKEN_IDS = frozenset({"bos_token_id", "pad_token_id", "decoder_start_token_id"})  # not used; checked
+HARMLESS = TOKEN_IDS | frozenset(
+    {"renormalize_logits", "use_cache", "cache_config"}
     | {"max_cache_len", "prefill_chunk_size", "compile_config", "disable_compile", "continuous_batching_config"}
     # of beams, and of contrastive search: what switches these on is named
     | {"early_stopping", "length_penalty", "diversity_penalty", "low_memory"}
@@ -89,9 +91,9 @@ def read_generation_config(folder: Path) -> tuple[Path, dict[str, Any]]:
     and the new ones still read them. Raises ConfigError when the file is damaged.
     """
     file = folder / NAME
-    if file.exists():
+    if os.path.lexists(file):  # a link that points nowhere is told of
         values = read_object(file)
-    elif (file := folder / "config.json").exists():
+    elif os.path.lexists(file := folder / "config.json"):
         values = {key: value for key, value in read_object(file).items() if key in KEYS}
     else:
         values = {}

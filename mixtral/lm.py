@@ -29,6 +29,7 @@ from mixtral.weights import load_state
 from mixtral.weights.convert import with_token_ids, write_tokenizer
 from mixtral.weights.finite import require_range
 from mixtral.weights.gguf_tokenizer import read_tokenizer, side_files
+from mixtral.weights.load import open_weights
 from mixtral.weights.names import fixed_dtype
 from mixtral.weights.save import check_free, write_hf
 
@@ -209,13 +210,16 @@ def load(
         device: "cpu", "cuda", "cuda:1"; by default (or "auto") a GPU when there is one.
     """
     path, chosen = model_folder(path), choose_device(device)
+    wanted = _dtype(dtype, chosen)
+    config, recipe = read_config(path), read_recipe(path)
+    opened = open_weights(path, config) if recipe is None else None  # a vocabulary takes far longer to read
     tokenizer, sampling, files = read_tokenizer(path), recommended(path), side_files(path)
-    config = with_token_ids(read_config(path), path, tokenizer)
+    config = with_token_ids(config, path, tokenizer)
     sampling = within_vocabulary(sampling, config.vocab_size)
-    if (recipe := read_recipe(path)) is not None:
-        model = load_quantised(path, config, recipe, _dtype(dtype, chosen), chosen)
+    if recipe is not None:
+        model = load_quantised(path, config, recipe, wanted, chosen)
         return LM(model, tokenizer, sole=True, sampling=sampling, side_files=files)
-    state = _one_dtype(load_state(path, config, _dtype(dtype, chosen), chosen))
+    state = _one_dtype(load_state(path, config, wanted, chosen, opened=opened))
     with torch.device("meta"):
         model = Mixtral(config)
     model.load_state_dict(state, assign=True)

@@ -15,13 +15,16 @@ from typing import Any
 import pytest
 
 from mixtral.cli import main
-from mixtral.config import LIMITS, ModelConfig
+from mixtral.config import FLOATS, LIMITS, ModelConfig
 from mixtral.config_formats import _HF, _MISTRAL, read_config, to_hf, to_mistral
 from mixtral.config_gguf import _GGUF, from_gguf, to_gguf
 from mixtral.config_table import FileFormat
 from mixtral.data.store import Index
-from mixtral.errors import ConfigError, DataError, MixtralError, WeightsError
+from mixtral.engine import SamplingParams
+from mixtral.errors import ConfigError, DataError, MixtralError, UsageError, WeightsError
 from mixtral.gguf_header import GgufHeader
+from mixtral.lm import LM
+from mixtral.model import Mixtral
 from mixtral.presets import preset
 from mixtral.quant.recipe import Recipe
 from mixtral.specs import check_value
@@ -199,6 +202,44 @@ def test_a_configuration_of_700_bytes_takes_no_time(tmp_path: Path, capsys: pyte
     config = preset("tiny").replace(**largest)
     (tmp_path / "config.json").write_bytes(dumped(to_hf(config, "bfloat16")))
     assert main(["info", str(tmp_path)]) == 0 and main(["info", str(tmp_path), "--json"]) == 0
+
+
+@pytest.mark.parametrize("field", FLOATS)
+@pytest.mark.parametrize("number", [10**20, 10**29, 1e39, 10**299, 1e299])
+def test_large_numbers_are_floats_or_refused(field: str, number: float) -> None:
+    """A whole number beyond 64 bits is no number for torch, one beyond 1e38 none for fp32 and GGUF."""
+    plain = preset("tiny")
+    if number > LIMITS[field]:
+        refusal(field, lambda: plain.replace(**{field: number}))
+        return
+    config = plain.replace(**{field: number})
+    assert type(getattr(config, field)) is float
+    if field != "init_std":
+        LM(Mixtral(config)).generate([1, 5, 7], max_tokens=2)
+
+
+SAMPLING_FLOATS = [name for name, kind in kinds(SamplingParams).items() if kind is float]
+
+
+@pytest.mark.parametrize("field", SAMPLING_FLOATS)
+@pytest.mark.parametrize("number", [1, 10**25, 10**40, 10**400])
+def test_large_numbers_for_sampling(field: str, number: int) -> None:
+    accepted = number == 1 or field == "temperature" or (field == "repetition_penalty" and number < 1e30)
+    if field in ("epsilon_cutoff", "eta_cutoff") or number == 10**400 or not accepted:
+        refusal(field, lambda: SamplingParams(**{field: number}), UsageError)
+        return
+    params = SamplingParams(**{"temperature": 1.0, field: number})
+    assert type(getattr(params, field)) is float
+    lm = LM(Mixtral(preset("tiny")))
+    assert len(lm.generate([1, 5, 7], max_tokens=2, ignore_eos=True, **{"temperature": 1, field: number})) == 2
+
+
+@pytest.mark.parametrize("key", sorted(_HF.checked | _MISTRAL.checked))
+def test_an_object_where_none_is_wanted(tmp_path: Path, key: str) -> None:
+    for name, (table, values) in FORMATS.items():
+        if key in table.checked:
+            (tmp_path / name).write_bytes(dumped(values | {key: {"a": 1}}))
+            refusal(key, partial(read_config, tmp_path / name))
 
 
 def test_checked_values() -> None:

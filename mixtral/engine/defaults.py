@@ -20,6 +20,7 @@ from mixtral.generation_config import (
     KEYS,
     NEUTRAL,
     SAMPLING,
+    TOKEN_IDS,
     embedded,
     read_generation_config,
 )
@@ -83,6 +84,10 @@ def _of_json(file: Path | str, values: dict[str, Any]) -> dict[str, Any]:
         ],
         "unknown": [key for key in values if key not in KEYS],
     })  # fmt: skip
+    for key in TOKEN_IDS & values.keys():
+        ids = values[key] if isinstance(values[key], list) else [values[key]]
+        if not all(type(i) is int for i in ids):
+            raise ConfigError(f"{file}: {key} must be a token id or a list of them, not {shown(values[key])}")
     if isinstance(stop := values.get("stop_strings"), str):
         values["stop_strings"] = [stop]
     if "max_new_tokens" in values:
@@ -92,7 +97,8 @@ def _of_json(file: Path | str, values: dict[str, Any]) -> dict[str, Any]:
     found = {HONOURED[key]: _checked(file, key, HONOURED[key], v) for key, v in values.items() if key in HONOURED}
     if "max_length" in found:
         found["max_tokens"] = found["max_length"]  # no bound of its own on the new ones
-    return found | (_sampling(file, values) if samples else {})
+    sampling = _sampling(file, values)  # checked even where it has no effect
+    return found | (sampling if samples else {})
 
 
 def _sampling(file: Path | str, values: dict[str, Any]) -> dict[str, Any]:
@@ -111,13 +117,12 @@ def _of_gguf(file: Path | str, metadata: dict[str, Any]) -> dict[str, Any]:
         "not applied": [f"{_GGUF}{key} {shown(value)}" for key, value in values.items() if key not in GGUF_KEYS],
         f"no effect without {_GGUF}temp": [f"{_GGUF}{key}" for key in values if not samples and key in GGUF_KEYS],
     })  # fmt: skip
-    if not samples:
-        return {}
     if values.get("top_k") == 0:
         del values["top_k"]
-    return {
+    found = {
         field: _checked(file, f"{_GGUF}{key}", field, values[key]) for key, field in GGUF_KEYS.items() if key in values
     }
+    return found if samples else {}
 
 
 def _checked(file: Path | str, key: str, field: str, value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,10 @@ from typing import Any
 from mixtral.errors import UsageError, did_you_mean, shown
 
 TOKEN_FIELDS = ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens")  # of SamplingParams, with ids of tokens
+_FLOATS = (
+    *("repetition_penalty", "temperature", "top_h", "top_p", "min_p", "typical_p"),
+    *("epsilon_cutoff", "eta_cutoff"),
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,9 @@ class SamplingParams:
         self._check_lengths()
         self._check_history()
         self._check_sampling()
+        for name in _FLOATS:  # whole numbers are right too, and torch takes none of more than 64 bits
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, float(value))
 
     def _make_tuples(self) -> None:
         for name in ("stop", *TOKEN_FIELDS):
@@ -66,7 +73,7 @@ class SamplingParams:
         self._require("ignore_eos", "True or False", isinstance(self.ignore_eos, bool))
 
     def _check_history(self) -> None:
-        penalty = _is_number(self.repetition_penalty) and 1e-30 <= self.repetition_penalty <= 1e30  # 0 or inf in fp32
+        penalty = _is_number(self.repetition_penalty, 1e-30, 1e30)  # 0 or inf in fp32
         self._require("repetition_penalty", "a positive number from 1e-30 to 1e30", penalty)
         self._require("no_repeat_ngram_size", "an integer of at least 0", _is_int(self.no_repeat_ngram_size, 0))
         words = isinstance(self.bad_words_ids, tuple) and all(word and _are_ids(word) for word in self.bad_words_ids)
@@ -75,7 +82,7 @@ class SamplingParams:
             self._require(name, "a list of token ids", _are_ids(getattr(self, name)))
 
     def _check_sampling(self) -> None:
-        self._require("temperature", "a number of at least 0", _is_number(self.temperature) and self.temperature >= 0)
+        self._require("temperature", "a number of at least 0", _is_number(self.temperature, 0, sys.float_info.max))
         top_h = self.top_h is None or _is_share(self.top_h, above=True)
         self._require("top_h", "above 0 and at most 1, or None", top_h)
         self._require("top_k", "a positive integer or None", self.top_k is None or _is_int(self.top_k, 1))
@@ -132,13 +139,14 @@ def _is_int(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: object, least: float, most: float) -> bool:
+    """Whether it lies between the two; NaN does not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
 
 
 def _is_share(value: Any, above: bool = False) -> bool:
     """Whether it lies in 0..1, or `above` 0."""
-    return _is_number(value) and 0 <= value <= 1 and not (above and value == 0)
+    return _is_number(value, 0, 1) and not (above and value == 0)
 
 
 def _are_ids(value: object) -> bool:

@@ -18,7 +18,7 @@ from mixtral.files import atomic_write
 if TYPE_CHECKING:
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-MOST_TOKENS = 1 << 21  # of a vocabulary; the largest published ones have an eighth of it
+MOST_TOKENS = 1 << 19  # of a vocabulary; the largest published ones have half of it
 
 
 class Tokenizer(ABC):

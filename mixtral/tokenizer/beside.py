@@ -7,6 +7,7 @@ special_tokens_map.json void.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -47,7 +48,12 @@ class Added(NamedTuple):
 def read_side_files(folder: Path | str) -> dict[str, bytes]:
     """The files of SIDE_FILES in a folder, by their path in it. Raises MixtralError for one that cannot be read."""
     folder = Path(folder)
-    found = (file for pattern in SIDE_FILES for file in sorted(folder.glob(pattern)) if file.is_file())
+    templates = folder / TEMPLATES
+    if os.path.lexists(templates) and not templates.is_dir():
+        raise MixtralError(f"{templates}: must be a folder of templates")
+    names = (name for name in SIDE_FILES if "*" not in name)
+    found = [file for name in names if os.path.lexists(file := folder / name)]  # a link that points nowhere is told of
+    found += sorted(templates.glob("*.jinja"))
     return {file.relative_to(folder).as_posix(): read_regular(file, MixtralError, SMALL) for file in found}
 
 

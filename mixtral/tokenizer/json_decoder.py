@@ -25,7 +25,7 @@ class JsonDecoder(NamedTuple):
     @classmethod
     def read(cls, document: dict[str, Any], file_name: str) -> JsonDecoder:
         """Raises MixtralError for a kind whose tokens are no bytes of text, by its name."""
-        parts = list(_parts(document.get("decoder")))
+        parts = list(_parts(document.get("decoder"), file_name))
         kinds = {part["type"] for part in parts}
         replaced: list[tuple[str, str]] = []
         for part in parts:
@@ -63,11 +63,13 @@ class JsonDecoder(NamedTuple):
         return text.encode()
 
 
-def _parts(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """A decoder that is no sequence, or those of a sequence."""
+def _parts(decoder: Any, file_name: str) -> Iterator[dict[str, Any]]:
+    """A decoder that is no sequence, or those of a sequence. The library reads some that do not say their type."""
     if decoder is None:
         return
+    if not isinstance(decoder, dict) or not isinstance(decoder.get("type"), str):
+        raise MixtralError(f"{file_name}: decoder: {shown(decoder)} must be an object with its type")
     if decoder["type"] != "Sequence":
         yield decoder
-    for part in decoder.get("decoders", []):
-        yield from _parts(part)
+    for part in decoder.get("decoders") or ():
+        yield from _parts(part, file_name)

@@ -33,7 +33,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     folder, spm = path.parent, None
     if os.path.isdir(path):  # not Path's, which raises for names that are too long
         folder, path, spm = path, *_choose(path)
-    if not os.path.isfile(path):
+    if not os.path.lexists(path):  # what is no regular file is told of below
         raise UsageError(f"{path}: no such file or folder; expected a model folder or one of {WANTED}")
     data, beside = read_regular(path, MixtralError, LARGE), Beside(read_side_files(folder))
     try:
@@ -46,20 +46,20 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
 def has_tokenizer(folder: Path | str) -> bool:
     """Whether a model folder holds a tokenizer file."""
-    return any(any(Path(folder).glob(pattern)) for pattern in _PATTERNS)
+    return any(not path.is_dir() for pattern in _PATTERNS for path in Path(folder).glob(pattern))
 
 
 def _choose(folder: Path) -> tuple[Path, Path | None]:
     """The file of the folder that decides the ids, and the sentencepiece model beside a tokenizer.json."""
-    models = sorted(path for path in folder.glob("*.model*") if path.is_file())
+    models = sorted(path for path in folder.glob("*.model*") if not path.is_dir())
     bare = [path for path in models if path.suffix == ".model"]
     found = [path for path in models if path.suffix != ".model"] or bare
-    if (folder / "tekken.json").is_file():
+    if os.path.lexists(folder / "tekken.json"):
         return folder / "tekken.json", None
     if len(found) > 1:
         raise UsageError(f"{folder}: several tokenizers ({', '.join(p.name for p in found)}); name one file")
     spm = found[0] if found else None
-    if (folder / "tokenizer.json").is_file():
+    if os.path.lexists(folder / "tokenizer.json"):
         return folder / "tokenizer.json", spm
     if spm is None:
         raise UsageError(f"{folder}: no tokenizer in this folder; looked for {WANTED}")

@@ -20,6 +20,7 @@ from mixtral.tokenizer.base import MOST_TOKENS, Tokenizer
 from mixtral.tokenizer.beside import Added, Beside, Special, parse_vocabulary
 from mixtral.tokenizer.export import template
 from mixtral.tokenizer.json_decoder import JsonDecoder
+from mixtral.tokenizer.json_post_processor import check_post_processor
 from mixtral.tokenizer.mistral import SentencePieceTokenizer
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 USUAL_NAMES = {"bos_token": ("<s>", "<|begin_of_text|>", "<|endoftext|>"),
                "eos_token": ("</s>", "<|end_of_text|>", "<|endoftext|>")}
+_NOT_ENCODED = "a text that it cannot encode"
 _PROBES = ("a", "0", "e", "the", ".", "\n")
 
 
@@ -44,6 +46,8 @@ class JsonTokenizer(Tokenizer):
     ) -> None:  # fmt: skip
         """Raises MixtralError when the file is damaged, of another kind, or without beginning and end tokens."""
         document = parse_vocabulary(data, file_name)
+        check_post_processor(document.get("post_processor"), file_name)
+        self._file_name = file_name
         self._fast = _guarded(lambda: FastTokenizer.from_str(data.decode()), file_name)
         decoder = JsonDecoder.read(document, file_name)
         _check_ids(document, self._fast, file_name)
@@ -67,8 +71,8 @@ class JsonTokenizer(Tokenizer):
         version = self.sentencepiece.version if self.sentencepiece else "json"
         super().__init__(version, pieces, control, bos_id, eos_id, dummy_prefix=False)
         self._beside, self.side_files = beside, beside.files
-        self._find_frame(file_name)
         self.whole = frozenset(i for i, token in added.items() if i not in control and not token.normalized)
+        self._find_frame()
         self.openers = frozenset(i for i in added if i not in control and self._opens(i))
 
     def _set_up(self) -> None:
@@ -83,7 +87,7 @@ class JsonTokenizer(Tokenizer):
 
     def _add_named(self, document: dict[str, Any], ids: set[int], vocab: dict[str, int]) -> None:
         """Beginning, end and unknown are special even where the file has them among the ordinary tokens."""
-        if (unknown := vocab.get(document["model"].get("unk_token") or "")) is not None:
+        if isinstance(name := document["model"].get("unk_token"), str) and (unknown := vocab.get(name)) is not None:
             ids = {*ids, unknown}
         named = [self.texts[i] for i in sorted(ids - self._fast.get_added_tokens_decoder().keys())]
         self._fast.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in named])
@@ -95,9 +99,10 @@ class JsonTokenizer(Tokenizer):
             log.warning("%s holds another vocabulary than the tokenizer.json beside it, and is not used", spm.file_name)
         return agrees
 
-    def _find_frame(self, file_name: str) -> None:
+    def _find_frame(self) -> None:
         """What the post-processor puts around a text, and whether the encoder begins it with a space."""
-        encoded = {text: _guarded(partial(self._encode, text), file_name) for text in _PROBES}
+        file_name = self._file_name
+        encoded = {text: self._encode(text) for text in _PROBES}
         text, ids = next((item for item in encoded.items() if item[1]), ("", []))
         framed: list[int] = _guarded(partial(self._fast.encode, text), file_name).ids
         starts = [k for k in range(len(framed) - len(ids) + 1) if framed[k : k + len(ids)] == ids]
@@ -117,10 +122,12 @@ class JsonTokenizer(Tokenizer):
         return False
 
     def _encode(self, text: str) -> list[int]:
-        return self._fast.encode(text, add_special_tokens=False).ids
+        encode = partial(self._fast.encode, text, add_special_tokens=False)
+        return _guarded(encode, self._file_name, _NOT_ENCODED).ids
 
     def _encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+        encode = partial(self._fast.encode_batch_fast, texts, add_special_tokens=False)
+        return [encoding.ids for encoding in _guarded(encode, self._file_name, _NOT_ENCODED)]
 
     def _files(self) -> dict[str, bytes]:
         spm = self.sentencepiece
@@ -145,14 +152,14 @@ class JsonTokenizer(Tokenizer):
         return self.sentencepiece.mistral if self.sentencepiece else None
 
 
-def _guarded(call: Callable[[], T], file_name: str) -> T:
+def _guarded(call: Callable[[], T], file_name: str, what: str = "damaged or not a tokenizer.json") -> T:
     """What a call into the library gives; it raises bare Exception, and panics with what is not even that."""
     try:
         return call()
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise MixtralError(f"{file_name}: damaged or not a tokenizer.json: {str(error)[:80]}") from None
+        raise MixtralError(f"{file_name}: {what}: {str(error)[:80]}") from None
 
 
 def _check_ids(document: dict[str, Any], fast: FastTokenizer, file_name: str) -> None:
@@ -170,19 +177,24 @@ def _check_ids(document: dict[str, Any], fast: FastTokenizer, file_name: str) ->
 
 def _add(fast: FastTokenizer, tokens: list[Added], special: set[str]) -> bool:
     """Add tokens, as transformers does: the files beside decide the flags. -> whether new ids came of it."""
-    grown = False
     there = {token.content: token for token in fast.get_added_tokens_decoder().values()}
-    for token in tokens:
-        same = there.get(token.content)
-        if same and all(getattr(same, flag) == set_to for flag, set_to in token.flags.items()):
-            continue
-        known = fast.token_to_id(token.content)
-        flags = {**token.flags, "special": token.flags["special"] or token.content in special}
-        fast.add_tokens([AddedToken(token.content, **flags)])
-        if known is None and (given := fast.token_to_id(token.content)) != token.id:
+    changed = [token for token in tokens if not _is_there(token, there.get(token.content))]
+    new: dict[str, Added] = {}
+    for token in changed:
+        if fast.token_to_id(token.content) is None:
+            new.setdefault(token.content, token)
+    fast.add_tokens([  # at once: each call takes long
+        AddedToken(t.content, **{**t.flags, "special": t.flags["special"] or t.content in special}) for t in changed
+    ])
+    for token in new.values():
+        if (given := fast.token_to_id(token.content)) != token.id:
             raise MixtralError(f"{token.key}: has the id {token.id}, where the vocabulary goes on with {given}")
-        grown = grown or known is None
-    return grown
+    return bool(new)
+
+
+def _is_there(token: Added, known: AddedToken | None) -> bool:
+    """Whether the vocabulary has a token already, with the same flags."""
+    return known is not None and all(getattr(known, flag) == set_to for flag, set_to in token.flags.items())
 
 
 def _add_special(fast: FastTokenizer, tokens: list[Special]) -> bool:

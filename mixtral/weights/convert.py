@@ -12,7 +12,7 @@ import torch
 from mixtral.config import DEFAULT_EOS, ModelConfig
 from mixtral.config_formats import read_config, to_mistral
 from mixtral.errors import MixtralError, UsageError, did_you_mean
-from mixtral.files import atomic_folder, atomic_write
+from mixtral.files import atomic_folder, atomic_write, open_regular
 from mixtral.generation_config import read_generation_config
 from mixtral.tokenizer import Tokenizer
 from mixtral.tokenizer.mistral import SentencePieceTokenizer
@@ -117,8 +117,18 @@ def copy_tokenizer(src: str | Path, dst: Path) -> None:
         return
     write_tokenizer(None, side_files(src), dst)
     for pattern in _VOCABULARIES:
-        for file in filter(Path.is_file, src.glob(pattern)):
-            shutil.copyfile(file, dst / file.name)
+        for file in src.glob(pattern):
+            if not file.is_dir():
+                _copy(file, dst / file.name)
+
+
+def _copy(file: Path, to: Path) -> None:
+    """Copy a regular file; MixtralError for what is none, or points nowhere."""
+    try:
+        with open_regular(file) as source, to.open("wb") as target:
+            shutil.copyfileobj(source, target)
+    except OSError as error:
+        raise MixtralError(f"{file}: cannot be copied: {error.strerror}") from None
 
 
 def write_tokenizer(tokenizer: Tokenizer | None, files: Mapping[str, bytes], dst: Path) -> None:

@@ -15,8 +15,9 @@ from mixtral.config_gguf import named_end_tokens
 from mixtral.errors import MixtralError, UsageError, WeightsError, shown
 from mixtral.generation_config import NAME as GENERATION_CONFIG
 from mixtral.generation_config import embedded, from_config_json, from_gguf_sampling
-from mixtral.gguf_header import read_gguf_header
+from mixtral.gguf_header import TensorInfo, read_gguf_header
 from mixtral.tokenizer import Tokenizer, load_tokenizer
+from mixtral.tokenizer.base import MOST_TOKENS
 from mixtral.tokenizer.beside import Beside, is_side_file, read_side_files
 from mixtral.tokenizer.load import has_tokenizer
 from mixtral.tokenizer.mistral import SentencePieceTokenizer
@@ -113,7 +114,8 @@ def read_tokenizer(path: str | Path) -> Tokenizer | None:
     path = Path(path)
     if path.suffix != ".gguf":
         return load_tokenizer(path) if has_tokenizer(path) else None
-    metadata = read_gguf_header(path).metadata
+    header = read_gguf_header(path)
+    metadata = header.metadata
     kind = metadata.get(_PREFIX + "model", "none")
     if kind != "llama":
         if kind not in ("none", "no_vocab"):
@@ -122,9 +124,12 @@ def read_tokenizer(path: str | Path) -> Tokenizer | None:
             )
         return None
     try:
+        _check_size(metadata, header.tensors.get("token_embd.weight"))
         return _rebuilt(metadata)
     except (MixtralError, ValueError) as error:
         raise MixtralError(f"{path}: its vocabulary cannot be used: {error}") from None
+    except Exception as error:  # of the libraries below, which check little
+        raise MixtralError(f"{path}: its vocabulary is damaged: {type(error).__name__}: {error}") from error
 
 
 def side_files(source: str | Path) -> dict[str, bytes]:
@@ -175,6 +180,15 @@ def _files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
         files = {name: content for name, content in files.items() if not name.endswith(".jinja")}
         files |= template_files(templates)
     return files
+
+
+def _check_size(metadata: Mapping[str, Any], embedding: TensorInfo | None) -> None:
+    """Refuse, before anything is built of them, more tokens than the model has rows for. The rest tells their kind."""
+    tokens, most, whose = metadata.get(_LISTS[0]), MOST_TOKENS, "that are read"
+    if embedding is not None and embedding.shape and embedding.shape[0] < most:
+        most, whose = embedding.shape[0], "rows of token_embd.weight"
+    if isinstance(tokens, list) and len(tokens) > most:
+        raise ValueError(f"{_LISTS[0]} has {len(tokens):,} tokens, more than the {most:,} {whose}")
 
 
 def _rebuilt(metadata: Mapping[str, Any]) -> Tokenizer:

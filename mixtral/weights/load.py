@@ -10,6 +10,7 @@ import logging
 import re
 from functools import reduce
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,15 +39,18 @@ def load_state(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    opened: Opened | None = None,
 ) -> dict[str, Tensor]:
     """Our parameters and buffers (names and shapes of `parameter_shapes`) from a model folder of any format.
 
-    A dtype of None keeps the file's; buffers have their own. `progress` is called after each tensor. Raises
-    WeightsError when tensors are missing, unknown, of the wrong shape or of a kind that we do not read, naming them, or
-    when a file is damaged; nothing is allocated before that is known. WeightsError too for a weight that is too large
-    for the dtype.
+    A dtype of None keeps the file's; buffers have their own. `progress` is called after each tensor; `opened` is what
+    `open_weights` gave for the same folder and config, where that was asked before.
+
+    Raises WeightsError when tensors are missing, unknown, of the wrong shape or of a kind that we do not read, naming
+    them, or when a file is damaged; nothing is allocated before that is known. WeightsError too for a weight that is
+    too large for the dtype.
     """
-    files, headers, found, output = _open(Path(folder), config)
+    files, headers, found, output = opened or open_weights(folder, config)
     state = _allocate(headers, found, config, dtype, device)
     copy_of_embedding: Tensor | None = None
     done = counter(progress, "reading", sum(header.nbytes for header in headers.values()))
@@ -75,7 +79,7 @@ class StateReader(LazyState):
     def __init__(self, folder: str | Path, config: ModelConfig) -> None:
         super().__init__(parameter_shapes(config))
         self._folder = Path(folder)
-        files, self._headers, self._found, self._output = _open(self._folder, config)
+        files, self._headers, self._found, self._output = open_weights(folder, config)
         self._file_of = {name: file for file in files for name in file.headers}
         self._sources: dict[str, list[str]] = {}  # ours -> the foreign tensors that it is put together from
         for name, slot in self._found.items():
@@ -100,15 +104,23 @@ class StateReader(LazyState):
 # -- which files -------------------------------------------------------------------------------------------------------
 
 
-def _open(
-    folder: Path, config: ModelConfig
-) -> tuple[list[TensorFile], dict[str, Header], dict[str, Slot], str | None]:
-    """The files, what they hold, where each tensor belongs, and the name of a tied output matrix if there is one."""
+class Opened(NamedTuple):
+    """The files of a model, checked against its configuration; no tensor is read yet."""
+
+    files: list[TensorFile]
+    headers: dict[str, Header]  # what they hold
+    found: dict[str, Slot]  # where each tensor belongs
+    output: str | None  # the name of a tied output matrix, if there is one
+
+
+def open_weights(folder: str | Path, config: ModelConfig) -> Opened:
+    """Raises WeightsError as `load_state` does, before anything is read."""
+    folder = Path(folder)
     format = detect_format(folder)
     files = open_files(folder, format)
     headers = _without_frequencies(_merge(files), files, config, format)
     found = _match(headers, config, format, folder)
-    return files, headers, found, output_name(format) if config.tie_embeddings else None
+    return Opened(files, headers, found, output_name(format) if config.tie_embeddings else None)
 
 
 # -- do they fit -------------------------------------------------------------------------------------------------------
@@ -168,7 +180,8 @@ def _possible(headers: dict[str, Header], config: ModelConfig, format: Format, f
     least = {
         ffn: config.n_layers * (3 * config.n_experts if ffn == "per-expert" else 6) for ffn in layouts(config, format)
     }
-    possible = [ffn for ffn, count in least.items() if count <= _LISTED + 10 * len(headers)]
+    there = sum(header.nbytes > 0 for header in headers.values())  # a header alone may list any number of empty ones
+    possible = [ffn for ffn, count in least.items() if count <= max(_LISTED, there)]
     if not possible:
         shape = f"{config.n_layers:,} layers of {config.n_experts:,} experts"
         asked = f"the config asks for at least {min(least.values()):,} ({shape})"

@@ -246,14 +246,14 @@ def slots(config: ModelConfig, format: Format, ffn: Ffn) -> dict[str, Slot]:
     for layer, block in _blocks(rules, config.n_layers):
         for rule in block:
             name: str = getattr(rule, format)
+            ours = rule.ours.format(l=layer)
+            if ours == "output.weight" and config.tie_embeddings:
+                ours = "embedding.weight"
+            if ours not in shapes:  # a router's own tensors
+                continue
+            shape = _file_shape(rule.shape, config, shapes[ours])
             for expert in range(config.n_experts if "{e}" in name else 1):
-                ours = rule.ours.format(l=layer)
-                if ours == "output.weight" and config.tie_embeddings:
-                    ours = "embedding.weight"
-                if ours not in shapes:  # a router's own tensors
-                    continue
-                view = partial(_bound, rule.view, config, expert)
-                found[name.format(l=layer, e=expert)] = Slot(ours, _file_shape(rule.shape, config, shapes[ours]), view)
+                found[name.format(l=layer, e=expert)] = Slot(ours, shape, partial(_bound, rule.view, config, expert))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import os
 import re
 from collections.abc import Iterator
@@ -81,7 +82,7 @@ def open_files(folder: Path, format: Format) -> list[TensorFile]:
 
 def some(names: set[str] | list[str], count: int = 3) -> str:
     """The first few of many names."""
-    first = ", ".join(shown(name)[1:-1] for name in sorted(names)[:count])
+    first = ", ".join(shown(name)[1:-1] for name in heapq.nsmallest(count, names))
     return first if len(names) <= count else f"{first} and {len(names) - count} more"
 
 

@@ -234,3 +234,14 @@ def test_gguf_that_holds_the_file(tmp_path: Path) -> None:
     assert found == {"temperature": 1.0, "top_k": 50, "repetition_penalty": 1.5}
     with pytest.raises(ConfigError, match=r"kept2.gguf: mixtral.file.generation_config.json: not JSON"):
         recommended(gguf(tmp_path / "kept2.gguf", **dict.fromkeys(kept, "{")))
+
+
+@pytest.mark.parametrize("values", [
+    {"temperature": "hot"}, {"top_k": -3}, {"top_p": 7}, {"bos_token_id": "x"}, {"pad_token_id": [None]},
+])
+def test_types_are_checked_where_nothing_is_sampled(tmp_path: Path, values: dict[str, Any]) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=rf"generation_config\.json: .*{next(iter(values))} must be"):
+        recommended(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"top_k": 0, "temperature": 0.0, "pad_token_id": -1}))
+    assert recommended(tmp_path) == {}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
 import random
 import resource
 import shutil
+import sys
 import time
 import traceback
 import warnings
@@ -100,7 +102,10 @@ def _judge(number: int, name: str, sample: Sample, folder: Path) -> Outcome:
     before, start = _status("VmRSS"), time.process_time()
     verdict, message = "accepted", ""
     try:
-        sample.load(folder)
+        with _quiet(folder.parent / "stderr"):
+            sample.load(folder)
+    except _Noise as error:
+        verdict, message = "writes to standard error", str(error)
     except MixtralError as error:
         verdict, message = "refused", str(error)
         if len(message) >= LONGEST_LINE or not message.isprintable():
@@ -114,6 +119,26 @@ def _judge(number: int, name: str, sample: Sample, folder: Path) -> Outcome:
     if memory > MOST_MEMORY:
         verdict = f"takes {memory:,} bytes"
     return Outcome(number, name, verdict, seconds, memory, message)
+
+
+class _Noise(Exception):
+    """What a library wrote to the process's standard error, past Python."""
+
+
+@contextlib.contextmanager
+def _quiet(path: Path) -> Iterator[None]:
+    """Raise _Noise when the block, whether or not it fails, writes anything to file descriptor 2."""
+    kept = os.dup(2)
+    with path.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        if written := path.read_bytes():
+            raise _Noise(repr(written[:200]))
 
 
 def _status(key: str) -> int:

@@ -215,7 +215,95 @@ def _varint(number: int) -> bytes:
     return bytes([*out, number])
 
 
+# -- GGUF --------------------------------------------------------------------------------------------------------------
+
+_TEXT, _LIST = 8, 9
+_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of each type of number
+
+
+def _gguf(data: bytes, rng: random.Random) -> bytes:
+    """The value of one key changed behind its right length and type; or one of the files that it holds as text."""
+    try:
+        entries, end = _entries(data)
+        return _joined(data[:16], _entry_changed(entries, rng), data[end:], struct.unpack_from("<Q", data, 8)[0])
+    except (struct.error, KeyError, IndexError, OverflowError):  # whatever an earlier change has done to it
+        return _bytes(data, rng)
+
+
+def _entry_changed(entries: list[tuple[bytes, int, bytes]], rng: random.Random) -> list[tuple[bytes, int, bytes]]:
+    texts = [i for i, (_, kind, _) in enumerate(entries) if kind == _TEXT]
+    at = rng.choice(texts) if texts and rng.random() < 0.5 else rng.randrange(len(entries))
+    key, kind, value = entries[at]
+    change = rng.randrange(8)
+    if change == 0:
+        del entries[at]
+    elif change == 1:
+        key = rng.choice((key + b"_", b"general.alignment", b"split.count", b"mixtral.file.tokenizer_config.json"))
+    elif change == 2:
+        kind, value = rng.choice(entries)[1:]
+    elif kind == _TEXT:
+        text = value[8:]
+        text = _json(text, rng) if text[:1] == b"{" else _bytes(text, rng) if change > 4 else rng.choice(
+            (b"", b"a", b"x" * 5000, b"\xff", b"a\0b", b"{", b"llama", b"none", b"\x1b[2J"))  # fmt: skip
+        value = struct.pack("<Q", len(text)) + text
+    elif kind == _LIST:
+        inner, count = struct.unpack_from("<IQ", value)
+        width = _WIDTHS.get(inner, 0)
+        cut = rng.randrange(count) if count else 0
+        if width and change > 4:
+            value = struct.pack("<IQ", inner, cut) + value[12 : 12 + cut * width]
+        else:
+            value = value[:12] + _bytes(value[12:], rng)
+    else:
+        value = rng.choice((bytes(8), b"\xff" * 8, rng.randbytes(8), b"\1" + bytes(7)))[: _WIDTHS[kind]]
+    if change:
+        entries[at] = key, kind, value
+    return entries
+
+
+def _joined(begin: bytes, entries: list[tuple[bytes, int, bytes]], rest: bytes, n_tensors: int) -> bytes:
+    """The file of these entries, its tensors at a multiple of 32 bytes again."""
+    header = b"".join(struct.pack("<Q", len(k)) + k + struct.pack("<I", t) + v for k, t, v in entries)
+    start, end = 24 + len(header), 0
+    for _ in range(n_tensors):
+        (size,) = struct.unpack_from("<Q", rest, end)
+        (dimensions,) = struct.unpack_from("<I", rest, end + 8 + size)
+        end += 8 + size + 4 + 8 * dimensions + 12
+    n_data = (len(rest) - end) // 32 * 32
+    infos = rest[:end] + bytes(-(start + end) % 32)
+    return begin + struct.pack("<Q", len(entries)) + header + infos + rest[len(rest) - n_data :]
+
+
+def _entries(data: bytes) -> tuple[list[tuple[bytes, int, bytes]], int]:
+    """(key, type, bytes of the value) of each, and where they end."""
+    (count,) = struct.unpack_from("<Q", data, 16)
+    entries, at = [], 24
+    for _ in range(min(count, 10_000)):
+        (size,) = struct.unpack_from("<Q", data, at)
+        key = data[at + 8 : at + 8 + size]
+        at += 8 + size
+        (kind,) = struct.unpack_from("<I", data, at)
+        end = _value_end(data, at + 4, kind)
+        entries.append((key, kind, data[at + 4 : end]))
+        at = end
+    return entries, at
+
+
+def _value_end(data: bytes, at: int, kind: int) -> int:
+    if kind == _TEXT:
+        return at + 8 + int(struct.unpack_from("<Q", data, at)[0])
+    if kind != _LIST:
+        return at + _WIDTHS[kind]
+    inner, count = struct.unpack_from("<IQ", data, at)
+    at += 12
+    if inner != _TEXT:
+        return at + int(count) * _WIDTHS[inner]
+    for _ in range(min(count, 100_000)):
+        at = _value_end(data, at, _TEXT)
+    return at
+
+
 _STRUCTURAL: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "json": _json, "lines": _lines, "safetensors": _safetensors, "zip": _zip,
-    "protobuf": _protobuf,
+    "protobuf": _protobuf, "gguf": _gguf,
 }  # fmt: skip

@@ -77,6 +77,8 @@ def _models(root: Path, tokenizer: Tokenizer) -> dict[str, Sample]:
     for type in ("bf16", "q8_0"):
         (root / type).mkdir()
         write_gguf(state, CONFIG, root / type / "model.gguf", type, tokenizer)
+    (root / "whole").mkdir()
+    write_gguf(state, CONFIG, root / "whole/model.gguf", "bf16", _whole(root / "given", tokenizer), _SIDE_FILES)
     (root / "config").mkdir()
     (root / "config/config.json").write_text(json.dumps(to_hf(CONFIG, "bfloat16")))
     (root / "config/generation_config.json").write_text(json.dumps(
@@ -95,8 +97,27 @@ def _models(root: Path, tokenizer: Tokenizer) -> dict[str, Sample]:
         "recipe": Sample(root / "packed", "config.json", "json", generate),
         "gguf": Sample(root / "bf16", "model.gguf", "bytes", lambda folder: generate(folder / "model.gguf")),
         "gguf q8_0": Sample(root / "q8_0", "model.gguf", "bytes", lambda folder: generate(folder / "model.gguf")),
+        "gguf keys": Sample(root / "whole", "model.gguf", "gguf", lambda folder: generate(folder / "model.gguf")),
+        "gguf keys convert": Sample(
+            root / "whole", "model.gguf", "gguf", lambda folder: convert(folder / "model.gguf", folder / "out", "hf")
+        ),
         "gguf info": Sample(root / "bf16", "model.gguf", "bytes", lambda folder: info(folder / "model.gguf")),
     }
+
+
+_SIDE_FILES = {
+    "generation_config.json": b'{"eos_token_id": [2, 3], "do_sample": true, "temperature": 0.7}',
+    "tokenizer_config.json": b'{"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": "{{ 1 }}"}',
+    "special_tokens_map.json": b'{"unk_token": "<unk>"}',
+}  # fmt: skip
+
+
+def _whole(folder: Path, tokenizer: Tokenizer) -> Tokenizer:
+    """The same vocabulary as a tokenizer.json with a sentencepiece model beside it, which a GGUF file holds both."""
+    tokenizer.save(folder)
+    document = json.loads((folder / "tokenizer.json").read_bytes())
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    return load_tokenizer(folder)
 
 
 def generate(path: Path) -> None:
@@ -137,6 +158,11 @@ def _tokenizers(root: Path, tokenizer: Tokenizer) -> dict[str, Sample]:
         (root / name).mkdir()
         for file in (root / "all").glob(wanted):
             shutil.copy(file, root / name)
+    shutil.copytree(root / "spm", root / "added")
+    ids = {"<|im_start|>": CONFIG.vocab_size, "<|im_end|>": CONFIG.vocab_size + 1}
+    (root / "added/added_tokens.json").write_text(json.dumps(ids))
+    named = {"bos_token": "<s>", "eos_token": {"content": "<|im_end|>", "lstrip": False}, "unk_token": "<unk>"}
+    (root / "added/special_tokens_map.json").write_text(json.dumps(named))
     (root / "tekken").mkdir()
     (root / "tekken/tekken.json").write_text(json.dumps(_tekken()))
     (model,) = (root / "spm").iterdir()
@@ -144,6 +170,8 @@ def _tokenizers(root: Path, tokenizer: Tokenizer) -> dict[str, Sample]:
         "tokenizer.model": Sample(root / "spm", model.name, "protobuf", encode),
         "tokenizer.json": Sample(root / "json", "tokenizer.json", "json", encode),
         "tokenizer_config.json": Sample(root / "json", "tokenizer_config.json", "json", encode),
+        "special_tokens_map.json": Sample(root / "added", "special_tokens_map.json", "json", encode),
+        "added_tokens.json": Sample(root / "added", "added_tokens.json", "json", encode),
         "tekken.json": Sample(root / "tekken", "tekken.json", "json", encode),
     }
 

@@ -42,6 +42,7 @@ HARM: dict[str, tuple[Callable[[Path], object], str]] = {
     "crash": (lambda _: os.kill(os.getpid(), signal.SIGKILL), "dies"),
     "memory": (lambda _: torch.ones(MOST_MEMORY // 3), "raises RuntimeError"),
     "after a death": (lambda _: None, "accepted"),
+    "panic of a library": (lambda _: os.write(2, b"thread panicked") and None, "writes to standard error"),
     "loop": (lambda _: _spin(0.3), "takes"),
     "hang": (lambda _: time.sleep(60), "hangs"),
 }
@@ -74,7 +75,7 @@ def test_a_case_follows_from_seed_and_number() -> None:
     import random
 
     content = json.dumps({"a": [1, 2, {"b": "text"}], "c": 1.5}).encode()
-    for kind in ("json", "lines", "safetensors", "zip", "protobuf", "bytes"):
+    for kind in ("json", "lines", "safetensors", "zip", "protobuf", "gguf", "bytes"):
         first = [damaged(content, kind, random.Random(f"3/{n}")) for n in range(50)]
         assert first == [damaged(content, kind, random.Random(f"3/{n}")) for n in range(50)]
         assert len(set(first)) > 25

@@ -165,7 +165,7 @@ def test_flags_of_a_model_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"vocab": {"a": 10**9}}, "model.vocab: 'a' has the id 1000000000; ids below 2,097,152 are read"),
+    ({"vocab": {"a": 10**9}}, "model.vocab: 'a' has the id 1000000000; ids below 524,288 are read"),
     ({"vocab": {"a": 2**40}}, "damaged or not a tokenizer.json"),
     ({"vocab": {"a": -1}}, "damaged or not a tokenizer.json"),
     ({"vocab": ["a"]}, "damaged or not a tokenizer.json"),
@@ -189,7 +189,7 @@ def test_an_added_token_far_beyond_the_vocabulary(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"default_vocab_size": 10**9}, "config.default_vocab_size must be a whole number from 1 to 2,097,152, not 1000"),
+    ({"default_vocab_size": 10**9}, "config.default_vocab_size must be a whole number from 1 to 524,288, not 1000"),
     ({"default_num_special_tokens": 10**9}, "config.default_num_special_tokens must be a whole number from 1 to 11"),
     ({"default_num_special_tokens": "1"}, "config.default_num_special_tokens must be"),
     ({"pattern": "("}, "damaged or not a tekken.json"),

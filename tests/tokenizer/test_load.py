@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from mixtral.errors import MixtralError, UsageError
+from mixtral.generation_config import read_generation_config
 from mixtral.tokenizer import Tokenizer, load_tokenizer
 from tests.tokenizer.conftest import FILES, NAMES
 
@@ -75,3 +77,26 @@ def test_an_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("os.open", refuse)
     with pytest.raises(MixtralError, match=r"tokenizer.json: cannot be read: Permission denied"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                                  "chat_template.jinja", "tokenizer.json", "tekken.json", "generation_config.json",
+                                  "additional_chat_templates", "other.model.v9"])
+@pytest.mark.parametrize("kind", ["dangling", "fifo", "device"])
+def test_what_is_no_regular_file_is_told_of(own: Tokenizer, tmp_path: Path, name: str, kind: str) -> None:
+    own.save(tmp_path)
+    file = tmp_path / name
+    file.unlink(missing_ok=True)
+    if name == "other.model.v9":
+        (tmp_path / "own.model.v3").unlink()
+        (tmp_path / "tokenizer.json").unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(file)
+    else:
+        file.symlink_to("/dev/zero" if kind == "device" else "nowhere")
+    with pytest.raises(MixtralError) as caught:
+        load_tokenizer(tmp_path)
+    assert name in str(caught.value)
+    if name == "generation_config.json":
+        with pytest.raises(MixtralError, match="generation_config"):
+            read_generation_config(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
 from pathlib import Path
 
 import pytest
@@ -234,3 +235,53 @@ def test_it_travels_to_another_process(tmp_path: Path) -> None:
     copy = pickle.loads(pickle.dumps(tokenizer))
     assert copy.encode("he</s><s>") == tokenizer.encode("he</s><s>") and not set(copy.encode("</s>")) & {258, 259}
     assert copy.fingerprint == tokenizer.fingerprint
+
+
+def test_a_decoder_that_does_not_say_its_type(tmp_path: Path) -> None:
+    document = json.loads(_byte_level("<s>", "</s>").to_str())
+    document["decoder"] = {"pattern": {"String": "_"}, "content": " "}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(MixtralError, match=r"tokenizer\.json: decoder: \{.*\} must be an object with its type"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_text_that_the_vocabulary_cannot_spell(tmp_path: Path) -> None:
+    fast = FastTokenizer(models.Unigram([("<s>", 0.0), ("</s>", 0.0), ("▁", -1.0), ("a", -1.0)], None, False))
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    document = json.loads(fast.to_str())
+    pieces = [*document["model"]["vocab"], *([c, -1.0] for c in "0ethe."), ["\n", -1.0]]
+    document["model"]["vocab"] = [list(piece) for piece in dict(pieces).items()]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("a")) == "a"
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["a", text])):
+        with pytest.raises(MixtralError, match=r"tokenizer\.json: a text that it cannot encode: .*unk_id. is missing"):
+            encode("a日")
+
+
+@pytest.mark.parametrize("key", ["single", "pair"])
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_post_processor_without_the_ids_of_its_token(
+    key: str, inner: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fast = _special(_byte_level(), "<s>", "</s>")
+    fast.post_processor = _template("<s> $A", {"<s>": 258})
+    document = json.loads(fast.to_str())
+    template = document["post_processor"]
+    template[key] = [{"SpecialToken": {"id": "[X]", "type_id": 0}}, *template[key]]
+    document["post_processor"] = {"type": "Sequence", "processors": [template]} if inner else template
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(MixtralError, match=rf"post_processor\.{key}: '\[X\]' is none of its special_tokens"):
+        load_tokenizer(tmp_path)
+    assert capfd.readouterr().err == ""  # the library's panic is not one line
+
+
+def test_many_added_tokens_take_no_time(tmp_path: Path) -> None:
+    """One by one they take seconds for some thousands, and four times as long for twice as many."""
+    fast = _special(_byte_level(), "<s>", "</s>")
+    decoder = {str(260 + i): {"content": f"<t{i}>", "special": i % 2 == 0} for i in range(6000)}
+    start = time.process_time()
+    tokenizer = _load(fast, tmp_path, {"added_tokens_decoder": decoder})
+    assert time.process_time() - start < 2
+    assert tokenizer.vocab_size == 6260 and tokenizer.encode("a<t5999>") == [*tokenizer.encode("a"), 6259]
+    assert tokenizer.control[260] == "<t0>" and 261 not in tokenizer.control

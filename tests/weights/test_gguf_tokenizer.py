@@ -18,7 +18,7 @@ from mixtral.tokenizer import Tokenizer, load_tokenizer
 from mixtral.weights import convert, save_hf
 from mixtral.weights.chat_templates import TEMPLATES, folder_templates
 from mixtral.weights.gguf_tokenizer import _rebuilt, read_tokenizer, side_files, tokenizer_metadata
-from mixtral.weights.gguf_write import write_gguf
+from mixtral.weights.gguf_write import _add_metadata, write_gguf
 from tests.tokenizer.conftest import tokenizer_named
 from tests.tokenizer.kinds import KINDS
 from tests.weights.weight_states import SPARSE, random_state
@@ -209,3 +209,55 @@ def test_templates_say_what_mistral_common_does(version: str, system: str) -> No
         expected = tokenizer.mistral.encode_chat_completion(ChatCompletionRequest(messages=messages)).tokens
         rendered = jinja2.Template(TEMPLATES[version]).render(messages=plain, bos_token="<s>", eos_token="</s>")
         assert tokens_of(rendered, tokenizer) == expected
+
+
+@pytest.mark.parametrize(("document", "message"), [
+    ({"decoder": {"pattern": {"String": "_"}, "content": " "}}, "must be an object with its type"),
+    ({"model": {"type": "BPE", "vocab": {}, "merges": []}, "decoder": {"type": "Fuse"}}, "vocabular"),
+])
+def test_a_damaged_tokenizer_json_inside(document: dict[str, Any], message: str, tmp_path: Path) -> None:
+    metadata = tokenizer_metadata(tokenizer_named("own"), 1000)
+    whole = json.loads(tokenizer_named("own").to_json()) | document  # type: ignore[attr-defined]
+    path = _file(tmp_path, metadata | {"tokenizer.huggingface.json": json.dumps(whole)})
+    with pytest.raises(MixtralError, match=message) as caught:
+        read_tokenizer(path)
+    assert str(caught.value).startswith(f"{path}: its vocabulary ")
+
+
+def test_a_library_that_fails_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError("type")
+
+    monkeypatch.setattr("mixtral.weights.gguf_tokenizer._rebuilt", fail)
+    with pytest.raises(MixtralError, match="its vocabulary is damaged: KeyError: 'type'"):
+        read_tokenizer(_file(tmp_path, tokenizer_metadata(tokenizer_named("own"), 1000)))
+
+
+@pytest.mark.parametrize(("count", "rows", "message"), [
+    (600, 500, "has 600 tokens, more than the 500 rows of token_embd.weight"),
+    (2000, 5000, "has 2,000 tokens, more than the 1,000 that are read"),
+])
+def test_more_tokens_than_the_model_has_rows(
+    count: int, rows: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before anything is built of them."""
+    monkeypatch.setattr("mixtral.weights.gguf_tokenizer.MOST_TOKENS", 1000)
+    monkeypatch.setattr("mixtral.weights.gguf_tokenizer._rebuilt", None)
+    tokens = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": [f"t{i}" for i in range(count)]}
+    with pytest.raises(MixtralError, match=message):
+        read_tokenizer(_file(tmp_path, tokens, rows))
+
+
+def _file(folder: Path, metadata: dict[str, Any], rows: int = 1000) -> Path:
+    """A GGUF file of an embedding one number wide."""
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(folder / "a.gguf", "llama")
+    _add_metadata(writer, metadata)
+    writer.add_tensor("token_embd.weight", np.zeros((rows, 1), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "a.gguf"

@@ -17,7 +17,9 @@ from torch import Tensor
 from mixtral.config import LIMITS, ModelConfig
 from mixtral.errors import UsageError, WeightsError
 from mixtral.weights import detect_format, load, load_state, save_hf, save_mistral
-from mixtral.weights.load import StateReader
+from mixtral.weights.load import StateReader, _possible
+from mixtral.weights.names import slots
+from mixtral.weights.safetensors_file import Header, SafetensorsFile
 from mixtral.weights.shards import PACKED_FILE
 from tests.weights.weight_states import CONFIGS, DENSE, SPARSE, assert_same, random_state
 
@@ -195,6 +197,19 @@ def test_a_config_of_any_number_of_tensors_is_refused_at_once(
     message = refusal(folder, claim)
     assert message.endswith("21 tensors, where the config asks for at least 24,576 (4,096 layers of 65,536 experts)")
     assert time.process_time() - start < 2
+
+
+def test_empty_tensors_do_not_make_room_for_a_larger_claim(tmp_path: Path) -> None:
+    """A header of 5 MB once bought a list of a million names."""
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"t{i}": empty for i in range(20_000)}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    claim = SPARSE.replace(n_layers=LIMITS["n_layers"], n_experts=16)
+    found = slots(SPARSE, "hf", "per-expert")
+    headers = SafetensorsFile(tmp_path / "model.safetensors").headers
+    assert _possible(headers, claim, "hf", tmp_path) == ["fused"]  # 200,000 tensors when each expert has its own
+    full = {name: Header(torch.float32, "F32", slot.shape) for name, slot in found.items()}
+    assert _possible(full, SPARSE, "hf", tmp_path) == ["per-expert", "fused"]
 
 
 def test_folders_without_weights(tmp_path: Path) -> None:
