@@ -14,7 +14,7 @@ from mixtral.config import is_token_id
 from mixtral.config_gguf import named_end_tokens
 from mixtral.errors import MixtralError, UsageError, WeightsError, shown
 from mixtral.generation_config import NAME as GENERATION_CONFIG
-from mixtral.generation_config import embedded, from_config_json, from_gguf_sampling
+from mixtral.generation_config import from_config_json, from_gguf_sampling
 from mixtral.gguf_header import TensorInfo, read_gguf_header
 from mixtral.tokenizer import Tokenizer, load_tokenizer
 from mixtral.tokenizer.base import MOST_TOKENS
@@ -145,7 +145,6 @@ def side_files(source: str | Path) -> dict[str, bytes]:
     try:
         metadata = read_gguf_header(source).metadata
         files = _files(metadata)
-        embedded(metadata)  # raises where it is damaged
         return _with_defaults(files, {} if GENERATION_CONFIG in files else _sampling(metadata))
     except (WeightsError, ValueError) as error:
         raise error if isinstance(error, WeightsError) else MixtralError(f"{source}: {error}") from None
