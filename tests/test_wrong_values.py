@@ -25,6 +25,7 @@ from mixtral.errors import ConfigError, DataError, MixtralError, UsageError, Wei
 from mixtral.gguf_header import GgufHeader
 from mixtral.lm import LM
 from mixtral.model import Mixtral
+from mixtral.model.transformer import initialise
 from mixtral.presets import preset
 from mixtral.quant.recipe import Recipe
 from mixtral.specs import check_value
@@ -215,7 +216,7 @@ def test_large_numbers_are_floats_or_refused(field: str, number: float) -> None:
     config = plain.replace(**{field: number})
     assert type(getattr(config, field)) is float
     if field != "init_std":
-        LM(Mixtral(config)).generate([1, 5, 7], max_tokens=2)
+        LM(initialise(Mixtral(config))).generate([1, 5, 7], max_tokens=2)
 
 
 SAMPLING_FLOATS = [name for name, kind in kinds(SamplingParams).items() if kind is float]
@@ -230,7 +231,7 @@ def test_large_numbers_for_sampling(field: str, number: int) -> None:
         return
     params = SamplingParams(**{"temperature": 1.0, field: number})
     assert type(getattr(params, field)) is float
-    lm = LM(Mixtral(preset("tiny")))
+    lm = LM(initialise(Mixtral(preset("tiny"))))
     assert len(lm.generate([1, 5, 7], max_tokens=2, ignore_eos=True, **{"temperature": 1, field: number})) == 2
 
 
