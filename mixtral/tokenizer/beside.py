@@ -22,8 +22,6 @@ SIDE_FILES = (
 )
 FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": True, "special": False}
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
-
 _EXTRA, _ADDITIONAL = "extra_special_tokens", "additional_special_tokens"
 
 
