@@ -170,19 +170,20 @@ def _check_ids(document: dict[str, Any], fast: FastTokenizer, file_name: str) ->
 
 def _add(fast: FastTokenizer, tokens: list[Added], special: set[str]) -> bool:
     """Add tokens, as transformers does: the files beside decide the flags. -> whether new ids came of it."""
-    grown = False
     there = {token.content: token for token in fast.get_added_tokens_decoder().values()}
-    for token in tokens:
-        same = there.get(token.content)
-        if same and all(getattr(same, flag) == set_to for flag, set_to in token.flags.items()):
-            continue
-        known = fast.token_to_id(token.content)
-        flags = {**token.flags, "special": token.flags["special"] or token.content in special}
-        fast.add_tokens([AddedToken(token.content, **flags)])
-        if known is None and (given := fast.token_to_id(token.content)) != token.id:
+    tokens = [token for token in tokens if not _same(there.get(token.content), token)]
+    new = [token for token in tokens if fast.token_to_id(token.content) is None]
+    flags = [{**token.flags, "special": token.flags["special"] or token.content in special} for token in tokens]
+    # all at once: with each call the library builds its search for all of them again
+    fast.add_tokens([AddedToken(token.content, **of) for token, of in zip(tokens, flags, strict=True)])
+    for token in new:
+        if (given := fast.token_to_id(token.content)) != token.id:
             raise MixtralError(f"{token.key}: has the id {token.id}, where the vocabulary goes on with {given}")
-        grown = grown or known is None
-    return grown
+    return bool(new)
+
+
+def _same(known: AddedToken | None, token: Added) -> bool:
+    return known is not None and all(getattr(known, flag) == set_to for flag, set_to in token.flags.items())
 
 
 def _add_special(fast: FastTokenizer, tokens: list[Special]) -> bool:
