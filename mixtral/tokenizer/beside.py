@@ -24,8 +24,6 @@ SIDE_FILES = (
 FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": True, "special": False}
 _MOST_NAME = 200  # bytes of a file's name; file systems have 255, and a file being written has a longer one
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
-
 _EXTRA, _ADDITIONAL = "extra_special_tokens", "additional_special_tokens"
 
 

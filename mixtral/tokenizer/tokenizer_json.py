@@ -178,22 +178,18 @@ def _check_ids(document: dict[str, Any], fast: FastTokenizer, file_name: str) ->
 def _add(fast: FastTokenizer, tokens: list[Added], special: set[str]) -> bool:
     """Add tokens, as transformers does: the files beside decide the flags. -> whether new ids came of it."""
     there = {token.content: token for token in fast.get_added_tokens_decoder().values()}
-    changed = [token for token in tokens if not _is_there(token, there.get(token.content))]
-    new: dict[str, Added] = {}
-    for token in changed:
-        if fast.token_to_id(token.content) is None:
-            new.setdefault(token.content, token)
-    fast.add_tokens([  # at once: each call takes long
-        AddedToken(t.content, **{**t.flags, "special": t.flags["special"] or t.content in special}) for t in changed
-    ])
-    for token in new.values():
+    tokens = [token for token in tokens if not _same(there.get(token.content), token)]
+    new = [token for token in tokens if fast.token_to_id(token.content) is None]
+    flags = [{**token.flags, "special": token.flags["special"] or token.content in special} for token in tokens]
+    # all at once: with each call the library builds its search for all of them again
+    fast.add_tokens([AddedToken(token.content, **of) for token, of in zip(tokens, flags, strict=True)])
+    for token in new:
         if (given := fast.token_to_id(token.content)) != token.id:
             raise MixtralError(f"{token.key}: has the id {token.id}, where the vocabulary goes on with {given}")
     return bool(new)
 
 
-def _is_there(token: Added, known: AddedToken | None) -> bool:
-    """Whether the vocabulary has a token already, with the same flags."""
+def _same(known: AddedToken | None, token: Added) -> bool:
     return known is not None and all(getattr(known, flag) == set_to for flag, set_to in token.flags.items())
 
 
