@@ -30,7 +30,7 @@ def prepare_streams() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         raise MixtralError("standard output is closed; send it to a file, or to /dev/null")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a console that lacks a character gets "?" for it, not a failure
+        sys.stdout.reconfigure(errors="backslashreplace")  # a console that lacks a character gets its number
     if sys.stdout is sys.__stdout__:  # not what a test put in its place
         sys.stdout = cast(TextIO, _Stream(sys.__stdout__, needed=True))
     if sys.stderr is sys.__stderr__:

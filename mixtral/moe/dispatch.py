@@ -5,12 +5,13 @@ Legend: T tokens, D model width, E experts, K experts a token, N routed rows (T 
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as module_calls
+from torch.nn.modules import module as of_all
 
 from mixtral import kernels
 from mixtral.moe.choice import counts_of
@@ -43,19 +44,23 @@ class Dispatcher(ABC):
         return self.combine(experts(dispatched.rows_ND, dispatched.counts_E), dispatched)
 
 
-_HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
-
-
-def added_to(part: object) -> str:
+def added_to(part: Any) -> str:
     """What a call of `part` runs besides the code of its class: hooks, its own or those on all modules, or methods set
     on the object itself. "" if nothing; else a shortcut past the call must not be taken."""
-    name = type(part).__name__
-    if isinstance(part, nn.Module):
-        of_all = any(vars(module_calls)[f"_global_{kind}_hooks"] for kind in _HOOKS)
-        if of_all or any(vars(part)[f"_{kind}_hooks"] for kind in _HOOKS):
-            return f"the hooks on {name}"
-    methods = (attribute for attribute in vars(part) if callable(getattr(type(part), attribute, None)))
-    return next((f"the {method} that a {name} was given" for method in methods), "")
+    if isinstance(part, nn.Module) and (
+        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+        or of_all._global_forward_hooks or of_all._global_forward_pre_hooks
+        or of_all._global_backward_hooks or of_all._global_backward_pre_hooks
+    ):  # fmt: skip
+        return f"the hooks on {type(part).__name__}"
+    methods = _methods(type(part))  # type: ignore[arg-type]  # mypy takes a class as not hashable
+    given = [name for name in vars(part) if name in methods]
+    return f"the {given[0]} that a {type(part).__name__} was given" if given else ""
+
+
+@functools.cache  # asked anew for every token
+def _methods(kind: type) -> frozenset[str]:
+    return frozenset(name for name in dir(kind) if callable(getattr(kind, name, None)))
 
 
 class LocalDispatcher(Dispatcher):

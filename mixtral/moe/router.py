@@ -114,19 +114,23 @@ class Router(nn.Module):
             experts_TK = reorder(rank_TE, experts_TK)  # so far by what they were chosen for, and that is not the weight
         return experts_TK
 
+    @property
+    def _has_capacity(self) -> bool:
+        return self.training and isinstance(self.options, TopK) and self.options.capacity_factor is not None
+
     def _kept(self, chosen_TK: Tensor, k: int | Tensor | None) -> Tensor:
         """The assignments kept after capacity dropping; the choice itself where there is no capacity."""
-        if not (isinstance(self.options, TopK) and self.options.capacity_factor and self.training):
+        if not self._has_capacity:
             return chosen_TK
+        assert isinstance(self.options, TopK) and self.options.capacity_factor
         mean = k if isinstance(k, int) else self.experts_per_token
         return within_capacity(chosen_TK, self.n_experts, mean, self.options.capacity_factor)
 
     def _number_of(self, replay: Tensor, k: int | Tensor | None) -> int | Tensor | None:
         """The `k` of the call that chose `replay`: as given, else its width; None where each token took its own."""
-        if not isinstance(self.options, TopK):
-            return None  # no capacity
-        if k is not None:
+        if k is not None and isinstance(self.options, TopK):
             self._slots(k, len(replay))
+        if k is not None or not self._has_capacity:
             return k
         n_slots = replay.shape[1]
         each_its_own = n_slots == self.options.slots(self.n_experts, self.experts_per_token) or (replay < 0).any()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,14 @@ def test_a_file_never_gets_the_descriptor_of_a_closed_stream() -> None:
     done = subprocess.run(["bash", "-c", f"'{sys.executable}' -c '{code}' <&- 2>&-"], capture_output=True, text=True,
                           check=False)  # fmt: skip
     assert done.stdout == "True\n"
+
+
+def test_what_a_console_cannot_show_can_still_be_told_apart() -> None:
+    """A file's name that is no UTF-8, and a character that the encoding lacks."""
+    code = "from mixtral.commands.streams import prepare_streams; prepare_streams(); print('a\\udcff', '\\xe9')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})  # fmt: skip
+    assert done.stdout == "a\\udcff \\xe9\n"
 
 
 @pytest.mark.parametrize(
