@@ -24,7 +24,7 @@ from mixtral.train.config import TrainConfig
 from mixtral.train.finished import finished
 from mixtral.train.metrics import MatrixRate, read_lines
 from mixtral.train.pretrain import Trained, pretrain, save_final
-from mixtral.train.run_folder import begin, change_threads, recorded_config
+from mixtral.train.run_folder import begin, record_threads, recorded_config
 from tests.train.tiny_run import Killed, Watching, kill_after, texts, train_config
 
 
@@ -363,7 +363,7 @@ def test_a_run_with_work_left_is_not_finished(trained: Trained, tmp_path: Path) 
         "no model": lambda out: shutil.rmtree(out / "final"),
         "half a model": lambda out: (out / "final/config.json").unlink(),
         "no last checkpoint": lambda out: shutil.rmtree(checkpoints(out)[-1]),
-        "a model of another record": lambda out: change_threads(out, 7),
+        "a model of another record": lambda out: record_threads(out, 7),
         "a model of an earlier end": lambda out: os.utime(out / "final/training.json", (1, 1)),
     }
     for name, spoil in spoils.items():
