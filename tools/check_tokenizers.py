@@ -9,6 +9,7 @@ that went through GGUF is held to what it was before. Prints a table; fails when
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 import tempfile
@@ -24,8 +25,10 @@ from tests.tokenizer.lines import make_lines  # noqa: E402
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lines", nargs="?", type=int, default=10_000, metavar="LINES", help="how many (default 10000)")
     logging.disable(logging.WARNING)  # transformers' remarks
-    lines = make_lines(int(sys.argv[1]) if len(sys.argv) > 1 else 10_000)
+    lines = make_lines(parser.parse_args().lines)
     print(f"{len(lines):,} lines, {sum(len(line.encode()) for line in lines):,} bytes, seed 0")
     print(f"{'kind':34} {'vocabulary':>10} {'ids held to':15} {'other ids':>9} {'other texts':>11} {'seconds':>7}")
     failed = 0
