@@ -12,7 +12,7 @@ import reprlib
 from collections.abc import Iterable
 
 _LONGEST_LINE = 590  # characters
-_LONGEST_WORD = 160  # without a slash; a path is told in full
+_LONGEST_WORD = 160  # without a slash; a path is shown in full
 _shortener = reprlib.Repr()
 _shortener.maxstring = _shortener.maxother = _shortener.maxlong = 60
 _shortener.maxlevel = 2

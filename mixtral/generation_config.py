@@ -91,7 +91,7 @@ def read_generation_config(folder: Path) -> tuple[Path, dict[str, Any]]:
     and the new ones still read them. Raises ConfigError when the file is damaged.
     """
     file = folder / NAME
-    if os.path.lexists(file):  # a link that points nowhere is told of
+    if os.path.lexists(file):  # a link that points nowhere is reported
         values = read_object(file)
     elif os.path.lexists(file := folder / "config.json"):
         values = {key: value for key, value in read_object(file).items() if key in KEYS}

@@ -50,7 +50,7 @@ def read_side_files(folder: Path | str) -> dict[str, bytes]:
     if os.path.lexists(templates) and not templates.is_dir():
         raise MixtralError(f"{templates}: must be a folder of templates")
     names = (name for name in SIDE_FILES if "*" not in name)
-    found = [file for name in names if os.path.lexists(file := folder / name)]  # a link that points nowhere is told of
+    found = [file for name in names if os.path.lexists(file := folder / name)]  # a link that points nowhere is reported
     found += sorted(templates.glob("*.jinja"))
     return {file.relative_to(folder).as_posix(): read_regular(file, MixtralError, SMALL) for file in found}
 

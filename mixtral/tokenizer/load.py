@@ -33,7 +33,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     folder, spm = path.parent, None
     if os.path.isdir(path):  # not Path's, which raises for names that are too long
         folder, path, spm = path, *_choose(path)
-    if not os.path.lexists(path):  # what is no regular file is told of below
+    if not os.path.lexists(path):  # what is no regular file is reported below
         raise UsageError(f"{path}: no such file or folder; expected a model folder or one of {WANTED}")
     data, beside = read_regular(path, MixtralError, LARGE), Beside(read_side_files(folder))
     try:

@@ -102,7 +102,7 @@ def _pretrain(config: TrainConfig, out: Path, checkpoint: Path | None, view: Vie
 
 
 def _use_threads(out: Path, view: View, changed: int | None) -> None:
-    """Compute with `changed` threads, or as recorded; what speaks against that is told when the run goes on."""
+    """Compute with `changed` threads, or as recorded; what speaks against that is said when the run goes on."""
     threads, cores = recorded_threads(out), cpu_count()
     set_threads(changed or threads)
     if changed is not None:

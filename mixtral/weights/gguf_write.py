@@ -148,7 +148,7 @@ def _rounded(tensor: Tensor, stored: str) -> np.ndarray:
     step = max(1, _CHUNK // rows.shape[1])
     for begin in range(0, len(rows), step):
         part = rows[begin : begin + step].float().contiguous().numpy()
-        with np.errstate(all="ignore"):  # what is not finite is told by `require_finite`, or allowed
+        with np.errstate(all="ignore"):  # what is not finite is reported by `require_finite`, or allowed
             out[begin : begin + step] = gguf.quants.quantize(part, gguf.GGMLQuantizationType[stored])
     return out
 

@@ -26,7 +26,7 @@ from mixtral.weights.shards import TensorFile, detect_format, open_files, some
 
 log = logging.getLogger(__name__)
 
-_LISTED = 50_000  # tensors that are missing are told by name up to such a number: more than any model has
+_LISTED = 50_000  # missing tensors are named up to such a number: more than any model has
 _LONG = 250  # characters of complaints: beyond, each names one tensor alone
 _FLOATS = "F64, F32, F16 or BF16"
 # Rotary frequencies in old files; they follow from the configuration, which counts here as in transformers.

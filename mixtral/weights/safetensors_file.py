@@ -137,7 +137,7 @@ class SafetensorsFile:
 def write_safetensors(
     path: Path, entries: Iterable[Entry], done: Callable[[int], None] = lambda _: None, allow_nonfinite: bool = False
 ) -> None:
-    """Write tensors to a new file, one in memory at a time; `done` is told the bytes of each.
+    """Write tensors to a new file, one in memory at a time; `done` is called with the bytes of each.
 
     Raises WeightsError, naming the tensor, for numbers that are not finite or not in the dtype to be written, unless
     `allow_nonfinite`.
