@@ -44,7 +44,10 @@ class Epoch {
   void wait(uint32_t old, int spin) {
     if (now() != old) return;
     if (spin > 0 && worth_spinning()) {
-      if (spun(old, spin)) return misses_.store(0, std::memory_order_relaxed);
+      if (spun(old, spin)) {
+        if (misses_.load(std::memory_order_relaxed)) misses_.store(0, std::memory_order_relaxed);  // others read the line
+        return;
+      }
       misses_.fetch_add(1, std::memory_order_relaxed);
     }
     std::unique_lock<std::mutex> lock(mutex_);
@@ -69,8 +72,10 @@ class Epoch {
     return false;
   }
 
-  std::atomic<uint32_t> value_{0}, slept_{0};
-  std::atomic<int> sleepers_{0}, misses_{0};  // misses_: waits in a row that spinning did not end
+  std::atomic<uint32_t> value_{0};
+  std::atomic<int> sleepers_{0};
+  alignas(64) std::atomic<int> misses_{0};  // waits in a row that spinning did not end; not in the line that is spun on
+  std::atomic<uint32_t> slept_{0};
   std::mutex mutex_;
   std::condition_variable wake_;
 };
