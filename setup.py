@@ -1,6 +1,6 @@
 """Builds the C++ library of mixtral/kernels/native; all else about the package stands in pyproject.toml.
 
-The library is one file with plain C functions, loaded by mixtral/kernels/native.py. Sources named *.isa.cpp are
+The library is one file with plain C functions, loaded by mixtral/kernels/native/library.py. Sources named *.isa.cpp are
 compiled once for each instruction set that the compiler knows, with its flags and MX_ISA set to its name. Where there
 is no compiler the package installs without the library: `mixtral doctor` tells what is missing.
 """
@@ -20,8 +20,8 @@ from setuptools.errors import CompileError
 from setuptools.modified import newer_group
 
 FOLDER = Path("mixtral/kernels/native")
-SOURCES = sorted(FOLDER.glob("*.cpp"))
-HEADERS = sorted(FOLDER.glob("*.h"))
+SOURCES = sorted((FOLDER / "src").glob("*.cpp"))
+HEADERS = sorted((FOLDER / "src").glob("*.h"))
 
 # Products and sums are fused only where the sources say so (-ffp-contract): no result may hang on the compiler.
 # -fno-tree-ter: GCC would otherwise put off the additions of a tile to its end, and run out of registers.
@@ -83,7 +83,7 @@ class Wheel(bdist_wheel):
 
 
 def _headers_hash() -> str:
-    """As mixtral/kernels/native.py has it, which compares: it relies on the structures that the headers declare."""
+    """As mixtral/kernels/native/library.py has it, which compares: the headers declare its structures."""
     return hashlib.sha256(b"".join(path.read_bytes() for path in HEADERS)).hexdigest()[:16]
 
 

@@ -44,11 +44,11 @@ from mixtral.presets import tiny
 from mixtral.runtime import set_threads
 from mixtral.tokenizer import Tokenizer, train_bpe
 from mixtral.train.config import TrainConfig
+from mixtral.train.display import Display
 from mixtral.train.loop import Run
 from mixtral.train.metrics import read_lines
-from mixtral.train.optim import Optimizer
-from mixtral.train.schedule import learning_rate
-from mixtral.train.view import View
+from mixtral.train.optim.optimizer import Optimizer
+from mixtral.train.optim.schedule import learning_rate
 
 SIDES = ("mixtral", "transformers")
 
@@ -71,7 +71,7 @@ def our_curve(config: TrainConfig, data: TokenData, tokenizer: Tokenizer, folder
     Run(
         folder=folder, config=config, model=model, optimizer=Optimizer(model, config, torch.float32), loader=loader,
         val_batches=loader.val_batches(config.val_tokens),
-        byte_lengths_V=torch.from_numpy(tokenizer.byte_lengths()), view=View(),
+        byte_lengths_V=torch.from_numpy(tokenizer.byte_lengths()), display=Display(),
     ).train()  # fmt: skip
     lines = read_lines(folder / "metrics.jsonl")
     training = [line["cross_entropy"] for line in lines if "cross_entropy" in line]

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mixtral.config import ModelConfig
-from mixtral.kernels.native import measure_read
+from mixtral.kernels.native.library import measure_read
 from mixtral.runtime import set_threads
 
 SHORT = 128  # the context that longer ones are compared with

@@ -25,11 +25,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from mixtral.config import ModelConfig
-from mixtral.model import Mixtral, Packed, initialise
+from mixtral.model import Mixtral, Ragged, initialise
 from mixtral.presets import small
 from mixtral.runtime import set_threads
 from mixtral.train.config import TrainConfig
-from mixtral.train.optim import Optimizer
+from mixtral.train.optim.optimizer import Optimizer
 
 LENGTH = 512
 LR = 1e-5
@@ -56,9 +56,9 @@ class Contest:
     repeats: int  # timed runs of each side
 
 
-def pack(ids_BS: Tensor) -> tuple[Packed, Tensor]:
+def pack(ids_BS: Tensor) -> tuple[Ragged, Tensor]:
     """Our form of a rectangular batch, and the targets that transformers derives from labels = ids."""
-    batch = Packed.of(ids_BS.tolist())
+    batch = Ragged.of(ids_BS.tolist())
     targets_BS = torch.full_like(ids_BS, -100)
     targets_BS[:, :-1] = ids_BS[:, 1:]
     return batch, targets_BS.flatten()

@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 from mixtral.config import ModelConfig
-from mixtral.config_formats import read_config
-from mixtral.gguf_header import read_gguf_header
-from mixtral.kernels.packed import packed_shape
+from mixtral.config.formats import read_config
+from mixtral.gguf.header import read_gguf_header
+from mixtral.kernels.packing import packed_shape
 from mixtral.presets import preset
 from mixtral.quant.quantize import quantise_folder
-from mixtral.quant.recipe import Recipe, part_of
+from mixtral.quant.scheme import QuantScheme, part_of
 from mixtral.quant.synth import write_random
 from mixtral.weights import convert
 from mixtral.weights.names import parameter_shapes
@@ -58,7 +58,7 @@ class ModelFiles:
         path = self.folder / format
         if not path.exists():
             _tell(path)
-            quantise_folder(self.folder / "bf16", path, Recipe.of(BITS[format]))
+            quantise_folder(self.folder / "bf16", path, QuantScheme.of(BITS[format]))
         return path
 
     def gguf(self, format: str) -> Path:

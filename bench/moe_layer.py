@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mixtral.kernels.memory import keep_freed_memory
+from mixtral.kernels.allocator import keep_freed_memory
 from mixtral.moe import Experts, FeedForward, MoE, Router
 from mixtral.runtime import set_threads
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from transformers.initialization import no_init_weights
 
 from mixtral.config import ModelConfig
-from mixtral.config_formats import to_hf
+from mixtral.config.formats import to_hf
 from mixtral.model import Mixtral
 
 # Its third way, batched_mm, gathers an expert's weights for every routed row: 15 GB a layer at 2,048 tokens here.

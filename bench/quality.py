@@ -19,9 +19,9 @@ from torch import Tensor
 
 import mixtral
 from mixtral.engine.kv_cache import make_cache
-from mixtral.kernels.packed import GROUP, unpack
-from mixtral.model import Mixtral, Packed
-from mixtral.quant.recipe import PACKED, read_recipe
+from mixtral.kernels.packing import GROUP, unpack
+from mixtral.model import Mixtral, Ragged
+from mixtral.quant.scheme import PACKED, read_scheme
 from mixtral.runtime import set_threads
 
 
@@ -62,14 +62,14 @@ def _native_logits(path: Path, ids: list[int]) -> Tensor:
     lm.native = True
     _, native = lm.for_engine()
     assert native is not None
-    logits_TV = native(Packed.of([ids]), make_cache(lm.config, 1, torch.bfloat16, torch.device("cpu"))).logits
+    logits_TV = native(Ragged.of([ids]), make_cache(lm.config, 1, torch.bfloat16, torch.device("cpu"))).logits
     assert logits_TV is not None
     return logits_TV.clone()
 
 
 def _expand_into(model: Mixtral, path: Path) -> None:
     """Give `model` the weights that the quantised folder stands for."""
-    state, recipe = mixtral.load(path).model.state_dict(), read_recipe(path)
+    state, recipe = mixtral.load(path).model.state_dict(), read_scheme(path)
     assert recipe is not None
     for name, parameter in model.named_parameters():
         if (fmt := recipe.format(name)) is None:

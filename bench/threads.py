@@ -27,12 +27,12 @@ from rich.table import Table
 import mixtral
 from mixtral.cores import cpu_count
 from mixtral.data.loader import TrainBatch
-from mixtral.kernels.memory import keep_freed_memory
-from mixtral.model import Mixtral, Packed, initialise
+from mixtral.kernels.allocator import keep_freed_memory
+from mixtral.model import Mixtral, Ragged, initialise
 from mixtral.recipes import recipe
 from mixtral.runtime import set_threads
 from mixtral.shipped import SHIPPED
-from mixtral.train.optim import Optimizer
+from mixtral.train.optim.optimizer import Optimizer
 from mixtral.train.step import train_step
 
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # what libgomp, torch's OpenMP, reads when it is loaded
@@ -79,7 +79,7 @@ def training(threads: int, seconds: float) -> Callable[[], Cost]:
     model = initialise(Mixtral(config.model), torch.Generator().manual_seed(0))
     optimizer = Optimizer(model, config, torch.float32)
     ids_BS = torch.randint(config.model.vocab_size, (config.rows, config.context))
-    batch = TrainBatch(Packed.of(ids_BS.tolist()), ids_BS.roll(-1, 1).flatten(), torch.zeros(ids_BS.numel()).long())
+    batch = TrainBatch(Ragged.of(ids_BS.tolist()), ids_BS.roll(-1, 1).flatten(), torch.zeros(ids_BS.numel()).long())
 
     step = partial(train_step, model, optimizer, [batch], config, 0, stats=False)
     return lambda: cost(step, config.tokens_per_step, seconds)

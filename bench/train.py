@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from mixtral.cores import cpu_count
 from mixtral.data.loader import TrainBatch
-from mixtral.kernels.memory import keep_freed_memory
+from mixtral.kernels.allocator import keep_freed_memory
 from mixtral.presets import small
 from mixtral.runtime import set_threads
 from mixtral.train.config import TrainConfig
-from mixtral.train.optim import Optimizer
+from mixtral.train.optim.optimizer import Optimizer
 from mixtral.train.step import train_step
 
 LENGTH = 512

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mixtral.config_formats import read_config
+from mixtral.config.formats import read_config
 from mixtral.presets import preset
 
 GIB = 2**30

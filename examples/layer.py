@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from mixtral.moe import Experts, MoE, Router
-from mixtral.moe.balance import load_balance, z_loss
 from mixtral.moe.choice import counts_of
+from mixtral.moe.losses import load_balance, z_loss
 
 T, D, F, E, K = 50, 32, 64, 8, 2
 

@@ -13,8 +13,8 @@ from rich.console import Console
 
 import mixtral
 from mixtral.analysis import routing_table
-from mixtral.moe.balance import share_of
 from mixtral.moe.choice import counts_of
+from mixtral.moe.losses import share_of
 
 
 def main(folder: str, prompt: str = "def ") -> None:

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from mixtral.config import ModelConfig
-from mixtral.config_formats import read_config
+from mixtral.config.formats import read_config
 from mixtral.engine import SamplingParams, generate, recommended, stream, with_recommended, within_vocabulary
 from mixtral.engine.generate import check_prompt
 from mixtral.engine.native import NativeModel, suits
 from mixtral.errors import UsageError
 from mixtral.files import atomic_folder
 from mixtral.hardware import has_fast_bf16
-from mixtral.model import Mixtral, Output, Packed, named_state
+from mixtral.model import Mixtral, Output, Ragged, named_state
 from mixtral.moe import Routing
 from mixtral.quant.load import load_quantised
-from mixtral.quant.recipe import PACKED, read_recipe
+from mixtral.quant.scheme import PACKED, read_scheme
 from mixtral.runtime import choose_device, choose_dtype
 from mixtral.shipped import model_folder
 from mixtral.tokenizer import Tokenizer
@@ -43,7 +43,7 @@ class LM:
         sole: nobody else holds the model, so that its bf16 matrices may be freed while the native step has them packed:
             until `model` is first asked for, whole or by logits, routing or save. Else they are held twice.
         sampling: fields of SamplingParams that `generate` and `stream` go by where they are not told otherwise.
-        side_files: the small files of the folder that it came from (tokenizer/beside.py), which `save` writes too.
+        side_files: the small files of the folder that it came from (tokenizer/side_files.py), which `save` writes too.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class LM:
     def _read(self, token_ids: Sequence[int] | Tensor, k: int | None = None) -> Output:
         ids = _as_list(token_ids)
         check_prompt(ids, self.config, "token_ids")
-        return self.model(Packed.of([ids], device=self.device), k=k)
+        return self.model(Ragged.of([ids], device=self.device), k=k)
 
     def _ids(self, prompt: str | Sequence[int] | Tensor, bos: bool | None) -> list[int]:
         if not isinstance(prompt, str):
@@ -211,13 +211,13 @@ def load(
     """
     path, chosen = model_folder(path), choose_device(device)
     wanted = _dtype(dtype, chosen)
-    config, recipe = read_config(path), read_recipe(path)
-    opened = open_weights(path, config) if recipe is None else None  # a vocabulary takes far longer to read
+    config, scheme = read_config(path), read_scheme(path)
+    opened = open_weights(path, config) if scheme is None else None  # a vocabulary takes far longer to read
     tokenizer, sampling, files = read_tokenizer(path), recommended(path), side_files(path)
     config = with_token_ids(config, path, tokenizer)
     sampling = within_vocabulary(sampling, config.vocab_size)
-    if recipe is not None:
-        model = load_quantised(path, config, recipe, wanted, chosen)
+    if scheme is not None:
+        model = load_quantised(path, config, scheme, wanted, chosen)
         return LM(model, tokenizer, sole=True, sampling=sampling, side_files=files)
     state = _one_dtype(load_state(path, config, wanted, chosen, opened=opened))
     with torch.device("meta"):

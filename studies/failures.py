@@ -25,14 +25,14 @@ from torch import Tensor
 
 from mixtral.data.loader import TrainBatch
 from mixtral.data.store import NO_TARGET
-from mixtral.model import Mixtral, Packed
+from mixtral.model import Mixtral, Ragged
 from mixtral.moe.choice import counts_of
 from mixtral.moe.stats import gini, score_entropy
 
 PIECE = 32
 TOKENS_AT_A_TIME = 2048
 Texts = tuple[Tensor, Tensor]  # tokens and targets, both int64 [P, PIECE]
-Batch = tuple[Packed, Tensor]  # and its targets, int64 [T]
+Batch = tuple[Ragged, Tensor]  # and its targets, int64 [T]
 
 
 @torch.no_grad()
@@ -122,8 +122,8 @@ def _batches(rows: Texts) -> list[Batch]:
     return [(_packed(tokens), targets.flatten()) for tokens, targets in parts]
 
 
-def _packed(tokens: Tensor) -> Packed:
+def _packed(tokens: Tensor) -> Ragged:
     rows, context = tokens.shape
     positions_T = torch.arange(context).repeat(rows)
     starts = torch.arange(0, rows * context + 1, context, dtype=torch.int32)
-    return Packed(tokens.flatten(), positions_T, starts, context)
+    return Ragged(tokens.flatten(), positions_T, starts, context)

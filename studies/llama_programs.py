@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mixtral.data.store import NO_TARGET
 from mixtral.errors import MixtralError
-from mixtral.model import Packed
+from mixtral.model import Ragged
 
 _STATISTICS = ("Mean PPL(base)", "Mean PPL(Q)", "Mean    KLD", "Same top p")
 _TRIES = 4
@@ -47,7 +47,7 @@ def run_program(*command: object) -> str:
     return done.stdout
 
 
-def windows(ids: Sequence[int], context: int, bos_id: int) -> list[tuple[Packed, Tensor]]:
+def windows(ids: Sequence[int], context: int, bos_id: int) -> list[tuple[Ragged, Tensor]]:
     """A text's whole windows, each with its targets: of the tokens behind its middle alone.
 
     Raises MixtralError for less than two windows, as llama-perplexity does.
@@ -59,7 +59,7 @@ def windows(ids: Sequence[int], context: int, bos_id: int) -> list[tuple[Packed,
         window = [bos_id, *ids[begin + 1 : begin + context]]
         targets_T = torch.tensor([*window[1:], NO_TARGET])
         targets_T[: context // 2] = NO_TARGET
-        found.append((Packed.of([window]), targets_T))
+        found.append((Ragged.of([window]), targets_T))
     return found
 
 

@@ -36,17 +36,17 @@ from torch import Tensor
 
 import mixtral
 from mixtral.commands.common import stages_bar
-from mixtral.config_formats import read_config
+from mixtral.config.formats import read_config
 from mixtral.data.loader import Loader, TrainBatch
 from mixtral.data.store import TokenData
 from mixtral.errors import MixtralError
 from mixtral.files import atomic_write
-from mixtral.gguf_header import read_gguf
-from mixtral.model import Mixtral, Packed
+from mixtral.gguf.header import read_gguf
+from mixtral.model import Mixtral, Ragged
 from mixtral.quant.calibrate import second_moments
 from mixtral.quant.compare import distances
 from mixtral.quant.quantize import quantise_folder
-from mixtral.quant.recipe import Recipe
+from mixtral.quant.scheme import QuantScheme
 from mixtral.runtime import environment, set_threads
 from mixtral.shipped import model_folder
 from mixtral.tokenizer import Tokenizer
@@ -61,7 +61,7 @@ GGUF = ("q8_0", "q4_0")
 CALIBRATION_TOKENS = 8192
 LIMITS = {"int8": 0.2, "int4, calibrated": 2.0}  # per cent that the loss may change by
 
-Batches = Sequence[tuple[Packed, Tensor]]
+Batches = Sequence[tuple[Ragged, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def quantised(plain: Path, folder: Path, calibration: list[list[int]]) -> Iterat
         moments = second_moments(StateReader(plain, config), config, calibration, progress)
         for name, (bits, calibrated) in OURS.items():
             facts = {"source": "training text", "tokens": sum(map(len, calibration))} if calibrated else None
-            recipe, importance = Recipe.of(bits, facts), moments if calibrated else None
+            recipe, importance = QuantScheme.of(bits, facts), moments if calibrated else None
             size = quantise_folder(plain, folder / name, recipe, importance, progress).written
             yield Variant(name, folder / name, size)
 

@@ -40,7 +40,7 @@ from mixtral.engine import SamplingParams, generate
 from mixtral.errors import DataError, UsageError
 from mixtral.files import atomic_write
 from mixtral.lm import LM
-from mixtral.model import Mixtral, Packed, initialise
+from mixtral.model import Mixtral, Ragged, initialise
 from mixtral.recipes.nano import ARITHMETIC
 from mixtral.runtime import environment, set_threads
 from mixtral.shipped import SHIPPED
@@ -87,7 +87,7 @@ def _window_nats(model: Mixtral, batch: Sequence[tuple[Sequence[int], int]]) -> 
     targets_T = torch.cat([
         torch.tensor([NO_TARGET] * (len(ids) - 1 - counted) + list(ids[len(ids) - counted :])) for ids, counted in batch
     ])  # fmt: skip
-    output = model(Packed.of([ids[:-1] for ids, _ in batch]), targets=targets_T)
+    output = model(Ragged.of([ids[:-1] for ids, _ in batch]), targets=targets_T)
     return float(output.loss) * sum(counted for _, counted in batch)
 
 

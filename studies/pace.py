@@ -20,7 +20,7 @@ from mixtral.files import atomic_write
 from mixtral.model import Mixtral, initialise
 from mixtral.runtime import set_threads
 from mixtral.tokenizer import load_tokenizer
-from mixtral.train.optim import Optimizer
+from mixtral.train.optim.optimizer import Optimizer
 from mixtral.train.step import train_step
 
 ROUNDS, STEPS = 5, 6  # of steps in turn; the first step of each is not counted

@@ -20,11 +20,11 @@ from mixtral.model import Mixtral
 from mixtral.runtime import environment, set_threads
 from mixtral.tokenizer import Tokenizer, load_tokenizer
 from mixtral.train.checkpoint import checkpoints, load_checkpoint
+from mixtral.train.display import Display
 from mixtral.train.metrics import read_lines
-from mixtral.train.optim import Optimizer
+from mixtral.train.optim.optimizer import Optimizer
 from mixtral.train.pretrain import pretrain
 from mixtral.train.run_folder import begin, recorded_config
-from mixtral.train.view import View
 
 
 def finished(folder: Path, run: Run) -> dict[str, Any] | None:
@@ -42,7 +42,7 @@ def perform(run: Run, folder: Path, corpus: Path, tokens: int) -> dict[str, Any]
     set_threads()
     if not (folder / "config.json").exists():
         begin(run.config, folder)
-    model = pretrain(folder, View()).run.model
+    model = pretrain(folder, Display()).run.model
     tokenizer = load_tokenizer(folder / "tokenizer")
     few, many = held_out(corpus, tokenizer, tokens), held_out(corpus, tokenizer, 4 * tokens)
     summary = _described(run, folder) | {"final": measure(model, many), "trajectory": _trajectory(run, folder, few)}

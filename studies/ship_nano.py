@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import mixtral
-from mixtral.config_formats import read_config
+from mixtral.config.formats import read_config
 from mixtral.errors import MixtralError, UsageError
 from mixtral.files import atomic_folder
 from mixtral.shipped import FOLDER

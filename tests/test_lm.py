@@ -19,7 +19,7 @@ from torch import Tensor
 import mixtral
 from mixtral.config import ModelConfig
 from mixtral.errors import ConfigError, UsageError, WeightsError
-from mixtral.kernels import native
+from mixtral.kernels.native import library as native
 from mixtral.lm import LM, load
 from mixtral.model import Mixtral, initialise
 from mixtral.tokenizer import Tokenizer, train_bpe
@@ -396,7 +396,7 @@ def test_every_other_road_finds_the_whole_model(stored: Path, tmp_path: Path) ->
 
 PEAK = """
 import re, sys, torch
-from mixtral.kernels import native
+from mixtral.kernels.native import library as native
 from mixtral.lm import load
 
 def peak():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import mixtral
-from mixtral.config_formats import read_config
+from mixtral.config.formats import read_config
 from mixtral.engine import recommended
 from mixtral.lm import LM
 from mixtral.recipes import recipe

@@ -76,7 +76,7 @@ def wrong_shares(scores_TE: Tensor) -> Tensor:
     [
         ("mixtral.moe.router.choice_weights", wrong_weights, "router-code"),
         ("mixtral.kernels.combine", wrong_combine, "layer-code"),
-        ("mixtral.moe.balance.score_shares", wrong_shares, "balance-code"),
+        ("mixtral.moe.losses.score_shares", wrong_shares, "balance-code"),
         ("mixtral.kernels.rotary", lambda x_THC, *_: x_THC, "attention-code"),
     ],
 )

@@ -28,8 +28,8 @@ import torch
 
 import mixtral
 from mixtral.config import ModelConfig
-from mixtral.config_formats import read_config
-from mixtral.gguf_header import read_gguf_header
+from mixtral.config.formats import read_config
+from mixtral.gguf.header import read_gguf_header
 from mixtral.lm import LM
 from mixtral.model import Mixtral, initialise
 from mixtral.shipped import model_folder

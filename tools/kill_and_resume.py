@@ -167,7 +167,7 @@ def aftermath(run: Path, older: set[Path]) -> Kill:
     from mixtral.model import Mixtral
     from mixtral.runtime import choose_dtype
     from mixtral.train.checkpoint import checkpoints, load_checkpoint
-    from mixtral.train.optim import Optimizer
+    from mixtral.train.optim.optimizer import Optimizer
     from mixtral.train.run_folder import recorded_config
 
     config = recorded_config(run)

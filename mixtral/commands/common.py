@@ -127,7 +127,7 @@ def sampling_params(model: str, otherwise: dict[str, Any] | None = None, **asked
             sample.
         asked: fields of SamplingParams; None or an empty list for what was not asked for.
     """
-    from mixtral.config_formats import read_config
+    from mixtral.config.formats import read_config
     from mixtral.engine import SamplingParams, recommended, with_recommended, within_vocabulary
     from mixtral.shipped import model_folder
 
@@ -156,8 +156,8 @@ def _option(field: re.Match[str]) -> str:
 
 def loads(layers: Sequence[Routing]) -> list[list[float]]:
     """Each layer's load: the share of its assignments that each expert got."""
-    from mixtral.moe.balance import share_of
     from mixtral.moe.choice import counts_of
+    from mixtral.moe.losses import share_of
 
     return [share_of(counts_of(layer.experts_TK, layer.logits_TE.shape[1])).tolist() for layer in layers]
 

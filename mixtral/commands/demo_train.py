@@ -20,16 +20,16 @@ def train_demo(out: Path, max_steps: int | None, threads: str, as_json: bool) ->
     """Train the recipe `tiny` in `out`, or go on with it, and show what has become of it."""
     from mixtral.errors import UsageError
     from mixtral.recipes import recipe
+    from mixtral.train.display import TerminalDisplay
     from mixtral.train.finished import finished
     from mixtral.train.pretrain import pretrain
     from mixtral.train.run_folder import begin
-    from mixtral.train.view import TerminalView
 
     terminal = console(stderr=True)
     resumed = (out / "config.json").exists()
     if not resumed:
         config = recipe("tiny") if max_steps is None else recipe("tiny").replace(steps=max_steps)
-        begin(config, out, threads, TerminalView(terminal))
+        begin(config, out, threads, TerminalDisplay(terminal))
         shape = config.model
         terminal.print(
             f"A Mixtral of {shape.n_params() / 1e6:.1f} M parameters, {shape.n_active_params() / 1e6:.1f} M active: "
@@ -39,7 +39,7 @@ def train_demo(out: Path, max_steps: int | None, threads: str, as_json: bool) ->
     elif max_steps is not None:
         raise UsageError(f"--max-steps: the run in {out} was begun with its own number; choose another --out")
     goes_on = resumed and finished(out) is None  # else no step follows
-    trained = pretrain(out, TerminalView(terminal), threads if goes_on else "auto")
+    trained = pretrain(out, TerminalDisplay(terminal), threads if goes_on else "auto")
     figures = _figures(trained)
     if as_json:
         print(json.dumps(figures))

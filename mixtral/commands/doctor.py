@@ -113,7 +113,7 @@ def _kernel(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, str]
 
 def _native() -> dict[str, Any]:
     """The C++ library: whether it can be used, and what of the processor it uses; or why not."""
-    from mixtral.kernels import native
+    from mixtral.kernels.native import library as native
 
     if reason := native.available():
         return {"available": False, "reason": reason, "cost": COST, "remedy": native.REMEDY}

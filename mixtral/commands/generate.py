@@ -83,7 +83,7 @@ def generate(
     mixtral generate --model DIR --prompt "Once" --k 1
     echo "To be or" | mixtral generate --model DIR --prompt - --json
     """
-    from mixtral.config_formats import read_config
+    from mixtral.config.formats import read_config
     from mixtral.errors import UsageError
     from mixtral.runtime import set_threads
     from mixtral.shipped import model_folder

@@ -52,7 +52,7 @@ def info(
 
 def find_config(name: str) -> ModelConfig:
     """Of a preset or a model folder. Raises ConfigError when it is neither, or the folder's configuration is bad."""
-    from mixtral.config_formats import read_config
+    from mixtral.config.formats import read_config
     from mixtral.presets import PRESETS, preset
     from mixtral.shipped import SHIPPED, model_folder
 

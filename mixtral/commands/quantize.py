@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from mixtral.quant.compare import Comparison
     from mixtral.quant.quantize import Size
-    from mixtral.quant.recipe import Recipe
+    from mixtral.quant.scheme import QuantScheme
     from mixtral.weights.progress import Progress
 
 
@@ -47,33 +47,33 @@ def quantize(
     mixtral quantize Mixtral-8x7B-v0.1 small --bits 8 --json
     """
     from mixtral.quant.quantize import quantise_folder
-    from mixtral.quant.recipe import Recipe
+    from mixtral.quant.scheme import QuantScheme
     from mixtral.runtime import set_threads
     from mixtral.shipped import model_folder
     from mixtral.weights.save import check_free
 
     set_threads(threads)
-    recipe, source = Recipe.of(bits), str(model_folder(source))
+    scheme, source = QuantScheme.of(bits), str(model_folder(source))
     check_free(target)
     to_compare = None if text is None else _sequences(source, text, tokens)  # a bad text is told before the work
     importance: dict[str, Tensor] | None = None
     with stages_bar() as progress:
         if calibrate is not None:
             importance, facts = _calibrated(source, calibrate, tokens, progress)
-            recipe = Recipe.of(bits, facts)
-        size = quantise_folder(source, target, recipe, importance, progress, allow_nonfinite)
+            scheme = QuantScheme.of(bits, facts)
+        size = quantise_folder(source, target, scheme, importance, progress, allow_nonfinite)
         comparison = None if to_compare is None else _compared(source, target, to_compare, progress)
     if as_json:
-        print(json.dumps(_figures(size, recipe, comparison), indent=2))
+        print(json.dumps(_figures(size, scheme, comparison), indent=2))
         return
-    _show_size(target, size, recipe)
+    _show_size(target, size, scheme)
     if comparison is not None:
         _show_comparison(comparison)
 
 
 def _sequences(source: str, text: str, tokens: int) -> list[list[int]]:
     """Sequences of a text by the tokenizer of the model `source`. Raises UsageError when it came without one."""
-    from mixtral.config_formats import read_config
+    from mixtral.config.formats import read_config
     from mixtral.errors import UsageError
     from mixtral.quant.text import read_sequences
     from mixtral.weights.gguf_tokenizer import read_tokenizer
@@ -87,8 +87,8 @@ def _sequences(source: str, text: str, tokens: int) -> list[list[int]]:
 def _calibrated(
     source: str, text: str, tokens: int, progress: Progress
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """-> (the importance of inputs, what the recipe tells of the calibration)."""
-    from mixtral.config_formats import read_config
+    """-> (the importance of inputs, what the scheme tells of the calibration)."""
+    from mixtral.config.formats import read_config
     from mixtral.quant.calibrate import second_moments
     from mixtral.weights.load import StateReader
 
@@ -105,10 +105,10 @@ def _compared(source: str, target: str, sequences: list[list[int]], progress: Pr
     return compare(lm.load(source, device="cpu").model, lm.load(target, device="cpu").model, sequences, progress)
 
 
-def _figures(size: Size, recipe: Recipe, comparison: Comparison | None) -> dict[str, Any]:
+def _figures(size: Size, scheme: QuantScheme, comparison: Comparison | None) -> dict[str, Any]:
     return {
         "size": asdict(size),
-        "recipe": recipe.to_dict(),
+        "recipe": scheme.to_dict(),
         "comparison": None if comparison is None else asdict(comparison),
     }
 
@@ -116,14 +116,14 @@ def _figures(size: Size, recipe: Recipe, comparison: Comparison | None) -> dict[
 # -- for people --------------------------------------------------------------------------------------------------------
 
 
-def _show_size(target: str, size: Size, recipe: Recipe) -> None:
+def _show_size(target: str, size: Size, scheme: QuantScheme) -> None:
     excess = 100 * (size.written / size.theory - 1)
     print(f"{target}: {bytes_text(size.written)}, {100 * size.written / size.bf16:.1f} % of bf16; "
           f"in theory {bytes_text(size.theory)} ({excess:+.2f} %)")  # fmt: skip
-    formats = f"attention {recipe.attention}, experts {recipe.experts}, output {recipe.output}"
+    formats = f"attention {scheme.attention}, experts {scheme.experts}, output {scheme.output}"
     print(f"{formats}; norms and gates as they were")
-    if recipe.calibration is not None:
-        print(f"calibrated on {recipe.calibration['tokens']:,} tokens of {recipe.calibration['source']}")
+    if scheme.calibration is not None:
+        print(f"calibrated on {scheme.calibration['tokens']:,} tokens of {scheme.calibration['source']}")
 
 
 def _show_comparison(comparison: Comparison) -> None:

@@ -58,10 +58,10 @@ def train(
     """
     from mixtral.cores import asked_threads
     from mixtral.errors import UsageError
+    from mixtral.train.display import TerminalDisplay
     from mixtral.train.finished import finished
     from mixtral.train.pretrain import pretrain
     from mixtral.train.run_folder import begin, recorded_config
-    from mixtral.train.view import TerminalView
 
     if resume is not None:
         new = {"RECIPE": recipe, "--size": size, "--out": out, "--max-steps": max_steps, "--seed": seed, "--data": data}
@@ -77,14 +77,14 @@ def train(
         return
     if folder is None:
         raise UsageError("train: name a new folder with --out DIR")
-    view = TerminalView(console(stderr=True))
+    display = TerminalDisplay(console(stderr=True))
     done = None if resume is None else finished(resume)
     if done is not None:
         asked_threads(threads)  # no step follows, yet a wrong value is refused
-        view.say(f"done already: all {config.steps:,} steps; the model is in {done.folder}")
+        display.say(f"done already: all {config.steps:,} steps; the model is in {done.folder}")
     elif resume is None:
-        begin(config, folder, threads, view)
-    trained = done or pretrain(folder, view, threads if resume is not None else "auto")
+        begin(config, folder, threads, display)
+    trained = done or pretrain(folder, display, threads if resume is not None else "auto")
     if as_json:
         print(json.dumps(summary(trained)))
     else:

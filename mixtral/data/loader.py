@@ -31,13 +31,13 @@ from torch import Tensor
 
 from mixtral.data.store import NO_TARGET, Documents, TokenData
 from mixtral.errors import DataError, UsageError
-from mixtral.model.packed import Packed
+from mixtral.model.batch import Ragged
 
 
 class TrainBatch(NamedTuple):
-    """Packed inputs and, for each, the token that follows in its document."""
+    """Ragged inputs and, for each, the token that follows in its document."""
 
-    batch: Packed
+    batch: Ragged
     targets_T: Tensor  # int64, NO_TARGET (-100) at the last token of each document
     domains_T: Tensor | None = None  # int64, index into TokenData.domains, -1: unknown; None: the data has one alone
 
@@ -112,7 +112,7 @@ class Loader:
         lengths = np.diff(starts, append=len(tokens_T))
         positions_T = np.arange(len(tokens_T)) - np.repeat(starts, lengths)
         cu_seqlens = np.append(starts, len(tokens_T)).astype(np.int32)
-        packed = Packed(
+        packed = Ragged(
             torch.from_numpy(tokens_T),
             torch.from_numpy(positions_T),
             torch.from_numpy(cu_seqlens),

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from mixtral.config.specs import check_value
 from mixtral.errors import ConfigError, DataError, shown
 from mixtral.json_files import LARGE, read_object
-from mixtral.specs import check_value
 
 FORMAT = 1  # raised when the layout of the folder changes
 _MOST_WEIGHT = 1e30

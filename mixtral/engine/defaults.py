@@ -10,10 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mixtral.config_table import warn_once
-from mixtral.engine.params import TOKEN_FIELDS, SamplingParams
-from mixtral.errors import ConfigError, UsageError, one_line, shown
-from mixtral.generation_config import (
+from mixtral.config.generation import (
     GGUF_KEY,
     GGUF_KEYS,
     HONOURED,
@@ -24,8 +21,11 @@ from mixtral.generation_config import (
     embedded,
     read_generation_config,
 )
-from mixtral.generation_config import GGUF_SAMPLING as _GGUF
-from mixtral.gguf_header import read_gguf_header
+from mixtral.config.generation import GGUF_SAMPLING as _GGUF
+from mixtral.config.table import warn_once
+from mixtral.engine.params import TOKEN_FIELDS, SamplingParams
+from mixtral.errors import ConfigError, UsageError, one_line, shown
+from mixtral.gguf.header import read_gguf_header
 
 
 def recommended(path: str | Path) -> dict[str, Any]:

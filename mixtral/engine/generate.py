@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from mixtral.config import ModelConfig
+from mixtral.engine.detokenize import TextOutput
 from mixtral.engine.history import apply_history
 from mixtral.engine.kv_cache import FullCache, make_cache
 from mixtral.engine.native import NativeModel
 from mixtral.engine.params import SamplingParams
 from mixtral.engine.sampling import make_generator, sample
-from mixtral.engine.text_output import TextOutput
 from mixtral.errors import MixtralError, UsageError
-from mixtral.kernels.native import cores_for_library, log_sum_exp
-from mixtral.model import Mixtral, Output, Packed
+from mixtral.kernels.native.library import cores_for_library, log_sum_exp
+from mixtral.model import Mixtral, Output, Ragged
 from mixtral.moe import Routing
 from mixtral.tokenizer import Tokenizer
 
@@ -211,7 +211,7 @@ class _Run:
 
     def _step(self) -> list[Piece]:
         chunks = [s.all_tokens[s.read :][: self.prefill_chunk] for s in self.active]
-        batch = Packed.of(chunks, [s.read for s in self.active], self.device)
+        batch = Ragged.of(chunks, [s.read for s in self.active], self.device)
         for sequence, chunk in zip(self.active, chunks, strict=True):
             sequence.read += len(chunk)
         ready = [i for i, s in enumerate(self.active) if s.read == len(s.all_tokens)]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mixtral.config import ModelConfig
 from mixtral.errors import ConfigError
-from mixtral.model import KeysValues, Packed
+from mixtral.model import KeysValues, Ragged
 
 _FIRST_SLOTS = 64  # the smallest buffer; below it growing costs more than the memory it saves
 
@@ -73,7 +73,7 @@ class FullCache:
         """Keep these sequences of the batch, in this order, and free the others."""
         self._sequences = [self._sequences[i] for i in indices]
 
-    def extend(self, layer: int, keys_TGC: Tensor, values_TGC: Tensor, batch: Packed) -> list[KeysValues]:
+    def extend(self, layer: int, keys_TGC: Tensor, values_TGC: Tensor, batch: Ragged) -> list[KeysValues]:
         """See model.KVCache. The batch's positions must go on where `lengths` says each sequence stands."""
         out, ends = [], batch.cu_seqlens.tolist()
         for slots, begin, end in zip(self._sequences, ends[:-1], ends[1:], strict=True):

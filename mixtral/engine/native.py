@@ -1,6 +1,6 @@
 """The native step in the model's place: the same batches, caches and outputs, for generating on a CPU.
 
-It runs packed weights (kernels/packed.py): those of a quantised model as they are, others rounded to bf16.
+It runs packed weights (kernels/packing.py): those of a quantised model as they are, others rounded to bf16.
 
 Legend: T tokens, D model width, F expert hidden width, E experts, G key/value heads, C head width, S slots of a cache,
 L layers.
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from mixtral.config import ModelConfig
 from mixtral.engine.kv_cache import FullCache
 from mixtral.errors import UsageError
-from mixtral.kernels import native, step_tables
-from mixtral.kernels.packed import pack, unpack
-from mixtral.kernels.step import MOST_ROWS, Result, Span, Step
-from mixtral.kernels.step_tables import ExpertWeights, LayerWeights, ModelWeights, Weight
-from mixtral.model import Mixtral, Output, Packed
+from mixtral.kernels.native import library as native
+from mixtral.kernels.native import plan
+from mixtral.kernels.native.plan import ExpertWeights, LayerWeights, ModelWeights, Weight
+from mixtral.kernels.native.step import MOST_ROWS, Result, Span, Step
+from mixtral.kernels.packing import pack, unpack
+from mixtral.model import Mixtral, Output, Ragged
 from mixtral.model.attention import Attention
 from mixtral.model.linear import Linear
 from mixtral.model.norm import RMSNorm
@@ -31,7 +32,7 @@ from mixtral.model.transformer import Block
 from mixtral.moe import Experts, FeedForward, MoE, Routing
 from mixtral.moe.dispatch import LocalDispatcher, added_to
 from mixtral.moe.router import Router
-from mixtral.quant.layers import QuantExperts, QuantFeedForward, QuantLinear
+from mixtral.quant.layers import PackedExperts, PackedFeedForward, PackedLinear
 
 
 def why_not(model: Mixtral) -> str:
@@ -42,7 +43,7 @@ def why_not(model: Mixtral) -> str:
         return "it knows Mixtral's own router alone, and no shared experts"
     if model.embedding.weight.device.type != "cpu":
         return "it runs on the CPU alone"
-    if model.embedding.weight.dtype not in step_tables.DTYPES:
+    if model.embedding.weight.dtype not in plan.DTYPES:
         return f"it takes fp32 and bf16, not {str(model.embedding.weight.dtype).removeprefix('torch.')}"
     for part in _parts(model):
         if type(part) not in _KNOWN:
@@ -54,7 +55,7 @@ def why_not(model: Mixtral) -> str:
 
 def suits(model: Mixtral) -> bool:
     """Whether generation is to use the step unasked: it can, and packing rounds no weight."""
-    quantised = any(isinstance(part, QuantLinear | QuantExperts | QuantFeedForward) for part in _parts(model))
+    quantised = any(isinstance(part, PackedLinear | PackedExperts | PackedFeedForward) for part in _parts(model))
     return (quantised or model.embedding.weight.dtype == torch.bfloat16) and not why_not(model)
 
 
@@ -91,7 +92,7 @@ class NativeModel:
             self._released.pop()
 
     def __call__(
-        self, batch: Packed, cache: FullCache, rows: Tensor | None = None, k: int | None = None, routing: bool = True
+        self, batch: Ragged, cache: FullCache, rows: Tensor | None = None, k: int | None = None, routing: bool = True
     ) -> Output:
         """What Mixtral.forward returns for the same arguments; without `routing` that is left empty, which saves
         a tenth of a millisecond."""
@@ -116,7 +117,7 @@ class NativeModel:
 # -- a batch as the step wants it --------------------------------------------------------------------------------------
 
 
-def _spans(batch: Packed, cache: FullCache) -> list[Span]:
+def _spans(batch: Ragged, cache: FullCache) -> list[Span]:
     """Each sequence's buffer as a pool of one block."""
     ends = batch.cu_seqlens.tolist()
     counts = [end - begin for begin, end in pairwise(ends)]
@@ -175,7 +176,7 @@ def _routing(parts: list[Result]) -> tuple[Routing, ...]:
 
 _KNOWN = {
     Mixtral, nn.ModuleList, nn.Embedding, Block, Attention, RMSNorm, Linear, MoE, Router, LocalDispatcher, Experts,
-    FeedForward, QuantLinear, QuantExperts, QuantFeedForward,
+    FeedForward, PackedLinear, PackedExperts, PackedFeedForward,
 }  # fmt: skip
 
 
@@ -244,7 +245,7 @@ def _linear(linear: nn.Module, n: int, d: int, released: list[_Released] | None)
 
 def _packed(module: nn.Module, name: str, released: list[_Released] | None) -> tuple[Tensor, str]:
     """A module's matrix or stack of them, packed, and its format."""
-    if isinstance(module, QuantLinear | QuantExperts | QuantFeedForward):
+    if isinstance(module, PackedLinear | PackedExperts | PackedFeedForward):
         return getattr(module, f"{name}_packed"), module.format.name
     parameter: nn.Parameter = getattr(module, name)
     packed = _pack_one_by_one(parameter.detach())

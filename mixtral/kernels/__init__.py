@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from mixtral.kernels import compiled, dense, expanded, loss, native, reference, rows, sdpa, stacked, table
+from mixtral.kernels import reference, table
+from mixtral.kernels.native import library as native
 from mixtral.kernels.table import backends, choose, ops, use_backend
+from mixtral.kernels.torch import attention as sdpa
+from mixtral.kernels.torch import compiled, dense, dequantise, loss, permute
+from mixtral.kernels.torch import experts as stacked
 
 __all__ = [
     "attention", "backends", "cached_attention", "choose", "combine", "cross_entropy", "experts", "experts_decode",
@@ -72,29 +75,21 @@ def cross_entropy(h_TD: Tensor, w_VD: Tensor, targets_T: Tensor) -> Tensor:
     return table.call("cross_entropy", h_TD, h_TD, w_VD, targets_T)
 
 
-def _grouped_supports(device: torch.device, dtype: torch.dtype) -> str:
-    """The measured rule (docs/log.md, 2026-11-21): on a CPU the loop was as fast, at the one size tried."""
-    if not hasattr(torch.nn.functional, "grouped_mm"):
-        return "this torch has no grouped_mm"
-    if device.type != "cuda":
-        return "measured no faster than the loop off CUDA"
-    return "" if dtype == torch.bfloat16 else "CUDA's grouped GEMM takes bf16 alone"
-
-
 def _register_all() -> None:
-    table.register("experts", "grouped", stacked.experts_grouped, "one launch for all experts", _grouped_supports)
+    why = "one launch for all experts"
+    table.register("experts", "grouped", stacked.experts_grouped, why, stacked.grouped_supports)
     table.register("experts", "torch", stacked.experts_loop, "a product an expert, gradients written in place")
     table.register("experts_decode", "torch", stacked.experts_decode, "matrix-vector products, no sorting")
     table.register("linear", "torch", dense.linear, "F.linear, through fp32 where bf16 is slow")
     table.register("packed_linear", "native", native.packed_linear, "the C++ library", native.supports)
-    table.register("packed_linear", "torch", expanded.packed_linear, "expands a matrix for each product")
+    table.register("packed_linear", "torch", dequantise.packed_linear, "expands a matrix for each product")
     table.register("swiglu", "torch", dense.swiglu, "gate and up in one product")
     table.register("rms_norm", "torch", dense.rms_norm, "backward by formula")
     table.register("rotary", "torch", dense.rotary, "backward is the opposite rotation")
     table.register("attention", "torch", sdpa.attention, "scaled_dot_product_attention")
     table.register("cached_attention", "torch", sdpa.cached_attention, "scaled_dot_product_attention")
-    table.register("gather_rows", "torch", rows.gather_rows, "gathers both ways, deterministic")
-    table.register("combine", "torch", rows.combine, "gathers both ways, deterministic")
+    table.register("gather_rows", "torch", permute.gather_rows, "gathers both ways, deterministic")
+    table.register("combine", "torch", permute.combine, "gathers both ways, deterministic")
     table.register("cross_entropy", "torch", loss.cross_entropy, "fused with the output projection, by blocks")
     why = "element-wise work through torch.compile"
     for op in ("experts", "rms_norm", "rotary"):

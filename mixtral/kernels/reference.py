@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mixtral.kernels.packed import packed_linear as packed_linear  # an op like the others, beside its layouts
+from mixtral.kernels.packing import packed_linear as packed_linear  # an op like the others, beside its layouts
 
 
 def linear(x_TD: Tensor, w_OD: Tensor) -> Tensor:

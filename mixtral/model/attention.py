@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from mixtral import kernels
 from mixtral.config import ModelConfig
+from mixtral.model.batch import Ragged
 from mixtral.model.linear import Linear
-from mixtral.model.packed import Packed
 
 
 class KeysValues(NamedTuple):
@@ -27,7 +27,7 @@ class KeysValues(NamedTuple):
 class KVCache(Protocol):
     """Keys and values of earlier tokens, one entry a sequence of the batch, in the batch's order."""
 
-    def extend(self, layer: int, keys_TGC: Tensor, values_TGC: Tensor, batch: Packed) -> Sequence[KeysValues]:
+    def extend(self, layer: int, keys_TGC: Tensor, values_TGC: Tensor, batch: Ragged) -> Sequence[KeysValues]:
         """Keep the new tokens' keys and values; return, for each sequence, all that its new tokens may see."""
         ...
 
@@ -43,7 +43,7 @@ class Attention(nn.Module):
         self.wo = Linear(config.n_heads * config.head_dim, config.dim)
 
     def forward(
-        self, x_TD: Tensor, angles: tuple[Tensor, Tensor], batch: Packed, layer: int, cache: KVCache | None
+        self, x_TD: Tensor, angles: tuple[Tensor, Tensor], batch: Ragged, layer: int, cache: KVCache | None
     ) -> Tensor:
         """x [T, D] -> [T, D]. `angles` are the rotary cos and sin of the batch's positions; `layer` is the cache's."""
         qkv = self.wqkv(x_TD).unflatten(1, (self.n_kv_heads, -1, self.head_dim))

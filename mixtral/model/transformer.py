@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from mixtral import kernels
 from mixtral.config import ModelConfig
+from mixtral.config.router import TokenK
 from mixtral.errors import UsageError
 from mixtral.model.attention import Attention, KVCache
+from mixtral.model.batch import Ragged
 from mixtral.model.linear import Linear
 from mixtral.model.norm import RMSNorm
-from mixtral.model.packed import Packed
 from mixtral.model.rope import rotary_angles
 from mixtral.moe import Experts, FeedForward, MoE, Router, Routing, make_router
 from mixtral.moe.dispatch import added_to
-from mixtral.router_options import TokenK
 
 
 class Output(NamedTuple):
@@ -43,7 +43,7 @@ class Block(nn.Module):
         self.ffn: MoE | FeedForward = _feed_forward(config)
 
     def forward(
-        self, x_TD: Tensor, angles: tuple[Tensor, Tensor], batch: Packed, layer: int,
+        self, x_TD: Tensor, angles: tuple[Tensor, Tensor], batch: Ragged, layer: int,
         cache: KVCache | None, replay: Tensor | None, k: int | Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:  # fmt: skip
         """x [T, D] -> (x [T, D], the layer's Routing, or None when dense)."""
@@ -92,7 +92,7 @@ class Mixtral(nn.Module):
         return self.output.weight
 
     def forward(
-        self, batch: Packed, cache: KVCache | None = None, replay: Sequence[Tensor] | None = None,
+        self, batch: Ragged, cache: KVCache | None = None, replay: Sequence[Tensor] | None = None,
         rows: Tensor | None = None, targets: Tensor | None = None, k: int | Tensor | None = None,
     ) -> Output:  # fmt: skip
         """Run a packed batch.

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mixtral.config.router import RouterOptions, TopK
 from mixtral.errors import UsageError
 from mixtral.moe.choice import choose_experts, chosen, reorder, within_capacity
-from mixtral.router_options import RouterOptions, TopK
 
 
 class Routing(NamedTuple):

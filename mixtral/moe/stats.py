@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixtral.moe.balance import score_shares, share_of
 from mixtral.moe.choice import counts_of, taken
+from mixtral.moe.losses import score_shares, share_of
 from mixtral.moe.router import Routing
 
 DEAD_SHARE = 0.01
@@ -93,7 +93,7 @@ def dead_experts(load_E: Tensor, norms_E: Tensor | None) -> int:
 
 @torch.no_grad()
 def layer_stats(routing: Routing, cu_seqlens: Tensor, norms_E: Tensor | None = None) -> LayerStats:
-    """All of LayerStats for one layer's routing of a packed batch; `norms_E` as train/watch.py takes them."""
+    """All of LayerStats for one layer's routing of a packed batch; `norms_E` as train/expert_norms.py takes them."""
     load_E = share_of(counts_of(routing.chosen_TK, routing.logits_TE.shape[1]))
     repeats = count_repeats(routing, cu_seqlens)
     return LayerStats(

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from mixtral import kernels
 from mixtral.config import ModelConfig
-from mixtral.model import Packed
+from mixtral.config.router import TokenK
+from mixtral.model import Ragged
 from mixtral.model.norm import RMSNorm
 from mixtral.model.rope import rotary_angles
 from mixtral.model.transformer import Block
 from mixtral.moe import Experts, FeedForward, MoE, Routing
-from mixtral.router_options import TokenK
 from mixtral.weights.load import StateReader
 from mixtral.weights.names import fixed_dtype
 from mixtral.weights.progress import Progress
@@ -63,7 +63,7 @@ def second_moments(
 
     `progress` is called after each layer, with layers in the place of bytes.
     """
-    batches = [Packed.of(part) for part in _batches(sequences)]
+    batches = [Ragged.of(part) for part in _batches(sequences)]
     embedding_VD = reader.read("embedding.weight").float()
     hidden = [embedding_VD[batch.tokens_T] for batch in batches]
     del embedding_VD
@@ -129,7 +129,7 @@ class _Watched:
         _before(self.block.attention.wo, lambda x: seen.add("attention.wo.weight", x, pairs=True))
         _before(self.block.ffn, ffn_inputs.append)
 
-    def run(self, x_TD: Tensor, angles: tuple[Tensor, Tensor], batch: Packed, k: Tensor | None) -> Tensor:
+    def run(self, x_TD: Tensor, angles: tuple[Tensor, Tensor], batch: Ragged, k: Tensor | None) -> Tensor:
         """The layer's output for a batch, whose inputs are counted on the way."""
         y_TD, routing = self.block(x_TD, angles, batch, self.layer, None, None, k)
         ffn, h_TD = self.block.ffn, self.ffn_inputs.pop()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixtral.model import Mixtral, Packed
+from mixtral.model import Mixtral, Ragged
 from mixtral.weights.progress import Progress
 
 
@@ -61,7 +61,7 @@ def compare(
 ) -> Comparison:
     """Both models on the same sequences, each of two tokens or more; `progress` is called after each sequence."""
     device = plain.embedding.weight.device
-    batches = [(Packed.of([s[:-1]], device=device), torch.tensor(s[1:], device=device)) for s in sequences]
+    batches = [(Ragged.of([s[:-1]], device=device), torch.tensor(s[1:], device=device)) for s in sequences]
     models = dict(_mixtures(plain, quantised))
     itself, whole, *parts = distances(plain, models, batches, progress)
     return Comparison(itself.perplexity, sum(len(targets_T) for _, targets_T in batches), whole, parts)
@@ -69,7 +69,7 @@ def compare(
 
 @torch.no_grad()
 def distances(
-    plain: Mixtral, models: Mapping[str, Mixtral], batches: Sequence[tuple[Packed, Tensor]],
+    plain: Mixtral, models: Mapping[str, Mixtral], batches: Sequence[tuple[Ragged, Tensor]],
     progress: Progress | None = None,
 ) -> list[Distance]:  # fmt: skip
     """Of the plain model to itself, for its perplexity, and of each other by name, all on the same batches.
@@ -90,7 +90,7 @@ def distances(
     return [sum_.distance(what) for what, sum_ in sums.items()]
 
 
-def _logp(model: Mixtral, batch: Packed, rows: Tensor) -> Tensor:
+def _logp(model: Mixtral, batch: Ragged, rows: Tensor) -> Tensor:
     logits_TV = model(batch, rows=rows).logits
     assert logits_TV is not None
     return logits_TV.log_softmax(-1)

@@ -3,8 +3,8 @@
 A matrix is cut into groups of 32 consecutive inputs of one output. Each has one fp16 scale s and whole numbers q, and
 stands for s * q: q in -127..127 (int8) or -8..7 (int4). Scale and numbers are chosen to make the squared error small,
 each input weighted by its importance (the mean square of what the calibration text sends through it). Where the moments
-of all pairs of inputs are known, later inputs make good for earlier ones (quant/feedback.py). Where the bytes lie is
-said in kernels/packed.py.
+of all pairs of inputs are known, later inputs make good for earlier ones (quant/gptq.py). Where the bytes lie is
+said in kernels/packing.py.
 
 Legend: N outputs, D inputs, I the 32 inputs of a group, G groups.
 """
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from mixtral.errors import UsageError, WeightsError, did_you_mean
-from mixtral.kernels import packed
-from mixtral.kernels.packed import GROUP
-from mixtral.quant.feedback import round_with_feedback
+from mixtral.kernels import packing
+from mixtral.kernels.packing import GROUP
+from mixtral.quant.gptq import round_with_feedback
 
 _CHUNK = 4096  # groups that are searched at once: half a megabyte in fp32, which stays in the cache
 
@@ -39,12 +39,12 @@ class Format:
     @property
     def bits(self) -> float:
         """Bits a weight, the scales included."""
-        return 8 * packed.GROUP_BYTES[self.name] / (packed.LANES * GROUP)
+        return 8 * packing.GROUP_BYTES[self.name] / (packing.LANES * GROUP)
 
     def packed_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of a matrix [N, D], or a stack of them [..., N, D] -> [..., blocks, bytes of a block]."""
         *lead, n, d = shape
-        return (*lead, *packed.packed_shape(self.name, n, d))
+        return (*lead, *packing.packed_shape(self.name, n, d))
 
 
 INT8 = Format("int8", -127, 127, (126.0, 126.5, 127.0, 127.5))
@@ -83,7 +83,7 @@ def quantise(
             what = "weights that are not finite, or too large for an fp16 scale, cannot be quantised"
             raise WeightsError(f"{what}; allow_nonfinite (--allow-nonfinite of quantize) makes their groups NaN")
         scale_NG = scale_NG.masked_fill(bad_NG, torch.nan)
-    return packed.pack(q_ND, format.name, scale_NG)
+    return packing.pack(q_ND, format.name, scale_NG)
 
 
 def _round_with_feedback(w_ND: Tensor, format: Format, moments_DD: Tensor) -> tuple[Tensor, Tensor]:

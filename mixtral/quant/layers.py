@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from mixtral import kernels
-from mixtral.kernels.packed import LANES
+from mixtral.kernels.packing import LANES
 from mixtral.moe import Routing
 from mixtral.quant.formats import Format
 
 
-class QuantLinear(nn.Module):
+class PackedLinear(nn.Module):
     """x W^T; the packed W is the buffer `weight_packed`, uint8 [blocks, bytes of a block]."""
 
     weight_packed: Tensor
@@ -31,7 +31,7 @@ class QuantLinear(nn.Module):
         return kernels.packed_linear(x_TD, self.weight_packed, self.format.name, self.dim_out).to(x_TD.dtype)
 
 
-class QuantFeedForward(nn.Module):
+class PackedFeedForward(nn.Module):
     """w2(silu(w1 x) * w3 x): `w13_packed` [2, blocks, bytes of a block], `w2_packed` [blocks, bytes of a block]."""
 
     w13_packed: Tensor
@@ -47,7 +47,7 @@ class QuantFeedForward(nn.Module):
         return _swiglu(x_TD, self.w13_packed, self.w2_packed, self.format, self.ffn_dim)
 
 
-class QuantExperts(nn.Module):
+class PackedExperts(nn.Module):
     """E such networks: `w13_packed` [E, 2, blocks, bytes of a block], `w2_packed` [E, blocks, bytes of a block]."""
 
     w13_packed: Tensor
@@ -70,7 +70,7 @@ class QuantExperts(nn.Module):
 
     def decode(self, x_TD: Tensor, routing: Routing) -> Tensor | None:
         """One token without dispatch, rounded as with it; None for more, and in a subclass (moe.Experts.decode)."""
-        if len(x_TD) != 1 or type(self) is not QuantExperts:
+        if len(x_TD) != 1 or type(self) is not PackedExperts:
             return None
         y_TD = torch.zeros(x_TD.shape, device=x_TD.device)
         for weight, e in zip(routing.weights_TK[0], routing.experts_TK[0].tolist(), strict=True):

@@ -12,8 +12,8 @@ from mixtral.errors import WeightsError
 from mixtral.model import Mixtral
 from mixtral.model.linear import Linear
 from mixtral.moe import Experts, FeedForward
-from mixtral.quant.layers import QuantExperts, QuantFeedForward, QuantLinear
-from mixtral.quant.recipe import PACKED, Recipe, stored_shapes
+from mixtral.quant.layers import PackedExperts, PackedFeedForward, PackedLinear
+from mixtral.quant.scheme import PACKED, QuantScheme, stored_shapes
 from mixtral.weights.finite import require_range
 from mixtral.weights.names import fixed_dtype
 from mixtral.weights.safetensors_file import SafetensorsFile
@@ -21,16 +21,16 @@ from mixtral.weights.shards import PACKED_FILE
 
 
 def load_quantised(
-    folder: str | Path, config: ModelConfig, recipe: Recipe, dtype: torch.dtype | None, device: torch.device | str
+    folder: str | Path, config: ModelConfig, scheme: QuantScheme, dtype: torch.dtype | None, device: torch.device | str
 ) -> Mixtral:
     """The model of a folder that `mixtral quantize` wrote.
 
     Args:
         dtype: of activations and of what is not quantised; None: the embedding's in the file, bf16.
 
-    Raises WeightsError when the file is damaged, or holds other tensors than configuration and recipe ask for.
+    Raises WeightsError when the file is damaged, or holds other tensors than configuration and scheme ask for.
     """
-    file = open_packed(folder, config, recipe)
+    file = open_packed(folder, config, scheme)
     dtype = dtype or file.headers["embedding.weight"].dtype
     assert dtype is not None  # open_packed refused the others
     state = {}
@@ -40,37 +40,37 @@ def load_quantised(
         wanted = tensor.dtype if packed else fixed_dtype(name) or dtype
         require_range(name, tensor, wanted)
         state[name] = tensor.to(device, wanted)
-    model = empty_quantised(config, recipe)
+    model = empty_quantised(config, scheme)
     model.load_state_dict(state, assign=True)
     return model
 
 
-def open_packed(folder: str | Path, config: ModelConfig, recipe: Recipe) -> SafetensorsFile:
+def open_packed(folder: str | Path, config: ModelConfig, scheme: QuantScheme) -> SafetensorsFile:
     """The weights of a quantised folder, checked but for their values. Raises WeightsError as `load_quantised` does."""
     file = SafetensorsFile(Path(folder) / PACKED_FILE)
-    _check(file, stored_shapes(config, recipe))
+    _check(file, stored_shapes(config, scheme))
     return file
 
 
-def empty_quantised(config: ModelConfig, recipe: Recipe) -> Mixtral:
+def empty_quantised(config: ModelConfig, scheme: QuantScheme) -> Mixtral:
     """The model with its quantised parts in place, all on the meta device."""
     with torch.device("meta"):
         model = Mixtral(config)
         for name, module in list(model.named_modules()):
-            if (new := _quantised(name, module, recipe)) is not None:
+            if (new := _quantised(name, module, scheme)) is not None:
                 model.set_submodule(name, new)
     return model
 
 
-def _quantised(name: str, module: torch.nn.Module, recipe: Recipe) -> torch.nn.Module | None:
+def _quantised(name: str, module: torch.nn.Module, scheme: QuantScheme) -> torch.nn.Module | None:
     """What takes the place of a module; None: it stays."""
     if isinstance(module, Linear):
-        fmt = recipe.format(name + ".weight")
-        return None if fmt is None else QuantLinear(fmt, *reversed(module.weight.shape))
+        fmt = scheme.format(name + ".weight")
+        return None if fmt is None else PackedLinear(fmt, *reversed(module.weight.shape))
     if isinstance(module, Experts | FeedForward):
-        fmt = recipe.format(name + ".w2")
+        fmt = scheme.format(name + ".w2")
         assert fmt is not None
-        quantised = QuantExperts if isinstance(module, Experts) else QuantFeedForward
+        quantised = PackedExperts if isinstance(module, Experts) else PackedFeedForward
         return quantised(fmt, *module.w2.shape)
     return None
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from mixtral.config import ModelConfig
-from mixtral.config_formats import read_config, to_hf
+from mixtral.config.formats import read_config, to_hf
 from mixtral.errors import WeightsError
 from mixtral.files import atomic_folder
 from mixtral.quant.formats import Format, quantise
-from mixtral.quant.recipe import PACKED, Recipe, stored_shapes, theoretical_bytes
+from mixtral.quant.scheme import PACKED, QuantScheme, stored_shapes, theoretical_bytes
 from mixtral.weights.convert import copy_tokenizer, with_token_ids
 from mixtral.weights.load import StateReader
 from mixtral.weights.progress import Progress, counter
@@ -35,7 +35,7 @@ class Size:
 
 
 def quantise_folder(
-    src: str | Path, dst: str | Path, recipe: Recipe, importance: Mapping[str, Tensor] | None = None,
+    src: str | Path, dst: str | Path, scheme: QuantScheme, importance: Mapping[str, Tensor] | None = None,
     progress: Progress | None = None, allow_nonfinite: bool = False,
 ) -> Size:  # fmt: skip
     """Write the model of the folder `src` to the new folder `dst`, quantised; `mixtral.load` reads it with no flag.
@@ -53,32 +53,32 @@ def quantise_folder(
     check_free(dst)
     config = with_token_ids(read_config(src), src)
     reader = StateReader(src, config)
-    entries = _entries(reader, config, recipe, importance or {}, progress, allow_nonfinite)
+    entries = _entries(reader, config, scheme, importance or {}, progress, allow_nonfinite)
     with atomic_folder(dst) as new:
         write_safetensors(new / PACKED_FILE, entries, allow_nonfinite=allow_nonfinite)
-        write_quantised_config(config, recipe, new)
+        write_quantised_config(config, scheme, new)
         copy_tokenizer(src, new)
     written = sum(entry.nbytes for entry in entries)
-    return Size(written, theoretical_bytes(config, recipe), config.weight_bytes())
+    return Size(written, theoretical_bytes(config, scheme), config.weight_bytes())
 
 
-def write_quantised_config(config: ModelConfig, recipe: Recipe, folder: Path) -> None:
-    """config.json with the recipe inside."""
-    values = to_hf(config, "bfloat16") | {"quantization_config": recipe.to_dict()}
+def write_quantised_config(config: ModelConfig, scheme: QuantScheme, folder: Path) -> None:
+    """config.json with the scheme inside."""
+    values = to_hf(config, "bfloat16") | {"quantization_config": scheme.to_dict()}
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _entries(
-    reader: StateReader, config: ModelConfig, recipe: Recipe, importance: Mapping[str, Tensor],
+    reader: StateReader, config: ModelConfig, scheme: QuantScheme, importance: Mapping[str, Tensor],
     progress: Progress | None, allow_nonfinite: bool,
 ) -> list[Entry]:  # fmt: skip
-    shapes = stored_shapes(config, recipe)
+    shapes = stored_shapes(config, scheme)
     total = sum(torch.Size(shape).numel() for name, shape in shapes.items() if name.endswith(PACKED))
     done = counter(progress, "quantising", total)
     entries = []
     for stored, shape in shapes.items():
         name = stored.removesuffix(PACKED)
-        fmt = recipe.format(name)
+        fmt = scheme.format(name)
         if fmt is not None:
             make = partial(_pack, reader, name, fmt, shape, importance.get(name), done, allow_nonfinite)
             entries.append(Entry(stored, torch.uint8, shape, make))

@@ -19,12 +19,12 @@ from torch import Tensor
 from mixtral.config import ModelConfig
 from mixtral.errors import MixtralError, UsageError, did_you_mean
 from mixtral.files import atomic_folder
-from mixtral.kernels.packed import GROUP_BYTES, LANES
+from mixtral.kernels.packing import GROUP_BYTES, LANES
 from mixtral.quant.formats import Format
 from mixtral.quant.load import open_packed
 from mixtral.quant.quantize import write_quantised_config
-from mixtral.quant.recipe import BITS, PACKED, Recipe, stored_shapes
-from mixtral.weights.lazy import LazyState
+from mixtral.quant.scheme import BITS, PACKED, QuantScheme, stored_shapes
+from mixtral.weights.lazy_state import LazyState
 from mixtral.weights.load import StateReader
 from mixtral.weights.names import parameter_shapes
 from mixtral.weights.progress import Progress, counter
@@ -41,7 +41,7 @@ def write_random(
 ) -> None:
     """Write a random model to the new folder `dst`: Hugging Face's format at "16", else as `mixtral quantize` does.
 
-    `bits` is "16", or one of a Recipe's. Each tensor hangs on seed and name alone. Headers and sizes are checked
+    `bits` is "16", or one of a QuantScheme's. Each tensor hangs on seed and name alone. Headers and sizes are checked
     afterwards; the folder appears whole or not at all. Raises UsageError for other bits, for a spread that fp16
     scales do not hold, and when `dst` is there and not empty; MixtralError when the disk has too little room.
     """
@@ -49,22 +49,22 @@ def write_random(
         raise UsageError(f"bits: unknown choice {bits!r}; {did_you_mean(bits, choices)}")
     if not _SPREAD[0] <= config.init_std <= _SPREAD[1]:
         raise UsageError(f"init_std {config.init_std:g}: random weights have a spread of {_SPREAD[0]} to {_SPREAD[1]}")
-    recipe = None if bits == "16" else Recipe.of(bits)
+    scheme = None if bits == "16" else QuantScheme.of(bits)
     check_free(dst)
     state = _RandomState(config, seed)
-    if recipe is None:
+    if scheme is None:
         _check_room(Path(dst), config.weight_bytes())
         with atomic_folder(dst) as new:
             write_hf(state, config, new, progress=progress)
             StateReader(new, config)  # raises unless names, shapes and sizes are right
         return
-    entries = _entries(state, config, recipe, seed)
+    entries = _entries(state, config, scheme, seed)
     total = sum(entry.nbytes for entry in entries)
     _check_room(Path(dst), total)
     with atomic_folder(dst) as new:
         write_safetensors(new / PACKED_FILE, entries, counter(progress, "writing", total))
-        write_quantised_config(config, recipe, new)
-        open_packed(new, config, recipe)  # raises likewise
+        write_quantised_config(config, scheme, new)
+        open_packed(new, config, scheme)  # raises likewise
 
 
 def _check_room(dst: Path, needed: int) -> None:
@@ -97,10 +97,10 @@ class _RandomState(LazyState):
         return torch.from_numpy(bits).view(torch.bfloat16).view(shape)
 
 
-def _entries(state: _RandomState, config: ModelConfig, recipe: Recipe, seed: int) -> list[Entry]:
+def _entries(state: _RandomState, config: ModelConfig, scheme: QuantScheme, seed: int) -> list[Entry]:
     entries = []
-    for stored, shape in stored_shapes(config, recipe).items():
-        fmt = recipe.format(stored.removesuffix(PACKED))
+    for stored, shape in stored_shapes(config, scheme).items():
+        fmt = scheme.format(stored.removesuffix(PACKED))
         if fmt is None:
             entries.append(Entry(stored, torch.bfloat16, shape, partial(state.read, stored)))
         else:

@@ -30,7 +30,7 @@ class Tokenizer(ABC):
     `whole`: tokens that are found before the encoder puts such a space; one at their begin is their own.
     `openers`: tokens after which the encoder begins a text anew, with such a space.
     `prefix`, `suffix`: the ids that the files put before and after every text; by default <s> and nothing.
-    `side_files`: the small files beside the vocabulary (tokenizer/beside.py), which `save` writes too.
+    `side_files`: the small files beside the vocabulary (tokenizer/side_files.py), which `save` writes too.
     """
 
     def __init__(self, version: str, pieces: Sequence[bytes], control: Mapping[int, str], bos_id: int, eos_id: int,

@@ -9,8 +9,8 @@ from pathlib import Path
 from mixtral.errors import MixtralError, UsageError
 from mixtral.json_files import LARGE, read_regular
 from mixtral.tokenizer.base import Tokenizer
-from mixtral.tokenizer.beside import Beside, read_side_files
 from mixtral.tokenizer.mistral import SentencePieceTokenizer, TekkenTokenizer
+from mixtral.tokenizer.side_files import Beside, read_side_files
 from mixtral.tokenizer.spm_model import Kind
 from mixtral.tokenizer.tokenizer_json import JsonTokenizer
 
@@ -21,7 +21,7 @@ _PATTERNS = ("tekken.json", "*.model", "*.model.v*", "tokenizer.json")
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """The tokenizer of a model folder, or of one tokenizer file, with the files beside it (tokenizer/beside.py).
+    """The tokenizer of a model folder, or of one tokenizer file, with the files beside it (tokenizer/side_files.py).
 
     Of several files in a folder the first of these decides the ids, as in transformers: tekken.json, tokenizer.json, a
     sentencepiece model that tells its version (own.model.v3), one that does not (tokenizer.model). A sentencepiece

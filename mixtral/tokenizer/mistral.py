@@ -15,8 +15,8 @@ from sentencepiece import SentencePieceProcessor
 from mixtral.cores import threads
 from mixtral.errors import MixtralError, UsageError, shown
 from mixtral.tokenizer.base import MOST_TOKENS, Tokenizer
-from mixtral.tokenizer.beside import Beside, parse_vocabulary
 from mixtral.tokenizer.export import hf_config, spm_to_json, tekken_to_json
+from mixtral.tokenizer.side_files import Beside, parse_vocabulary
 from mixtral.tokenizer.spm_model import Kind, Piece, SpmModel, read_spm_model
 
 if TYPE_CHECKING:

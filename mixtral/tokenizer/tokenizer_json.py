@@ -17,11 +17,11 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from mixtral.errors import MixtralError, shown
 from mixtral.tokenizer.base import MOST_TOKENS, Tokenizer
-from mixtral.tokenizer.beside import Added, Beside, Special, parse_vocabulary
 from mixtral.tokenizer.export import template
 from mixtral.tokenizer.json_decoder import JsonDecoder
 from mixtral.tokenizer.json_post_processor import check_post_processor
 from mixtral.tokenizer.mistral import SentencePieceTokenizer
+from mixtral.tokenizer.side_files import Added, Beside, Special, parse_vocabulary
 
 if TYPE_CHECKING:
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer

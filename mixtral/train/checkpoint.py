@@ -26,11 +26,11 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from mixtral.config.specs import check_value
 from mixtral.errors import MixtralError, WeightsError
 from mixtral.files import atomic_folder, clear_leftovers, remove_folder, sync
 from mixtral.json_files import LARGE, read_object
-from mixtral.specs import check_value
-from mixtral.train.optim import Optimizer
+from mixtral.train.optim.optimizer import Optimizer
 from mixtral.weights.safetensors_file import SafetensorsFile
 
 _NAME = re.compile(r"step_(\d+)")

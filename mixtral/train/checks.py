@@ -10,10 +10,10 @@ from mixtral.model import Mixtral
 from mixtral.moe import MoE
 from mixtral.tokenizer import Tokenizer, load_tokenizer
 from mixtral.tokenizer.train import check_size
-from mixtral.train.balancing import Balancer
+from mixtral.train.balancing.balancer import Balancer
 from mixtral.train.config import TrainConfig
 from mixtral.train.memory import check_memory
-from mixtral.train.trackers import require_packages
+from mixtral.train.sinks import require_packages
 
 
 def check_run(config: TrainConfig) -> None:

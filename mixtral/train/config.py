@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mixtral.config import ModelConfig
+from mixtral.config.specs import check_names, check_value, parse_value
 from mixtral.errors import ConfigError, did_you_mean, shown
-from mixtral.specs import check_names, check_value, parse_value
-from mixtral.train.balance_options import parse_balance, split_balance
+from mixtral.train.balancing.options import parse_balance, split_balance
 
 DTYPES = ("auto", "fp32", "bf16")
 SCHEDULES = ("cosine", "wsd")
@@ -43,7 +43,7 @@ class TrainConfig:
     weight_decay: float = 0.1  # on matrices; norms have none
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0  # largest global gradient norm; 0: none
-    balance: tuple[str, ...] = ("micro_batch?weight=0.01", "z_loss?weight=0.001")  # train/balance_options.py
+    balance: tuple[str, ...] = ("micro_batch?weight=0.01", "z_loss?weight=0.001")  # train/balancing/options.py
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the computation; auto: bf16 where it is faster
     device: str = "auto"  # auto: a GPU when there is one
     seed: int = 0
@@ -52,7 +52,7 @@ class TrainConfig:
     save_every: int = 200  # steps between checkpoints
     keep: int = 2  # checkpoints kept beside the best one
     recompute: bool = False  # compute each layer again in the backward pass instead of keeping its activations
-    compile: bool = False  # element-wise work through torch.compile: for long runs (kernels/compiled.py)
+    compile: bool = False  # element-wise work through torch.compile: for long runs (kernels/torch/compiled.py)
     stats_every: int = 10  # steps between lines of routing statistics
     trackers: tuple[str, ...] = ()  # of TRACKERS: who is told the metrics besides the JSON lines
 

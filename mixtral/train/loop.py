@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
+from mixtral.config.specs import check_fields
 from mixtral.data.loader import Loader, TrainBatch
 from mixtral.errors import ConfigError, Interrupted, MixtralError
 from mixtral.model import Mixtral
-from mixtral.specs import check_fields
 from mixtral.train.checkpoint import (
     CheckpointWriter,
     checkpoint_path,
@@ -27,14 +27,14 @@ from mixtral.train.checkpoint import (
     load_checkpoint,
 )
 from mixtral.train.config import TrainConfig
+from mixtral.train.diagnose import first_bad_layer, keep_batch
+from mixtral.train.display import Display
 from mixtral.train.finished import logged_validations
 from mixtral.train.metrics import MatrixRate, MetricsLog, Speed, bits_per_byte
-from mixtral.train.nonfinite import first_bad_layer, keep_batch
-from mixtral.train.optim import Optimizer
+from mixtral.train.optim.optimizer import Optimizer
+from mixtral.train.sinks import Trackers
 from mixtral.train.step import NonFiniteLoss, StepResult, Validation, train_step, validate
 from mixtral.train.threads import ThreadWatch
-from mixtral.train.trackers import Trackers
-from mixtral.train.view import View
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Run:
     loader: Loader
     val_batches: list[TrainBatch]
     byte_lengths_V: torch.Tensor
-    view: View
+    display: Display
     matrix_rate: MatrixRate | None = None  # None: steps are not told as a share of it
     watch: ThreadWatch | None = None  # None: nobody looks whether the run becomes slow
     progress: Progress = field(default_factory=Progress)
@@ -94,11 +94,11 @@ class Run:
         begun = self.progress.start_loss is not None
         start = self.progress.step if begun else -1  # -1: the first validation comes again
         with contextlib.ExitStack() as stack:
-            trackers = Trackers(self.folder, self.config, start, self.view.say)
+            trackers = Trackers(self.folder, self.config, start, self.display.say)
             stack.callback(trackers.close)
             stack.callback(self._finish_saving)
             log = MetricsLog(self.folder, start, trackers)
-            stack.enter_context(self.view.live(self.config, self.progress.step))
+            stack.enter_context(self.display.live(self.config, self.progress.step))
             interrupted = stack.enter_context(_deferred_interrupt())
             last = self._loop(log, interrupted)
         return last or logged_validations(self.folder)[-1]
@@ -146,7 +146,7 @@ class Run:
         log.write("metrics", {**_metrics_line(self.progress.step, result, config), "bits_per_byte": bits})
         log.write("timings", {"step": self.progress.step, **speed.line()})
         self._tell_failure()
-        self.view.step(self.progress.step, result, bits, speed)
+        self.display.step(self.progress.step, result, bits, speed)
         if self.watch:
             self.watch.step(speed.tokens_per_second)
 
@@ -159,7 +159,7 @@ class Run:
             raise NonFiniteLoss(f"step {step}: {loss}; lower the learning rate; first seen in {where}")
         log.write("metrics", {"step": step, "val_cross_entropy": result.cross_entropy,
                               "val_bits_per_byte": result.bits_per_byte, "val_loads": result.loads})  # fmt: skip
-        self.view.validation(step, result)
+        self.display.validation(step, result)
         return result
 
     def _is_best(self, result: Validation, saved: bool) -> bool:
@@ -188,7 +188,7 @@ class Run:
 
     def _tell_failure(self) -> None:
         if failure := self.writer.failure():
-            self.view.say(f"no checkpoint this time: {failure}; earlier ones are whole")
+            self.display.say(f"no checkpoint this time: {failure}; earlier ones are whole")
 
     def _stopped(self) -> str:
         """What to tell who pressed Ctrl-C: where the run stopped, and from where it can go on."""

@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mixtral.config.specs import check_value
 from mixtral.data.loader import TrainBatch
 from mixtral.data.store import NO_TARGET
 from mixtral.errors import ConfigError, MixtralError, shown
 from mixtral.files import atomic_write, open_regular
 from mixtral.hardware import measure_matmul, used_memory_bytes
 from mixtral.json_files import parse
-from mixtral.specs import check_value
 from mixtral.train.config import TrainConfig
-from mixtral.train.trackers import Trackers, flatten
+from mixtral.train.sinks import Trackers, flatten
 
 
 class MatrixRate(NamedTuple):

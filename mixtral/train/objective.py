@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mixtral.model import Output
-from mixtral.train.balancing import Balancer
+from mixtral.train.balancing.balancer import Balancer
 
 
 class Shares(NamedTuple):

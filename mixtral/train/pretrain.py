@@ -26,23 +26,23 @@ from mixtral.data.store import TokenData
 from mixtral.errors import DataError, Interrupted, UsageError, WeightsError
 from mixtral.files import atomic_folder, atomic_write, lock_folder, unlock_folder
 from mixtral.kernels import use_backend
-from mixtral.kernels.memory import keep_freed_memory
+from mixtral.kernels.allocator import keep_freed_memory
 from mixtral.model import Mixtral, initialise
 from mixtral.runtime import choose_device, choose_dtype, set_threads
 from mixtral.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from mixtral.train.checkpoint import latest_checkpoint
 from mixtral.train.checks import check_vocabulary
 from mixtral.train.config import TrainConfig
+from mixtral.train.display import Display
 from mixtral.train.loop import Run
 from mixtral.train.memory import check_memory
 from mixtral.train.metrics import MatrixRate
-from mixtral.train.optim import Optimizer
+from mixtral.train.optim.optimizer import Optimizer
 from mixtral.train.recompute import recompute_layers
 from mixtral.train.run_folder import record_threads, recorded_config, recorded_threads, split_checkpoint
+from mixtral.train.sinks import require_packages
 from mixtral.train.step import Validation
 from mixtral.train.threads import ThreadWatch, counts_to_try, measure_training
-from mixtral.train.trackers import require_packages
-from mixtral.train.view import View
 from mixtral.weights.save import write_hf
 
 TOKENIZER_CHARACTERS = 4_000_000  # of text are enough to learn a vocabulary from; more costs time and changes little
@@ -61,7 +61,7 @@ class Trained(NamedTuple):
         return self.run.config
 
 
-def pretrain(out: Path, view: View, threads: int | str = "auto") -> Trained:
+def pretrain(out: Path, display: Display, threads: int | str = "auto") -> Trained:
     """Run, or go on with, the training run that `begin` recorded in `out`.
 
     `out` may also be one of a run's checkpoints, to go on from there instead of from the last one. A number of threads
@@ -73,7 +73,7 @@ def pretrain(out: Path, view: View, threads: int | str = "auto") -> Trained:
     out, checkpoint = split_checkpoint(out)
     lock_folder(out)
     try:
-        return _pretrain(recorded_config(out), out, checkpoint, view, changed)
+        return _pretrain(recorded_config(out), out, checkpoint, display, changed)
     except KeyboardInterrupt:  # outside the steps, or a second time in one
         anew = "" if latest_checkpoint(out) else "begin anew with the same --out, or "
         raise Interrupted(f"stopped; {anew}go on with: mixtral train --resume {out}") from None
@@ -81,15 +81,17 @@ def pretrain(out: Path, view: View, threads: int | str = "auto") -> Trained:
         unlock_folder(out)
 
 
-def _pretrain(config: TrainConfig, out: Path, checkpoint: Path | None, view: View, threads: int | None) -> Trained:
+def _pretrain(
+    config: TrainConfig, out: Path, checkpoint: Path | None, display: Display, threads: int | None
+) -> Trained:
     require_packages(config.trackers)
     check_memory(config)
-    _use_threads(out, view, threads)
+    _use_threads(out, display, threads)
     keep_freed_memory()
-    tokenizer = _tokenizer(config, out, view)
+    tokenizer = _tokenizer(config, out, display)
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
     config = config.replace(model=config.model.replace(**ids))
-    run = _run(config, tokenizer, _data(config, tokenizer, out, view), out, view)
+    run = _run(config, tokenizer, _data(config, tokenizer, out, display), out, display)
     if start := checkpoint or latest_checkpoint(out):
         run.resume(start)
     if threads is not None:
@@ -101,7 +103,7 @@ def _pretrain(config: TrainConfig, out: Path, checkpoint: Path | None, view: Vie
     return Trained(final, run.progress.start_loss, validation, run)
 
 
-def _use_threads(out: Path, view: View, changed: int | None) -> None:
+def _use_threads(out: Path, display: Display, changed: int | None) -> None:
     """Compute with `changed` threads, or as recorded; what speaks against that is said when the run goes on."""
     threads, cores = recorded_threads(out), cpu_count()
     set_threads(changed or threads)
@@ -114,7 +116,7 @@ def _use_threads(out: Path, view: View, changed: int | None) -> None:
     if latest_checkpoint(out) and (threads > cores or asked not in (None, threads)):
         few = "there is 1 core" if cores == 1 else f"there are {cores} cores"
         here = f"{few}, so it is slower" if threads > cores else f"not OMP_NUM_THREADS={asked}"
-        view.say(f"threads: {threads} as before, for the same bits; {here}; --resume with --threads N changes it")
+        display.say(f"threads: {threads} as before, for the same bits; {here}; --resume with --threads N changes it")
 
 
 def save_final(run: Run, tokenizer: Tokenizer) -> Path:
@@ -134,11 +136,11 @@ def save_final(run: Run, tokenizer: Tokenizer) -> Path:
     return final
 
 
-def _tokenizer(config: TrainConfig, out: Path, view: View) -> Tokenizer:
+def _tokenizer(config: TrainConfig, out: Path, display: Display) -> Tokenizer:
     folder = out / "tokenizer"
     if not folder.exists():
         if config.tokenizer is None:
-            with view.working(f"learning a vocabulary of {config.model.vocab_size} tokens"):
+            with display.working(f"learning a vocabulary of {config.model.vocab_size} tokens"):
                 tokenizer = train_bpe(_sample(config), config.model.vocab_size)
         else:
             tokenizer = load_tokenizer(config.tokenizer)
@@ -162,16 +164,16 @@ def _sample(config: TrainConfig) -> list[str]:
     return texts[:: max(1, round(sum(map(len, texts)) / TOKENIZER_CHARACTERS))]
 
 
-def _data(config: TrainConfig, tokenizer: Tokenizer, out: Path, view: View) -> TokenData:
+def _data(config: TrainConfig, tokenizer: Tokenizer, out: Path, display: Display) -> TokenData:
     if latest_checkpoint(out):  # a run that has begun keeps its data, whatever became of the sources since
         return TokenData(out / "data", tokenizer)
-    with view.working("tokenising") as progress:
+    with display.working("tokenising") as progress:
         data = prepare(
             _sources(config), tokenizer, out / "data", seed=config.seed, skip_bad=config.skip_bad,
             progress=lambda p: progress(f"tokenising: {p.documents:,} documents, {p.tokens:,} tokens"),
         )  # fmt: skip
     counts = data.summary()
-    view.say(
+    display.say(
         f"{counts['train']['tokens']:,} tokens to train on and {counts['val']['tokens']:,} held out, from "
         f"{counts['train']['documents'] + counts['val']['documents']:,} documents; {counts['duplicates']:,} repeated "
         f"and {counts['skipped']:,} unreadable ones left out"
@@ -179,25 +181,25 @@ def _data(config: TrainConfig, tokenizer: Tokenizer, out: Path, view: View) -> T
     return data
 
 
-def _run(config: TrainConfig, tokenizer: Tokenizer, data: TokenData, out: Path, view: View) -> Run:
+def _run(config: TrainConfig, tokenizer: Tokenizer, data: TokenData, out: Path, display: Display) -> Run:
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     model = initialise(Mixtral(config.model), torch.Generator().manual_seed(config.seed)).to(device)
     if config.recompute:
         recompute_layers(model)
     loader = Loader(data, config.rows, config.context, config.seed)
-    with view.working("measuring the matrix rate"):
+    with display.working("measuring the matrix rate"):
         rate = MatrixRate.measure(dtype, device)
-    watch = _watch(config, out, view) if device.type == "cpu" else None
+    watch = _watch(config, out, display) if device.type == "cpu" else None
     return Run(
         folder=out, config=config, model=model, optimizer=Optimizer(model, config, dtype, data.domains), loader=loader,
         val_batches=loader.val_batches(config.val_tokens),
-        byte_lengths_V=torch.from_numpy(tokenizer.byte_lengths()), view=view, matrix_rate=rate, watch=watch,
+        byte_lengths_V=torch.from_numpy(tokenizer.byte_lengths()), display=display, matrix_rate=rate, watch=watch,
     )  # fmt: skip
 
 
-def _watch(config: TrainConfig, out: Path, view: View) -> ThreadWatch:
+def _watch(config: TrainConfig, out: Path, display: Display) -> ThreadWatch:
     threads = torch.get_num_threads()
     counts = sorted({*counts_to_try(cpu_count()), threads})
     measure = None if config.compile else partial(measure_training, config, counts)  # compiling anew takes long
-    return ThreadWatch(out, threads, measure, view.say)
+    return ThreadWatch(out, threads, measure, display.say)

@@ -17,18 +17,18 @@ from mixtral.files import atomic_write, is_temporary, lock_folder, remove_folder
 from mixtral.json_files import SMALL, parse_object, read_object, read_regular
 from mixtral.runtime import environment, set_threads
 from mixtral.tokenizer import load_tokenizer
-from mixtral.tokenizer.beside import TEMPLATES, is_side_file
+from mixtral.tokenizer.side_files import TEMPLATES, is_side_file
 from mixtral.train.checkpoint import checkpoints
 from mixtral.train.checks import check_run
 from mixtral.train.config import TrainConfig
+from mixtral.train.display import Display
 from mixtral.train.threads import choose_threads
-from mixtral.train.view import View
 
 _BEFORE_TRAINING = {"config.json", "tokenizer", "data"}  # what a run writes before its first checkpoint
 _TOKENIZER_FILES = re.compile(r"tekken\.json|tokenizer(_config)?\.json|[^/]+\.model\.v\w+")  # and side files
 
 
-def begin(config: TrainConfig, out: Path, threads: int | str | None = None, view: View | None = None) -> None:
+def begin(config: TrainConfig, out: Path, threads: int | str | None = None, display: Display | None = None) -> None:
     """Claim a new run's folder and record what it is to do, and with how many threads: None or "auto" as measured.
 
     A run that failed before its first checkpoint, on bad data perhaps, is begun anew. Raises UsageError when the folder
@@ -43,7 +43,7 @@ def begin(config: TrainConfig, out: Path, threads: int | str | None = None, view
         _check_failed(out)
         if (out / "tokenizer").exists():
             remove_folder(out / "tokenizer")  # it may be of other data
-        set_threads(asked or choose_threads(config, view or View()))
+        set_threads(asked or choose_threads(config, display or Display()))
         record = {"train": config.to_dict(), "environment": environment()}
         atomic_write(out / "config.json", json.dumps(record, indent=1))
     except BaseException as error:

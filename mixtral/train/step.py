@@ -11,19 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mixtral.config.router import ExpertChoice
 from mixtral.data.loader import TrainBatch
 from mixtral.data.store import NO_TARGET
 from mixtral.errors import MixtralError
 from mixtral.model import Mixtral
-from mixtral.moe.balance import share_of
 from mixtral.moe.choice import counts_of
+from mixtral.moe.losses import share_of
 from mixtral.moe.stats import LayerStats, layer_stats
-from mixtral.router_options import ExpertChoice
 from mixtral.train.config import TrainConfig
+from mixtral.train.expert_norms import expert_output_norms
 from mixtral.train.objective import Shares, objective
-from mixtral.train.optim import Optimizer
-from mixtral.train.schedule import learning_rate
-from mixtral.train.watch import expert_output_norms
+from mixtral.train.optim.optimizer import Optimizer
+from mixtral.train.optim.schedule import learning_rate
 
 
 class NonFiniteLoss(MixtralError):

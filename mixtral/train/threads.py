@@ -15,11 +15,11 @@ import torch
 
 from mixtral.cores import cpu_count
 from mixtral.data.loader import TrainBatch
-from mixtral.model import Mixtral, Packed, initialise
+from mixtral.model import Mixtral, Ragged, initialise
 from mixtral.runtime import choose_device, choose_dtype
 from mixtral.train.config import TrainConfig
-from mixtral.train.optim import Optimizer
-from mixtral.train.view import View
+from mixtral.train.display import Display
+from mixtral.train.optim.optimizer import Optimizer
 
 Rates = dict[int, float]  # tokens a second by number of threads
 
@@ -32,14 +32,14 @@ WINDOW = 8  # steps over whose median a run's pace is looked at
 SLOW, RECOVERED = 0.5, 0.8  # of the best pace
 
 
-def choose_threads(config: TrainConfig, view: View) -> int:
+def choose_threads(config: TrainConfig, display: Display) -> int:
     """The number of threads that trains fastest here and now, told in a line; all cores where that is no question."""
     cores, on_cpu = cpu_count(), choose_device(config.device).type == "cpu"
     if cores == 1 or not on_cpu or _one_layer(config).model.n_params() > MOST_PARAMETERS:
         return cores
     rates = measure_training(config, counts_to_try(cores))
     threads = fewest_of_the_fastest(rates)
-    view.say(f"threads: {threads}; measured now on one layer: {rates_text(rates)}")
+    display.say(f"threads: {threads}; measured now on one layer: {rates_text(rates)}")
     return threads
 
 
@@ -122,7 +122,7 @@ def _training_piece(config: TrainConfig, most_threads: int) -> Callable[[int], i
 
 def _batch(config: TrainConfig, tokens: int) -> TrainBatch:
     ids_T = torch.randint(config.model.vocab_size, (tokens,), generator=torch.Generator().manual_seed(tokens))
-    return TrainBatch(Packed.of([row.tolist() for row in ids_T.split(config.context)]), ids_T, torch.zeros_like(ids_T))
+    return TrainBatch(Ragged.of([row.tolist() for row in ids_T.split(config.context)]), ids_T, torch.zeros_like(ids_T))
 
 
 class Pace:

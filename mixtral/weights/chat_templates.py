@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from mixtral.config_table import warn_once
+from mixtral.config.table import warn_once
 from mixtral.errors import MixtralError, shown
-from mixtral.tokenizer.beside import TEMPLATES as FOLDER
-from mixtral.tokenizer.beside import Beside, is_side_file
+from mixtral.tokenizer.side_files import TEMPLATES as FOLDER
+from mixtral.tokenizer.side_files import Beside, is_side_file
 
 _GGUF = "tokenizer.chat_template"  # the default one; the others are _GGUF.NAME, and _GGUFs lists their names
 
@@ -59,7 +59,7 @@ TEMPLATES = {
 
 
 def folder_templates(files: Mapping[str, bytes]) -> dict[str, str]:
-    """The chat templates of a folder's small files (tokenizer/beside.py), by name; "default" is the usual one.
+    """The chat templates of a folder's small files (tokenizer/side_files.py), by name; "default" is the usual one.
 
     As in transformers, templates in files of their own make those in tokenizer_config.json void. Raises MixtralError,
     one line with the file, for what is no template.

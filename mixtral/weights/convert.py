@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from mixtral.config import DEFAULT_EOS, ModelConfig
-from mixtral.config_formats import read_config, to_mistral
+from mixtral.config.formats import read_config, to_mistral
+from mixtral.config.generation import read_generation_config
+from mixtral.config.model import DEFAULT_EOS, ModelConfig
 from mixtral.errors import MixtralError, UsageError, did_you_mean
 from mixtral.files import atomic_folder, atomic_write, open_regular
-from mixtral.generation_config import read_generation_config
 from mixtral.tokenizer import Tokenizer
 from mixtral.tokenizer.mistral import SentencePieceTokenizer
 from mixtral.tokenizer.tokenizer_json import JsonTokenizer

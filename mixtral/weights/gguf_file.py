@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mixtral.errors import UsageError, WeightsError
-from mixtral.gguf_header import GgufHeader, TensorInfo, read_gguf
+from mixtral.gguf.header import GgufHeader, TensorInfo, read_gguf
 from mixtral.weights.safetensors_file import DTYPES, Header
 
 _CHUNK = 1 << 24  # numbers that are expanded at a time

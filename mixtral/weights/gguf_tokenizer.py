@@ -10,17 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mixtral.config import is_token_id
-from mixtral.config_gguf import named_end_tokens
+from mixtral.config.generation import NAME as GENERATION_CONFIG
+from mixtral.config.generation import from_config_json, from_gguf_sampling
+from mixtral.config.gguf import named_end_tokens
+from mixtral.config.model import is_token_id
 from mixtral.errors import MixtralError, UsageError, WeightsError, shown
-from mixtral.generation_config import NAME as GENERATION_CONFIG
-from mixtral.generation_config import from_config_json, from_gguf_sampling
-from mixtral.gguf_header import TensorInfo, read_gguf_header
+from mixtral.gguf.header import TensorInfo, read_gguf_header
 from mixtral.tokenizer import Tokenizer, load_tokenizer
 from mixtral.tokenizer.base import MOST_TOKENS
-from mixtral.tokenizer.beside import Beside, is_side_file, read_side_files
 from mixtral.tokenizer.load import has_tokenizer
 from mixtral.tokenizer.mistral import SentencePieceTokenizer
+from mixtral.tokenizer.side_files import Beside, is_side_file, read_side_files
 from mixtral.tokenizer.spm_model import Kind, Piece, SpmModel, write_spm_model
 from mixtral.tokenizer.tokenizer_json import JsonTokenizer
 from mixtral.weights.chat_templates import (
@@ -48,8 +48,8 @@ def tokenizer_metadata(
 ) -> dict[str, Any]:  # fmt: skip
     """What a file says of its tokenizer, filled up with unused tokens to the model's vocabulary.
 
-    `files` are the small files of the model's folder (tokenizer/beside.py), which come back when it is converted again;
-    where no chat template is among them, the one of the tokenizer's version is written.
+    `files` are the small files of the model's folder (tokenizer/side_files.py), which come back when it is converted
+    again; where no chat template is among them, the one of the tokenizer's version is written.
 
     Raises UsageError for a tokenizer without a sentencepiece model, or of more pieces than the model.
     """

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from mixtral.config import ModelConfig
-from mixtral.config_gguf import named_end_tokens, to_gguf
+from mixtral.config.generation import NAME as GENERATION_CONFIG
+from mixtral.config.generation import to_gguf_sampling
+from mixtral.config.gguf import named_end_tokens, to_gguf
 from mixtral.errors import UsageError, did_you_mean
 from mixtral.files import atomic_file, check_writable
-from mixtral.generation_config import NAME as GENERATION_CONFIG
-from mixtral.generation_config import to_gguf_sampling
-from mixtral.gguf_header import TYPES
+from mixtral.gguf.header import TYPES
 from mixtral.json_files import parse_object
 from mixtral.tokenizer import Tokenizer
 from mixtral.weights.finite import require_finite
@@ -53,7 +53,7 @@ def write_gguf(
 
     Args:
         type: of the matrices: "bf16", "q8_0" (8.5 bits a weight) or "q4_0" (4.5).
-        files: the small files of the model's folder: chat templates, generation defaults (tokenizer/beside.py).
+        files: the small files of the model's folder: chat templates, generation defaults (tokenizer/side_files.py).
         progress: called after each tensor.
         allow_nonfinite: write weights that are not finite, and blocks whose scale is too large for fp16.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from mixtral.config import ModelConfig
 from mixtral.errors import WeightsError
 from mixtral.weights.finite import require_range
-from mixtral.weights.lazy import LazyState
+from mixtral.weights.lazy_state import LazyState
 from mixtral.weights.names import Ffn, Format, Slot, fixed_dtype, layouts, output_name, parameter_shapes, slots
 from mixtral.weights.progress import Progress, counter
 from mixtral.weights.safetensors_file import Header

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mixtral.config import ModelConfig
-from mixtral.router_options import TokenK
+from mixtral.config.router import TokenK
 
 Format = Literal["hf", "mistral", "gguf"]
 Ffn = Literal["dense", "per-expert", "fused", "stacked"]  # how a file lays out its feed-forward weights

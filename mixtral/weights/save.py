@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixtral.config import DEFAULT_EOS, ModelConfig
-from mixtral.config_formats import to_hf, to_mistral
+from mixtral.config.formats import to_hf, to_mistral
+from mixtral.config.generation import NAME as GENERATION_CONFIG
+from mixtral.config.generation import read_generation_config
+from mixtral.config.model import DEFAULT_EOS, ModelConfig
 from mixtral.errors import MixtralError, UsageError, WeightsError
 from mixtral.files import atomic_folder, check_writable
-from mixtral.generation_config import NAME as GENERATION_CONFIG
-from mixtral.generation_config import read_generation_config
-from mixtral.weights.lazy import LazyState
+from mixtral.weights.lazy_state import LazyState
 from mixtral.weights.names import Ffn, Format, Slot, fixed_dtype, layouts, output_name, parameter_shapes, slots
 from mixtral.weights.progress import Progress, counter
 from mixtral.weights.safetensors_file import FLOATS, Entry, write_safetensors

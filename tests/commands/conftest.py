@@ -16,7 +16,7 @@ from mixtral.lm import LM
 from mixtral.model import Mixtral, initialise
 from mixtral.presets import preset
 from mixtral.quant.quantize import quantise_folder
-from mixtral.quant.recipe import Recipe
+from mixtral.quant.scheme import QuantScheme
 from mixtral.tokenizer import train_bpe
 from mixtral.train.config import TrainConfig
 from mixtral.train.run_folder import begin
@@ -77,7 +77,7 @@ def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def quantised(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("quantised") / "model"
-    quantise_folder(folder, target, Recipe.of("4"))
+    quantise_folder(folder, target, QuantScheme.of("4"))
     return target
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from mixtral import cli, hardware, lm, weights  # imported once
 from mixtral.commands import demo
 from mixtral.quant import quantize, synth
-from mixtral.train import compare, pretrain, view
+from mixtral.train import compare, display, pretrain
 
-ONCE = (lm, weights, quantize, synth, compare, pretrain, view)
+ONCE = (lm, weights, quantize, synth, compare, pretrain, display)
 
 
 def connect(number: int, kind: str, file: Path) -> None:

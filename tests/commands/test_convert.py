@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixtral.config_formats import read_config
+from mixtral.config.formats import read_config
 from mixtral.lm import load
 from mixtral.weights.safetensors_file import SafetensorsFile
 from tests.commands.conftest import Run

@@ -15,7 +15,7 @@ import pytest
 
 import mixtral.recipes
 from mixtral.config import ModelConfig
-from mixtral.train import pretrain, view
+from mixtral.train import display, pretrain
 from mixtral.train.config import TrainConfig
 from mixtral.train.metrics import MatrixRate
 
@@ -42,14 +42,14 @@ def _small_recipe(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
 
 
 def after_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) -> None:
-    real = view.TerminalView.step
+    real = display.TerminalDisplay.step
 
-    def stepped(self: view.TerminalView, now: int, *arguments: object) -> None:
+    def stepped(self: display.TerminalDisplay, now: int, *arguments: object) -> None:
         real(self, now, *arguments)  # type: ignore[arg-type]
         if now == step:
             act()
 
-    monkeypatch.setattr(view.TerminalView, "step", stepped)
+    monkeypatch.setattr(display.TerminalDisplay, "step", stepped)
 
 
 def ctrl_c() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from mixtral import hardware, kernels
 from mixtral.commands import doctor
-from mixtral.kernels import native
+from mixtral.kernels.native import library as native
 from tests.commands.conftest import Run
 
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from mixtral.config import ModelConfig
-from mixtral.config_formats import read_config
-from mixtral.kernels.packed import unpack
+from mixtral.config.formats import read_config
+from mixtral.kernels.packing import unpack
 from mixtral.lm import LM, load
 from mixtral.model import Mixtral
 from mixtral.presets import PRESETS, preset
 from mixtral.quant import synth
 from mixtral.quant.formats import FORMATS
 from mixtral.quant.load import empty_quantised, open_packed
-from mixtral.quant.recipe import Recipe, read_recipe, stored_shapes, theoretical_bytes
+from mixtral.quant.scheme import QuantScheme, read_scheme, stored_shapes, theoretical_bytes
 from mixtral.quant.synth import _random_packed, write_random
 from mixtral.weights.load import StateReader
 from mixtral.weights.names import parameter_shapes
@@ -34,7 +34,7 @@ def test_what_is_written_loads_and_runs(run: Run, bits: str, tmp_path: Path) -> 
     assert (code, err) == (0, "") and f"{tmp_path / 'm'}/config.json  " in out
     size = sum(file.stat().st_size for file in (tmp_path / "m").iterdir())
     config = preset("tiny")
-    theory = config.weight_bytes() if bits == "16" else theoretical_bytes(config, Recipe.of(bits))
+    theory = config.weight_bytes() if bits == "16" else theoretical_bytes(config, QuantScheme.of(bits))
     assert theory <= size <= 1.01 * theory + 10_000
     lm = load(tmp_path / "m", dtype="fp32", device="cpu")
     assert lm.config == config and lm.tokenizer is None
@@ -64,7 +64,7 @@ def test_two_layers_of_a_larger_model(quantised: bool, tmp_path: Path) -> None:
 
 
 def _two_quantised_layers(folder: Path, two: ModelConfig) -> Mixtral:
-    recipe = read_recipe(folder)
+    recipe = read_scheme(folder)
     assert recipe is not None
     model = empty_quantised(two, recipe)
     raw = (file := open_packed(folder, read_config(folder), recipe)).mapped()
@@ -105,7 +105,7 @@ def test_16_bits_have_the_spread(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_published_shapes_have_no_padding(name: str) -> None:
     """The padding of a block is to hold zeros, and random bits are written everywhere."""
-    config, recipe = preset(name), Recipe.of("4")
+    config, recipe = preset(name), QuantScheme.of("4")
     stored = [math.prod(shape) for name, shape in stored_shapes(config, recipe).items() if name.endswith("_packed")]
     weights = [math.prod(shape) for name, shape in parameter_shapes(config).items() if recipe.format(name)]
     assert 8 * sum(stored) == 4.5 * sum(weights)
@@ -113,7 +113,7 @@ def test_published_shapes_have_no_padding(name: str) -> None:
 
 def test_the_size_of_8x7b() -> None:
     config = preset("mixtral-8x7b")
-    assert 26.4e9 < theoretical_bytes(config, Recipe.of("4")) < 26.6e9
+    assert 26.4e9 < theoretical_bytes(config, QuantScheme.of("4")) < 26.6e9
 
 
 @pytest.mark.parametrize(

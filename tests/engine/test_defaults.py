@@ -10,7 +10,7 @@ import pytest
 from gguf import GGUFWriter
 from transformers import GenerationConfig
 
-from mixtral import config_table, generation_config
+from mixtral.config import generation, table
 from mixtral.engine import SamplingParams, recommended, with_recommended, within_vocabulary
 from mixtral.errors import ConfigError, MixtralError, UsageError
 
@@ -19,7 +19,7 @@ DRAW = '"do_sample": true'
 
 @pytest.fixture(autouse=True)
 def _warnings_afresh() -> None:
-    config_table.warn_once.cache_clear()
+    table.warn_once.cache_clear()
 
 
 def says(folder: Path, values: Any) -> Path:
@@ -29,8 +29,8 @@ def says(folder: Path, values: Any) -> Path:
 
 
 def test_every_key_of_transformers_is_in_one_table() -> None:
-    tables = [generation_config.HONOURED, generation_config.SAMPLING, generation_config.SWITCHES,
-              generation_config.NEUTRAL, generation_config.HARMLESS]  # fmt: skip
+    tables = [generation.HONOURED, generation.SAMPLING, generation.SWITCHES,
+              generation.NEUTRAL, generation.HARMLESS]  # fmt: skip
     keys = [key for table in tables for key in table]
     assert len(keys) == len(set(keys))
     assert {key for key in vars(GenerationConfig()) if key != "_original_object_hash"} <= set(keys)
@@ -38,9 +38,9 @@ def test_every_key_of_transformers_is_in_one_table() -> None:
 
 def test_defaults_of_sampling_are_transformers() -> None:
     theirs = GenerationConfig._get_default_generation_params()
-    for key, value in generation_config.SAMPLING.items():
+    for key, value in generation.SAMPLING.items():
         assert theirs.get(key) == value or (key not in theirs and not value), key
-    for key, values in generation_config.NEUTRAL.items():
+    for key, values in generation.NEUTRAL.items():
         assert theirs.get(key) is None or theirs[key] in values, key
 
 
@@ -101,7 +101,7 @@ WRONG: dict[str, tuple[Any, ...]] = {  # what no key of this kind may be, beside
 
 
 def test_every_key_that_is_read_has_wrong_values_here() -> None:
-    read = generation_config.HONOURED.keys() | generation_config.SAMPLING.keys() | {"do_sample"}
+    read = generation.HONOURED.keys() | generation.SAMPLING.keys() | {"do_sample"}
     assert read == WRONG.keys()
 
 
@@ -145,18 +145,18 @@ def test_what_changes_the_result_is_named_in_one_warning(tmp_path: Path, caplog:
     )
 
 
-@pytest.mark.parametrize("key", generation_config.NEUTRAL)
+@pytest.mark.parametrize("key", generation.NEUTRAL)
 def test_each_key_that_is_not_applied(tmp_path: Path, key: str, caplog: pytest.LogCaptureFixture) -> None:
     recommended(says(tmp_path, {key: 3}))
     assert f"not applied: {key} 3" in caplog.text
     caplog.clear()
-    for neutral in (*generation_config.NEUTRAL[key], None):
+    for neutral in (*generation.NEUTRAL[key], None):
         recommended(says(tmp_path, {key: neutral}))
     assert not caplog.records
 
 
 def test_what_is_harmless_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    recommended(says(tmp_path, dict.fromkeys(generation_config.HARMLESS, 3)))
+    recommended(says(tmp_path, dict.fromkeys(generation.HARMLESS, 3)))
     recommended(says(tmp_path, {"temperature": 1.0, "top_k": 50, "top_p": 1}))  # as without them
     recommended(says(tmp_path, {"do_sample": True, "temperature": 0.5, "top_k": 5, "top_p": 0.5}))
     assert not caplog.records

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mixtral.engine import FullCache, SamplingParams, generate, stream
 from mixtral.errors import MixtralError, UsageError
-from mixtral.model import Mixtral, Packed
+from mixtral.model import Mixtral, Ragged
 from mixtral.tokenizer import Tokenizer, train_bpe
 from tests.engine.models import CONFIG, WINDOW, Pieces, make_model, random_tokens
 
@@ -65,7 +65,7 @@ def test_decode_logprobs_and_routing_equal_one_prefill(
     model = MODELS[name]
     done = generate(model, prompts, params, prefill_chunk=chunk, keep_routing=True)
     for prompt, out in zip(prompts, done, strict=True):
-        whole = model(Packed.of([prompt + out.tokens[:-1]]))
+        whole = model(Ragged.of([prompt + out.tokens[:-1]]))
         wanted = whole.logits.log_softmax(-1)[len(prompt) - 1 :].gather(1, torch.tensor(out.tokens)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(out.logprobs), wanted, rtol=0, atol=1e-4)
         if temperature == 0:
@@ -152,7 +152,7 @@ def test_a_log_probability_is_the_models_own_whatever_is_banned() -> None:
     [free] = generate(MODEL, [PROMPTS[0]], GREEDY)
     params = SamplingParams(max_tokens=1, suppress_tokens=(free.tokens[0],), repetition_penalty=1.5)
     [out] = generate(MODEL, [PROMPTS[0]], params)
-    logits = MODEL(Packed.of([PROMPTS[0]])).logits
+    logits = MODEL(Ragged.of([PROMPTS[0]])).logits
     assert logits is not None and out.tokens != free.tokens[:1]
     assert out.logprobs[0] == pytest.approx(logits[-1].log_softmax(-1)[out.tokens[0]].item(), abs=1e-5)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from mixtral.config import ModelConfig
 from mixtral.engine.kv_cache import FullCache, RollingCache, make_cache
 from mixtral.errors import ConfigError
-from mixtral.model import Mixtral, Packed
+from mixtral.model import Mixtral, Ragged
 from tests.engine.models import CONFIG, WINDOW, make_model, random_tokens
 
 WINDOWED = CONFIG.replace(sliding_window=WINDOW)
@@ -29,7 +29,7 @@ def cached_logits(
     while read != [len(t) for t in texts]:
         parts = [t[r : r + n] for t, r, n in zip(texts, read, next(chunks), strict=True)]
         assert cache.lengths == read
-        out = model(Packed.of(parts, read), cache).logits
+        out = model(Ragged.of(parts, read), cache).logits
         for i, part in enumerate(out.split([len(p) for p in parts])):
             logits[i].append(part)
             read[i] += len(part)
@@ -37,7 +37,7 @@ def cached_logits(
 
 
 def assert_equal(ours: Tensor, model: Mixtral, text: list[int]) -> None:
-    wanted = model(Packed.of([text])).logits
+    wanted = model(Ragged.of([text])).logits
     assert (ours - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
@@ -70,7 +70,7 @@ def test_one_chunk_size_past_the_window(model: Mixtral, kind: type[FullCache], s
 def test_the_window_matters_here() -> None:
     """Else the tests above would pass with any window."""
     text = random_tokens(64)
-    full, windowed = (m(Packed.of([text])).logits for m in (FULL_MODEL, WINDOWED_MODEL))
+    full, windowed = (m(Ragged.of([text])).logits for m in (FULL_MODEL, WINDOWED_MODEL))
     assert (full - windowed)[WINDOW:].abs().max() > 0.1
     assert torch.equal(full[0], windowed[0])
 
@@ -81,8 +81,8 @@ def marked(positions: range) -> Tensor:
     return torch.tensor([float(p) for p in positions])[:, None, None].expand(shape)
 
 
-def packed(positions: range) -> Packed:
-    return Packed.of([[0] * len(positions)], [positions.start])
+def packed(positions: range) -> Ragged:
+    return Ragged.of([[0] * len(positions)], [positions.start])
 
 
 @pytest.mark.parametrize("size", [1, 3, WINDOW, 2 * WINDOW + 3])
@@ -137,12 +137,12 @@ def test_growing_makes_room_that_keeps_what_is_there(config: ModelConfig, slots:
 def test_keep_drops_and_reorders_sequences() -> None:
     texts = [random_tokens(n, seed=n) for n in (5, 9, 7)]
     cache = FullCache(CONFIG, 3, torch.float32)
-    FULL_MODEL(Packed.of([t[:-1] for t in texts]), cache)
+    FULL_MODEL(Ragged.of([t[:-1] for t in texts]), cache)
     cache.keep([2, 0])
     assert cache.lengths == [6, 4]
-    logits = FULL_MODEL(Packed.of([texts[2][-1:], texts[0][-1:]], cache.lengths), cache).logits
+    logits = FULL_MODEL(Ragged.of([texts[2][-1:], texts[0][-1:]], cache.lengths), cache).logits
     for ours, text in zip(logits, (texts[2], texts[0]), strict=True):
-        wanted = FULL_MODEL(Packed.of([text])).logits[-1]
+        wanted = FULL_MODEL(Ragged.of([text])).logits[-1]
         assert (ours - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 

@@ -12,12 +12,12 @@ from torch.nn.modules.module import register_module_forward_hook
 from mixtral.engine import FullCache, SamplingParams, generate, make_cache, stream
 from mixtral.engine.native import NativeModel, why_not
 from mixtral.errors import UsageError
-from mixtral.kernels import native
-from mixtral.kernels.step import MOST_ROWS
-from mixtral.model import Mixtral, Packed
+from mixtral.kernels.native import library as native
+from mixtral.kernels.native.step import MOST_ROWS
+from mixtral.model import Mixtral, Ragged
 from mixtral.model.linear import Linear
 from mixtral.quant.formats import INT8, quantise
-from mixtral.quant.layers import QuantLinear
+from mixtral.quant.layers import PackedLinear
 from tests.engine.models import WINDOW, make_model, random_tokens
 from tests.kernels.step_models import pack_parts
 
@@ -103,7 +103,7 @@ def test_more_rows_than_a_call_takes() -> None:
     model = make_model(n_layers=1, context=2048, vocab_size=40)
     model = packed(model)
     texts = [[t % 40 for t in random_tokens(n, seed=n)] for n in (3, 2 * MOST_ROWS, 5, 40)]
-    batch = Packed.of(texts)
+    batch = Ragged.of(texts)
     rows = torch.tensor([700, 2, 1071, 1028, 700])
     out = NativeModel(model)(batch, make_cache(model.config, 4, torch.float32), rows=rows)
     want = model(batch, rows=rows)
@@ -111,7 +111,7 @@ def test_more_rows_than_a_call_takes() -> None:
     assert out.routing[0].logits_TE.shape == want.routing[0].logits_TE.shape
     every = NativeModel(model)(batch, make_cache(model.config, 4, torch.float32))
     assert torch.equal(every.logits[rows], out.logits)
-    assert NativeModel(model)(Packed.of([]), make_cache(model.config, 0, torch.float32)).logits.shape == (0, 40)
+    assert NativeModel(model)(Ragged.of([]), make_cache(model.config, 0, torch.float32)).logits.shape == (0, 40)
 
 
 def test_streams_and_k() -> None:
@@ -124,7 +124,7 @@ def test_streams_and_k() -> None:
 
 def test_parts_in_different_formats() -> None:
     model = packed(make_model())
-    output = QuantLinear(INT8, model.config.dim, model.config.vocab_size)
+    output = PackedLinear(INT8, model.config.dim, model.config.vocab_size)
     output.weight_packed.copy_(quantise(make_model().output_weight, INT8))
     model.output = output
     got = generate(model, PROMPTS, GREEDY, native=NativeModel(model))
@@ -143,7 +143,7 @@ def test_releasing_frees_the_models_own_matrices_and_restoring_brings_them_back(
     kept = {name for name, parameter in model.named_parameters() if parameter.numel()}
     assert all(name.endswith(("norm.weight", "embedding.weight", "router.weight")) for name in kept)
     assert len(kept) < len(before)
-    batch, config = Packed.of(PROMPTS), model.config
+    batch, config = Ragged.of(PROMPTS), model.config
     outputs = [runner(batch, make_cache(config, 4, torch.bfloat16)).logits for runner in (want, got)]
     assert torch.equal(*outputs)
     with torch.inference_mode():

@@ -14,7 +14,7 @@ import torch
 
 import mixtral
 from mixtral.cli import main
-from mixtral.config_formats import to_hf, to_mistral
+from mixtral.config.formats import to_hf, to_mistral
 from mixtral.data.loader import Loader
 from mixtral.data.readers import BadInput
 from mixtral.data.shards import prepare
@@ -23,7 +23,7 @@ from mixtral.data.store import TokenData
 from mixtral.engine import recommended
 from mixtral.errors import MixtralError
 from mixtral.quant.quantize import quantise_folder
-from mixtral.quant.recipe import Recipe
+from mixtral.quant.scheme import QuantScheme
 from mixtral.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from mixtral.train.checkpoint import load_checkpoint, write_checkpoint
 from mixtral.train.compare import summarise
@@ -68,7 +68,7 @@ def _models(root: Path, tokenizer: Tokenizer) -> dict[str, Sample]:
     save_hf(state, CONFIG, root / "hf")
     save_hf(state, CONFIG, root / "sharded", shard_bytes=100_000)
     save_mistral(state, CONFIG, root / "mistral")
-    quantise_folder(root / "hf", root / "packed", Recipe.of("mixed"))
+    quantise_folder(root / "hf", root / "packed", QuantScheme.of("mixed"))
     from safetensors.torch import load_file
 
     (root / "torch").mkdir()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixtral.kernels import native, packed
+from mixtral.kernels import packing
+from mixtral.kernels.native import library as native
 
 LEAST_NORMAL = 2.0**-126
 
@@ -22,12 +23,12 @@ def usable() -> list[str]:
 def oracle(x_TD: Tensor, w: Tensor, name: str, n: int, isa: str) -> Tensor:
     """packed.packed_linear; with AVX-512's bf16 products, inputs, weights and sums below 2^-126 are zero."""
     if (name, isa) != ("bf16", "avx512"):
-        return packed.packed_linear(x_TD, w, name, n)
-    x_TD, w_ND = flushed(x_TD.bfloat16().float()), flushed(packed.unpack(w, name, n, x_TD.shape[1])[0].float())
+        return packing.packed_linear(x_TD, w, name, n)
+    x_TD, w_ND = flushed(x_TD.bfloat16().float()), flushed(packing.unpack(w, name, n, x_TD.shape[1])[0].float())
     acc_TN = torch.zeros(len(x_TD), n)
     for d in sorted(range(x_TD.shape[1]), key=lambda d: (d // 2, -d)):
-        acc_TN = flushed(packed.fma(x_TD[:, d, None], w_ND[:, d], acc_TN))
-    return acc_TN + 0.0 if x_TD.shape[1] % packed.GROUP else acc_TN
+        acc_TN = flushed(packing.fma(x_TD[:, d, None], w_ND[:, d], acc_TN))
+    return acc_TN + 0.0 if x_TD.shape[1] % packing.GROUP else acc_TN
 
 
 def flushed(x: Tensor) -> Tensor:

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from mixtral import kernels
 from mixtral.config import ModelConfig
 from mixtral.engine.native import step_weights
-from mixtral.kernels.packed import pack
-from mixtral.kernels.step import Result, Span, Step
-from mixtral.model import Mixtral, Output, Packed
+from mixtral.kernels.native.step import Result, Span, Step
+from mixtral.kernels.packing import pack
+from mixtral.model import Mixtral, Output, Ragged
 from mixtral.model.linear import Linear
 from mixtral.model.rope import rotary_angles
 from mixtral.moe import Experts, FeedForward
 from mixtral.quant.formats import FORMATS, Format, quantise
-from mixtral.quant.layers import QuantExperts, QuantFeedForward, QuantLinear
+from mixtral.quant.layers import PackedExperts, PackedFeedForward, PackedLinear
 
 SHAPES: dict[str, dict[str, Any]] = {
     "sparse": {},
@@ -61,11 +61,11 @@ def pack_parts(model: Mixtral, name: str) -> Mixtral:
 
 def _packed(module: nn.Module, fmt: Format) -> nn.Module | None:
     if isinstance(module, Linear):
-        new: nn.Module = QuantLinear(fmt, *reversed(module.weight.shape))
+        new: nn.Module = PackedLinear(fmt, *reversed(module.weight.shape))
     elif isinstance(module, Experts):
-        new = QuantExperts(fmt, len(module.w2), *module.w2.shape[1:])
+        new = PackedExperts(fmt, len(module.w2), *module.w2.shape[1:])
     elif isinstance(module, FeedForward):
-        new = QuantFeedForward(fmt, *module.w2.shape)
+        new = PackedFeedForward(fmt, *module.w2.shape)
     else:
         return None
     for name, parameter in module.named_parameters():
@@ -79,7 +79,7 @@ def _packed(module: nn.Module, fmt: Format) -> nn.Module | None:
 def oracle(model: Mixtral, sequences: Sequence[Sequence[int]]) -> Output:
     """Whole sequences at once on the reference ops: the products' own arithmetic, everything else in fp32."""
     with torch.no_grad(), kernels.use_backend("reference"):
-        return model(Packed.of(sequences))
+        return model(Ragged.of(sequences))
 
 
 def tokens(n: int, seed: int = 0, vocab: int = 37) -> list[int]:

@@ -5,7 +5,9 @@ import torch
 
 from mixtral import kernels
 from mixtral.errors import UsageError
-from mixtral.kernels import native, reference, stacked, table
+from mixtral.kernels import reference, table
+from mixtral.kernels.native import library as native
+from mixtral.kernels.torch import experts as stacked
 
 CPU = torch.device("cpu")
 

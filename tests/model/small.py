@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mixtral.config import ModelConfig
-from mixtral.model import Mixtral, Packed
+from mixtral.model import Mixtral, Ragged
 
 SHAPES: dict[str, dict[str, Any]] = {
     "sparse": {},
@@ -36,12 +36,12 @@ def model(shape: ModelConfig, std: float = 0.3) -> Mixtral:
     return made
 
 
-def batch(vocab: int, *lengths: int) -> Packed:
+def batch(vocab: int, *lengths: int) -> Ragged:
     generator = torch.Generator().manual_seed(3)
-    return Packed.of([torch.randint(vocab, (n,), generator=generator).tolist() for n in lengths])
+    return Ragged.of([torch.randint(vocab, (n,), generator=generator).tolist() for n in lengths])
 
 
-def targets(packed: Packed, vocab: int) -> torch.Tensor:
+def targets(packed: Ragged, vocab: int) -> torch.Tensor:
     """Random targets, the second of them ignored."""
     made = torch.randint(vocab, packed.tokens_T.shape, generator=torch.Generator().manual_seed(4))
     made[1:2] = -100

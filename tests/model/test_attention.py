@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral.model import Packed
+from mixtral.model import Ragged
 from mixtral.model.attention import Attention
 from mixtral.model.rope import rotary_angles
 from tests.model import small
@@ -27,7 +27,7 @@ def _rotated(x_C: Tensor, position: int, theta: float) -> Tensor:
     return out
 
 
-def _naive(layer: Attention, x_TD: Tensor, batch: Packed, theta: float, heads: int) -> Tensor:
+def _naive(layer: Attention, x_TD: Tensor, batch: Ragged, theta: float, heads: int) -> Tensor:
     """Rows of wqkv: for each key/value head its H/G query heads, its key, its value."""
     groups, width = layer.n_kv_heads, layer.head_dim
     each = heads // groups

@@ -10,7 +10,7 @@ from torch import Tensor
 from mixtral import kernels
 from mixtral.config import ModelConfig
 from mixtral.errors import UsageError
-from mixtral.model import Mixtral, Packed, initialise
+from mixtral.model import Mixtral, Ragged, initialise
 from mixtral.model.linear import Linear
 from tests.model import small
 
@@ -20,7 +20,7 @@ def config(request: pytest.FixtureRequest) -> ModelConfig:
     return small.config(**small.SHAPES[request.param])
 
 
-def _loss_and_gradients(model: Mixtral, batch: Packed, backend: str) -> dict[str, Tensor]:
+def _loss_and_gradients(model: Mixtral, batch: Ragged, backend: str) -> dict[str, Tensor]:
     targets = small.targets(batch, model.config.vocab_size)
     with kernels.use_backend(backend):
         loss = model(batch, targets=targets).loss
@@ -147,7 +147,7 @@ def test_sequences_do_not_see_each_other(config: ModelConfig) -> None:
 def test_a_packed_sequence_equals_itself_alone(config: ModelConfig) -> None:
     model, batch = small.model(config), small.batch(config.vocab_size, 4, 3, 5)
     with torch.no_grad():
-        alone = model(Packed.of([batch.tokens_T[4:7].tolist()])).logits
+        alone = model(Ragged.of([batch.tokens_T[4:7].tolist()])).logits
         torch.testing.assert_close(model(batch).logits[4:7], alone, rtol=1e-5, atol=1e-5)
 
 
@@ -155,7 +155,7 @@ def test_later_tokens_do_not_reach_back(config: ModelConfig) -> None:
     model, batch = small.model(config), small.batch(config.vocab_size, 8)
     with torch.no_grad():
         whole = model(batch).logits
-        part = model(Packed.of([batch.tokens_T[:5].tolist()])).logits
+        part = model(Ragged.of([batch.tokens_T[:5].tolist()])).logits
     torch.testing.assert_close(whole[:5], part, rtol=1e-5, atol=1e-5)
 
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from mixtral.config import ModelConfig
-from mixtral.moe import Router, make_router
-from mixtral.router_options import (
+from mixtral.config.router import (
     ExpertChoice,
     Grouped,
     Jitter,
@@ -27,6 +26,7 @@ from mixtral.router_options import (
     TopK,
     TopP,
 )
+from mixtral.moe import Router, make_router
 
 SPECS = [
     "topk", "topk?bias=true", "topk?capacity_factor=0.75", "topk?bias=true&capacity_factor=1",

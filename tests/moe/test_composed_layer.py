@@ -20,7 +20,7 @@ from torch.nn.modules.module import (
 
 from mixtral.moe import Dispatched, Dispatcher, Experts, LocalDispatcher, MoE, Router, Routing
 from mixtral.quant.formats import INT8
-from mixtral.quant.layers import QuantExperts
+from mixtral.quant.layers import PackedExperts
 from tests.moe import naive, naive_routers
 from tests.moe.naive_routers import MODES
 from tests.quant.test_layers import close, pack_into
@@ -132,7 +132,7 @@ def test_every_router_with_every_dispatcher_and_experts(spec: str, training: boo
 @torch.no_grad()
 def test_every_router_with_quantised_experts(spec: str, tokens: int) -> None:
     router, x, k_T = _case(spec, False, tokens)
-    quantised, plain = QuantExperts(INT8, E, D, F), _experts()
+    quantised, plain = PackedExperts(INT8, E, D, F), _experts()
     pack_into(quantised, plain, INT8)
     want = naive.weighted(plain, x, naive_routers.route(router, x, SEED, k_T))
     for dispatcher, outer in ((LocalDispatcher(), 1), (Doubling(), 2)):
@@ -151,7 +151,7 @@ def test_one_token_is_decoded_without_dispatch_by_the_parts_themselves_alone(
         raise AssertionError("dispatched")
 
     monkeypatch.setattr(LocalDispatcher, "dispatch", refuse)
-    made = Experts(E, D, F) if kind == "plain" else QuantExperts(INT8, E, D, F)
+    made = Experts(E, D, F) if kind == "plain" else PackedExperts(INT8, E, D, F)
     for tensor in made.state_dict().values():
         tensor.zero_()
     one, routing = torch.zeros(1, D), naive.routing([[0, 1]], n_experts=E)

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mixtral.config.router import Bounded, ExpertChoice, LearnedK, Sigmoid, Switch, Threshold, TopK
 from mixtral.errors import UsageError
 from mixtral.moe import Router, Routing, make_router
 from mixtral.moe.choice import counts_of, taken, within_capacity
-from mixtral.router_options import Bounded, ExpertChoice, LearnedK, Sigmoid, Switch, Threshold, TopK
 from tests.moe import naive_routers
 from tests.moe.naive_routers import MODES, SPECS, TRAINING_ONLY, dense_weights
 

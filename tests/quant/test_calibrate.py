@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral.config_formats import read_config
+from mixtral.config.formats import read_config
 from mixtral.lm import LM, load
-from mixtral.model import Packed
+from mixtral.model import Ragged
 from mixtral.moe import Experts
 from mixtral.quant import calibrate
 from mixtral.quant.calibrate import second_moments
-from mixtral.quant.recipe import part_of
+from mixtral.quant.scheme import part_of
 from mixtral.weights import parameter_shapes
 from mixtral.weights.load import StateReader
 from tests.quant.models import SHAPES, make_folder, tokens
@@ -46,7 +46,7 @@ def seen_by(lm: LM, wanted: dict[str, str]) -> dict[str, Tensor]:
     for name, module in lm.model.named_modules():
         if name in wanted:
             module.register_forward_pre_hook(lambda _m, inputs, name=name: seen.update({wanted[name]: inputs[0]}))
-    lm.model(Packed.of(SEQUENCES))
+    lm.model(Ragged.of(SEQUENCES))
     return seen
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from mixtral.lm import load
-from mixtral.model import Packed
+from mixtral.model import Ragged
 from mixtral.quant.compare import compare, distances
 from mixtral.quant.quantize import quantise_folder
-from mixtral.quant.recipe import Recipe
+from mixtral.quant.scheme import QuantScheme
 from tests.quant.models import SHAPES, make_folder, tokens
 
 SEQUENCES = [tokens(40), tokens(20, seed=1)]
@@ -26,7 +26,7 @@ def test_a_model_and_itself(tmp_path: Path) -> None:
 
 def test_figures_by_hand(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "model")
-    quantise_folder(folder, tmp_path / "q", Recipe.of("4"))
+    quantise_folder(folder, tmp_path / "q", QuantScheme.of("4"))
     plain, quantised = load(folder, dtype="fp32", device="cpu"), load(tmp_path / "q", dtype="fp32", device="cpu")
     told: list[tuple[str, int, int]] = []
     got = compare(plain.model, quantised.model, SEQUENCES[:1], lambda *args: told.append(args))
@@ -41,9 +41,9 @@ def test_figures_by_hand(tmp_path: Path) -> None:
 
 def test_tokens_without_a_target_are_not_counted(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "model")
-    quantise_folder(folder, tmp_path / "q", Recipe.of("4"))
+    quantise_folder(folder, tmp_path / "q", QuantScheme.of("4"))
     plain, quantised = (load(f, dtype="fp32", device="cpu").model for f in (folder, tmp_path / "q"))
-    batch, targets_T = Packed.of([tokens(30), tokens(9, seed=1)]), torch.tensor(tokens(39, seed=2))
+    batch, targets_T = Ragged.of([tokens(30), tokens(9, seed=1)]), torch.tensor(tokens(39, seed=2))
     targets_T[::3] = -100
     itself, other = distances(plain, {"q": quantised}, [(batch, targets_T)])
     p, q = (model(batch).logits.log_softmax(-1)[targets_T >= 0] for model in (plain, quantised))
@@ -56,7 +56,7 @@ def test_tokens_without_a_target_are_not_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_one_part_at_a_time(tmp_path: Path, shape: str) -> None:
     folder = make_folder(tmp_path / "model", **SHAPES[shape])
-    quantise_folder(folder, tmp_path / "q", Recipe.of("4"))
+    quantise_folder(folder, tmp_path / "q", QuantScheme.of("4"))
     plain, quantised = (load(f, dtype="fp32", device="cpu").model for f in (folder, tmp_path / "q"))
     before = dict(plain.state_dict())
     got = compare(plain, quantised, SEQUENCES)

@@ -1,4 +1,4 @@
-"""Rounding: as good as can be found by hand, and no worse than the usual recipes of others."""
+"""Rounding: as good as can be found by hand, and no worse than the usual schemes of others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mixtral.errors import UsageError, WeightsError
-from mixtral.kernels.expanded import expand
+from mixtral.kernels.torch.dequantise import expand
 from mixtral.quant.formats import INT4, INT8, Format, find_format, quantise, round_weights
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mixtral.kernels.expanded import expand
+from mixtral.kernels.torch.dequantise import expand
 from mixtral.model.linear import Linear
 from mixtral.moe import Experts, FeedForward, LocalDispatcher, MoE, Router
 from mixtral.quant.formats import INT4, INT8, Format, quantise
-from mixtral.quant.layers import QuantExperts, QuantFeedForward, QuantLinear
+from mixtral.quant.layers import PackedExperts, PackedFeedForward, PackedLinear
 
 BOTH = pytest.mark.parametrize("format", [INT8, INT4], ids=["int8", "int4"])
 E, D, F = 3, 40, 24  # odd on purpose: neither a multiple of 32, nor F of 16
@@ -40,7 +40,7 @@ def close(got: Tensor, want: Tensor) -> None:
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear(format: Format, dtype: torch.dtype) -> None:
-    quantised, plain = QuantLinear(format, D, 19), Linear(D, 19)
+    quantised, plain = PackedLinear(format, D, 19), Linear(D, 19)
     pack_into(quantised, plain, format)
     x_TD = random(5, D).to(dtype)
     close(quantised(x_TD), plain.to(dtype)(x_TD))
@@ -48,7 +48,7 @@ def test_linear(format: Format, dtype: torch.dtype) -> None:
 
 @BOTH
 def test_feed_forward(format: Format) -> None:
-    quantised, plain = QuantFeedForward(format, D, F), FeedForward(D, F)
+    quantised, plain = PackedFeedForward(format, D, F), FeedForward(D, F)
     pack_into(quantised, plain, format)
     close(quantised(random(5, D)), plain(random(5, D)))
 
@@ -56,7 +56,7 @@ def test_feed_forward(format: Format) -> None:
 @BOTH
 @pytest.mark.parametrize("counts", [[2, 0, 3], [0, 0, 0], [0, 6, 0], [1, 1, 1]])
 def test_experts(format: Format, counts: list[int]) -> None:
-    quantised, plain = QuantExperts(format, E, D, F), Experts(E, D, F)
+    quantised, plain = PackedExperts(format, E, D, F), Experts(E, D, F)
     pack_into(quantised, plain, format)
     rows_ND, counts_E = random(6, D), torch.tensor(counts)
     got = quantised(rows_ND, counts_E)
@@ -65,7 +65,7 @@ def test_experts(format: Format, counts: list[int]) -> None:
 
 
 def test_a_swapped_gate_and_up_shows() -> None:
-    quantised, plain = QuantExperts(INT8, E, D, F), Experts(E, D, F)
+    quantised, plain = PackedExperts(INT8, E, D, F), Experts(E, D, F)
     pack_into(quantised, plain, INT8)
     quantised.w13_packed.copy_(quantised.w13_packed.flip(1))
     rows_ND, counts_E = random(6, D), torch.tensor([2, 2, 2])
@@ -75,7 +75,7 @@ def test_a_swapped_gate_and_up_shows() -> None:
 
 @BOTH
 def test_decoding_equals_dispatch(format: Format) -> None:
-    quantised = QuantExperts(format, E, D, F)
+    quantised = PackedExperts(format, E, D, F)
     pack_into(quantised, Experts(E, D, F), format)
     router, dispatcher = Router(D, E, 2), LocalDispatcher()
     nn.init.normal_(router.weight)
@@ -94,7 +94,7 @@ def test_decoding_equals_dispatch(format: Format) -> None:
 
 @BOTH
 def test_in_a_layer(format: Format) -> None:
-    quantised, plain = QuantExperts(format, E, D, F), Experts(E, D, F)
+    quantised, plain = PackedExperts(format, E, D, F), Experts(E, D, F)
     pack_into(quantised, plain, format)
     router = Router(D, E, 2)
     nn.init.normal_(router.weight)
@@ -104,7 +104,7 @@ def test_in_a_layer(format: Format) -> None:
 
 
 def test_nothing_is_left_to_train() -> None:
-    experts = QuantExperts(INT4, E, D, F)
+    experts = PackedExperts(INT4, E, D, F)
     assert not list(experts.parameters())
     assert {name: tuple(b.shape) for name, b in experts.named_buffers()} == {
         "w13_packed": (E, 2, 2, 2 * 288),

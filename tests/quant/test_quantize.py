@@ -12,14 +12,14 @@ import pytest
 import torch
 
 import mixtral
-from mixtral.config_formats import read_config
+from mixtral.config.formats import read_config
 from mixtral.errors import ConfigError, MixtralError, UsageError, WeightsError
-from mixtral.kernels.expanded import expand
+from mixtral.kernels.torch.dequantise import expand
 from mixtral.lm import load
 from mixtral.quant.formats import INT4, quantise
-from mixtral.quant.layers import QuantExperts, QuantFeedForward, QuantLinear
+from mixtral.quant.layers import PackedExperts, PackedFeedForward, PackedLinear
 from mixtral.quant.quantize import for_each_matrix, quantise_folder
-from mixtral.quant.recipe import Recipe
+from mixtral.quant.scheme import QuantScheme
 from mixtral.weights import convert, load_state
 from mixtral.weights.load import StateReader
 from mixtral.weights.safetensors_file import SafetensorsFile
@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("bits", ["8", "4", "mixed"])
 def test_size_and_contents(tmp_path: Path, bits: str) -> None:
     folder = make_folder(tmp_path / "model", torch.bfloat16)
-    size = quantise_folder(folder, tmp_path / "q", Recipe.of(bits))
+    size = quantise_folder(folder, tmp_path / "q", QuantScheme.of(bits))
     assert size.written == pytest.approx(size.theory, rel=0.01)
     headers = SafetensorsFile(tmp_path / "q/packed.safetensors").headers
     assert size.written == sum(header.nbytes for header in headers.values())
@@ -50,7 +50,7 @@ def test_size_and_contents(tmp_path: Path, bits: str) -> None:
 @pytest.mark.parametrize(("bits", "bound"), [("8", 0.03), ("4", 0.3)])
 def test_loads_without_a_flag_and_computes_nearly_the_same(tmp_path: Path, shape: str, bits: str, bound: float) -> None:
     folder = make_folder(tmp_path / "model", **SHAPES[shape])
-    quantise_folder(folder, tmp_path / "q", Recipe.of(bits))
+    quantise_folder(folder, tmp_path / "q", QuantScheme.of(bits))
     plain, quantised = load(folder, dtype="fp32", device="cpu"), mixtral.load(tmp_path / "q", "fp32", "cpu")
     assert quantised.config == plain.config == read_config(tmp_path / "q")
     assert quantised.dtype == torch.float32 and quantised.device.type == "cpu"
@@ -60,23 +60,23 @@ def test_loads_without_a_flag_and_computes_nearly_the_same(tmp_path: Path, shape
 
 
 def test_the_modules_of_a_quantised_model(folder: Path, tmp_path: Path) -> None:
-    quantise_folder(folder, tmp_path / "q", Recipe.of("mixed"))
+    quantise_folder(folder, tmp_path / "q", QuantScheme.of("mixed"))
     model = load(tmp_path / "q", device="cpu").model
-    assert isinstance(model.output, QuantLinear) and model.output.format.name == "int8"
+    assert isinstance(model.output, PackedLinear) and model.output.format.name == "int8"
     for block in model.layers:
-        assert isinstance(block.ffn.experts, QuantExperts) and block.ffn.experts.format is INT4
-        assert isinstance(block.attention.wqkv, QuantLinear) and isinstance(block.attention.wo, QuantLinear)
+        assert isinstance(block.ffn.experts, PackedExperts) and block.ffn.experts.format is INT4
+        assert isinstance(block.attention.wqkv, PackedLinear) and isinstance(block.attention.wo, PackedLinear)
     assert {name.rsplit(".", 2)[-2] for name, _ in model.named_parameters()} == {
         "embedding", "attention_norm", "ffn_norm", "router", "norm",
     }  # fmt: skip
-    quantise_folder(make_folder(tmp_path / "dense", **SHAPES["dense"]), tmp_path / "q2", Recipe.of("4"))
-    assert isinstance(load(tmp_path / "q2", device="cpu").model.layers[0].ffn, QuantFeedForward)
+    quantise_folder(make_folder(tmp_path / "dense", **SHAPES["dense"]), tmp_path / "q2", QuantScheme.of("4"))
+    assert isinstance(load(tmp_path / "q2", device="cpu").model.layers[0].ffn, PackedFeedForward)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_what_is_not_quantised_is_what_it_was(tmp_path: Path, stored: torch.dtype) -> None:
     make_folder(tmp_path / "model", stored)
-    quantise_folder(tmp_path / "model", tmp_path / "q", Recipe.of("4"))
+    quantise_folder(tmp_path / "model", tmp_path / "q", QuantScheme.of("4"))
     state = load_state(tmp_path / "model", read_config(tmp_path / "model"))
     quantised = load(tmp_path / "q", dtype="fp32", device="cpu").model.state_dict()
     for name in ("layers.0.ffn.router.weight", "layers.1.attention_norm.weight", "norm.weight"):
@@ -88,7 +88,7 @@ def test_what_is_not_quantised_is_what_it_was(tmp_path: Path, stored: torch.dtyp
 
 def test_the_weights_stay_in_the_file_until_they_are_touched(folder: Path, tmp_path: Path) -> None:
     """All packed tensors are views of one mapping of the file."""
-    quantise_folder(folder, tmp_path / "q", Recipe.of("4"))
+    quantise_folder(folder, tmp_path / "q", QuantScheme.of("4"))
     buffers = dict(load(tmp_path / "q", device="cpu").model.named_buffers())
     assert len(buffers) == 9 and len({b.untyped_storage().data_ptr() for b in buffers.values()}) == 1
     file = (tmp_path / "q/packed.safetensors").stat().st_size
@@ -99,8 +99,8 @@ def test_importance_reaches_each_expert(folder: Path, tmp_path: Path) -> None:
     name = "layers.0.ffn.experts.w13"
     importance_ED = torch.ones(4, 64)
     importance_ED[2, ::8] = 1000
-    quantise_folder(folder, tmp_path / "plain", Recipe.of("4"))
-    quantise_folder(folder, tmp_path / "aware", Recipe.of("4"), {name: importance_ED})
+    quantise_folder(folder, tmp_path / "plain", QuantScheme.of("4"))
+    quantise_folder(folder, tmp_path / "aware", QuantScheme.of("4"), {name: importance_ED})
     plain, aware = (SafetensorsFile(tmp_path / q / "packed.safetensors") for q in ("plain", "aware"))
     same_E2 = (plain.read(name + "_packed") == aware.read(name + "_packed")).flatten(2).all(-1)
     assert same_E2.tolist() == [[True] * 2, [True] * 2, [False] * 2, [True] * 2]
@@ -121,7 +121,7 @@ def test_second_moments_of_a_matrix_that_is_in_no_stack(folder: Path, tmp_path: 
     moments_DD = x_nD.T @ x_nD / 200
     assert torch.equal(for_each_matrix(moments_DD, (9, 64)), moments_DD[None])
     name = "layers.0.attention.wqkv.weight"
-    quantise_folder(folder, tmp_path / "aware", Recipe.of("4"), {name: moments_DD})
+    quantise_folder(folder, tmp_path / "aware", QuantScheme.of("4"), {name: moments_DD})
     stored = SafetensorsFile(tmp_path / "aware/packed.safetensors").read(name + "_packed")
     w_ND = StateReader(folder, read_config(folder)).read(name)
     assert torch.equal(stored, quantise(w_ND, INT4, moments_DD)) and not torch.equal(stored, quantise(w_ND, INT4))
@@ -129,7 +129,7 @@ def test_second_moments_of_a_matrix_that_is_in_no_stack(folder: Path, tmp_path: 
 
 def test_progress(folder: Path, tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    quantise_folder(folder, tmp_path / "q", Recipe.of("4"), progress=lambda *args: told.append(args))
+    quantise_folder(folder, tmp_path / "q", QuantScheme.of("4"), progress=lambda *args: told.append(args))
     assert len(told) == 2 * (2 + 4 * 3) + 1 and {what for what, _, _ in told} == {"quantising"}
     assert told[-1][1] == told[-1][2] and told[0][1] < told[1][1]
 
@@ -140,7 +140,7 @@ from mixtral.config import ModelConfig
 from mixtral.lm import load
 from mixtral.quant.calibrate import second_moments
 from mixtral.quant.quantize import quantise_folder
-from mixtral.quant.recipe import Recipe
+from mixtral.quant.scheme import QuantScheme
 from mixtral.weights import parameter_shapes, save_hf
 from mixtral.weights.load import StateReader
 
@@ -167,7 +167,7 @@ QUANTISE = PEAK + """
 def quantise(name):
     src = f"{sys.argv[1]}/{name}"
     moments = second_moments(StateReader(src, configs[name]), configs[name], [list(range(3, 67))])
-    quantise_folder(src, src + "-8", Recipe.of("8"), moments)
+    quantise_folder(src, src + "-8", QuantScheme.of("8"), moments)
 
 # Pages of libraries count as memory when their code first runs, and how many depends on the system's file cache.
 quantise("small")
@@ -201,11 +201,11 @@ def test_peak_memory(tmp_path: Path) -> None:
 
 
 def test_other_roads_refuse_a_quantised_folder(folder: Path, tmp_path: Path) -> None:
-    quantise_folder(folder, tmp_path / "q", Recipe.of("4"))
+    quantise_folder(folder, tmp_path / "q", QuantScheme.of("4"))
     for road in (
         lambda: convert(tmp_path / "q", tmp_path / "out", "hf"),
         lambda: load_state(tmp_path / "q", read_config(tmp_path / "q")),
-        lambda: quantise_folder(tmp_path / "q", tmp_path / "out", Recipe.of("4")),
+        lambda: quantise_folder(tmp_path / "q", tmp_path / "out", QuantScheme.of("4")),
     ):
         with pytest.raises(UsageError, match="quantised weights, good for running alone"):
             road()
@@ -216,7 +216,7 @@ def test_other_roads_refuse_a_quantised_folder(folder: Path, tmp_path: Path) -> 
 
 def test_transformers_refuses_it_too(folder: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    quantise_folder(folder, tmp_path / "q", Recipe.of("4"))
+    quantise_folder(folder, tmp_path / "q", QuantScheme.of("4"))
     with pytest.raises(OSError, match="no file named model"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q", local_files_only=True)
 
@@ -226,16 +226,16 @@ def test_weights_that_cannot_be_quantised_are_named_and_nothing_is_left(folder: 
     lm.model.layers[1].ffn.experts.w2[3, 0, 0] = float("inf")
     lm.save(tmp_path / "bad", allow_nonfinite=True)
     with pytest.raises(WeightsError, match=r"^layers\.1\.ffn\.experts\.w2: weights that are not finite"):
-        quantise_folder(tmp_path / "bad", tmp_path / "q", Recipe.of("4"))
+        quantise_folder(tmp_path / "bad", tmp_path / "q", QuantScheme.of("4"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "model"]
     (tmp_path / "full").mkdir()
     (tmp_path / "full/kept").touch()
     with pytest.raises(UsageError, match="full: exists already"):
-        quantise_folder(folder, tmp_path / "full", Recipe.of("4"))
+        quantise_folder(folder, tmp_path / "full", QuantScheme.of("4"))
 
 
 def test_damaged_folders(folder: Path, tmp_path: Path) -> None:
-    quantise_folder(folder, tmp_path / "q", Recipe.of("4"))
+    quantise_folder(folder, tmp_path / "q", QuantScheme.of("4"))
     config, file = tmp_path / "q/config.json", tmp_path / "q/packed.safetensors"
     values, whole = json.loads(config.read_text()), file.read_bytes()
 

@@ -15,7 +15,7 @@ from mixtral.data.shards import prepare
 from mixtral.data.sources import Source
 from mixtral.errors import DataError
 from mixtral.lm import LM
-from mixtral.model import Mixtral, Packed, initialise
+from mixtral.model import Mixtral, Ragged, initialise
 from mixtral.presets import tiny
 from mixtral.recipes import recipe
 from mixtral.tokenizer import load_tokenizer
@@ -49,7 +49,7 @@ def test_nats_in_windows(lm: LM) -> None:
 
     def end(first: int, last: int, count: int) -> float:
         """-log probability of the last `count` of ids[first + 1 : last + 1], read from `first` on."""
-        logits_TV = lm.model(Packed.of([ids[first:last]])).logits
+        logits_TV = lm.model(Ragged.of([ids[first:last]])).logits
         assert logits_TV is not None
         return -float(logits_TV.log_softmax(-1)[range(last - first), ids[first + 1 : last + 1]][-count:].sum())
 

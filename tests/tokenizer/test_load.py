@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mixtral.config.generation import read_generation_config
 from mixtral.errors import MixtralError, UsageError
-from mixtral.generation_config import read_generation_config
 from mixtral.tokenizer import Tokenizer, load_tokenizer
 from tests.tokenizer.conftest import FILES, NAMES
 

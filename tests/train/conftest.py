@@ -12,8 +12,8 @@ from mixtral.data.sources import Source
 from mixtral.data.store import TokenData
 from mixtral.tokenizer import Tokenizer, train_bpe
 from mixtral.train.config import TrainConfig
+from mixtral.train.display import Display
 from mixtral.train.loop import Run
-from mixtral.train.view import View
 from tests.train.tiny_run import VOCABULARY, Watching, make_run, texts
 
 
@@ -43,9 +43,9 @@ def loader(data: TokenData) -> Loader:
 
 @pytest.fixture
 def run_in(data: TokenData, tokenizer: Tokenizer) -> Callable[..., Run]:
-    """run_in(folder, config, view=None): a run at its start."""
+    """run_in(folder, config, display=None): a run at its start."""
 
-    def make(folder: Path, config: TrainConfig, view: View | None = None) -> Run:
-        return make_run(folder, config, data, tokenizer, view or Watching())
+    def make(folder: Path, config: TrainConfig, display: Display | None = None) -> Run:
+        return make_run(folder, config, data, tokenizer, display or Watching())
 
     return make

@@ -15,10 +15,10 @@ from bench.peer import peer
 from mixtral.data.loader import Loader, TrainBatch
 from mixtral.data.store import TokenData
 from mixtral.model import Mixtral
-from mixtral.moe.balance import load_balance_hf
+from mixtral.moe.losses import load_balance_hf
 from mixtral.train.config import TrainConfig
-from mixtral.train.optim import Optimizer
-from mixtral.train.schedule import learning_rate
+from mixtral.train.optim.optimizer import Optimizer
+from mixtral.train.optim.schedule import learning_rate
 from mixtral.train.step import train_step
 from mixtral.weights.names import slots
 from tests.train.tiny_run import fresh_optimizer, train_config

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mixtral.data.loader import Loader
 from mixtral.train.config import TrainConfig
-from mixtral.train.optim import Optimizer
+from mixtral.train.optim.optimizer import Optimizer
 from mixtral.train.step import StepResult, train_step
 from tests.moe import naive
 from tests.train.tiny_run import fresh_model, fresh_optimizer, model_config, train_config

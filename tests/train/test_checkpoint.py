@@ -16,7 +16,7 @@ from mixtral.errors import MixtralError
 from mixtral.model import Mixtral
 from mixtral.train.checkpoint import CheckpointWriter, checkpoints, drop_later, latest_checkpoint, load_checkpoint
 from mixtral.train.config import TrainConfig
-from mixtral.train.optim import Optimizer
+from mixtral.train.optim.optimizer import Optimizer
 from mixtral.train.step import train_step
 from tests.train.tiny_run import fresh_optimizer, same, train_config, weights
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from mixtral.config import ModelConfig
 from mixtral.moe import Experts, MoE, Routing, make_router
 from mixtral.moe.choice import counts_of
-from mixtral.train.balancing import Balancer
+from mixtral.train.balancing.balancer import Balancer
 from mixtral.train.config import TrainConfig
 
 TOKENS, DIM, EXPERTS, STEPS = 128, 16, 8, 200

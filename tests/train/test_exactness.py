@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, silu
 
 from mixtral.data.loader import TrainBatch
-from mixtral.kernels import products
-from mixtral.model import Packed
+from mixtral.kernels.torch import matmul
+from mixtral.model import Ragged
 from mixtral.moe import MoE, Routing
 from mixtral.moe.choice import taken
 from mixtral.runtime import choose_dtype
 from mixtral.train.config import TrainConfig
-from mixtral.train.optim import Optimizer
+from mixtral.train.optim.optimizer import Optimizer
 from mixtral.train.recompute import recompute_layers
 from mixtral.train.step import StepResult, train_step
 from tests.train.tiny_run import fresh_model, fresh_optimizer, same, train_config
@@ -32,7 +32,7 @@ BENCH_LIKE = {
 
 def random_batch(vocab_size: int, *lengths: int) -> TrainBatch:
     draw = torch.Generator().manual_seed(5)
-    batch = Packed.of([torch.randint(vocab_size, (n,), generator=draw).tolist() for n in lengths])
+    batch = Ragged.of([torch.randint(vocab_size, (n,), generator=draw).tolist() for n in lengths])
     return TrainBatch(batch, torch.randint(vocab_size, (sum(lengths),), generator=draw))
 
 
@@ -58,7 +58,7 @@ def gradients_in(
 @ROADS
 def test_bf16_gradients_are_fp32_s_within_rounding(through_fp32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fp32 pass's experts are replayed: a token sent elsewhere has another gradient, not a rounded one."""
-    monkeypatch.setattr(products, "_upcasts_on", lambda _: through_fp32)
+    monkeypatch.setattr(matmul, "_upcasts_on", lambda _: through_fp32)
     config = train_config(BENCH_LIKE)
     part = random_batch(256, 24, 16, 24)
     wanted, experts = gradients_in(torch.float32, config, part, None)
@@ -110,7 +110,7 @@ def cut(whole: TrainBatch, n: int) -> list[TrainBatch]:
     """A batch of sequences of one length in `n` equal parts."""
     length = whole.batch.max_seqlen
     pairs = zip(whole.batch.tokens_T.chunk(n), whole.targets_T.chunk(n), strict=True)
-    return [TrainBatch(Packed.of([row.tolist() for row in tokens.split(length)]), targets) for tokens, targets in pairs]
+    return [TrainBatch(Ragged.of([row.tolist() for row in tokens.split(length)]), targets) for tokens, targets in pairs]
 
 
 @settings(max_examples=8)
@@ -138,7 +138,7 @@ def test_accumulation_with_any_number_of_targets_in_each_part(kept: list[int], p
 @ROADS
 def test_recomputed_layers_train_bit_identically_in_bf16(through_fp32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two whole steps of two parts each, with statistics: what is reported, and masters and moments afterwards."""
-    monkeypatch.setattr(products, "_upcasts_on", lambda _: through_fp32)
+    monkeypatch.setattr(matmul, "_upcasts_on", lambda _: through_fp32)
     config = train_config(dtype="bf16", accumulation=2)
     ends = []
     for recompute in (False, True):

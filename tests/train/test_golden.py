@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mixtral.data.loader import TrainBatch
-from mixtral.model import Packed
+from mixtral.model import Ragged
 from mixtral.train.step import train_step
 from tests.train.tiny_run import fresh_optimizer, model_config, train_config
 
@@ -23,7 +23,7 @@ STEPS = 10
 def batch(step: int) -> TrainBatch:
     """Made of integers alone, so that neither the data nor the tokenizer moves these numbers."""
     tokens = [[(7 * step + 3 * row + i * i) % 320 for i in range(33)] for row in range(4)]
-    return TrainBatch(Packed.of([t[:-1] for t in tokens]), torch.tensor([t for row in tokens for t in row[1:]]))
+    return TrainBatch(Ragged.of([t[:-1] for t in tokens]), torch.tensor([t for row in tokens for t in row[1:]]))
 
 
 def losses() -> dict[str, list[float]]:

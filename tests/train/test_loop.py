@@ -241,7 +241,7 @@ def test_the_best_checkpoint_is_kept(run_in: MakeRun, tmp_path: Path) -> None:
     config = train_config(steps=14, save_every=2, val_every=2, keep=1, lr=1e-2)
     run = run_in(tmp_path, config)
     ruined = Watching(lambda step: run.model.output_weight.data.zero_() if step >= 5 else None)
-    run.view = ruined
+    run.display = ruined
     run.train()
     losses = {step: v.cross_entropy for step, v in ruined.validations if step}
     best = min(losses, key=losses.__getitem__)
@@ -254,7 +254,7 @@ def test_the_best_validation_is_saved_as_well(run_in: MakeRun, tmp_path: Path, v
                                               best: int) -> None:
     """None of these steps is due. Of validations at every step, those under half of save_every apart are not saved."""
     run = run_in(tmp_path, train_config(steps=9, save_every=8, val_every=val_every, keep=1))
-    run.view = Watching(lambda step: run.model.output_weight.data.zero_() if step > spoilt_after else None)
+    run.display = Watching(lambda step: run.model.output_weight.data.zero_() if step > spoilt_after else None)
     run.train()
     assert run.progress.best_step == best
     assert [path.name for path in checkpoints(tmp_path)] == [f"step_{best:06d}", "step_000009"]
@@ -332,7 +332,7 @@ def test_nothing_is_being_written_once_an_error_arrives(run_in: MakeRun, tmp_pat
 
 def test_a_non_finite_loss_leaves_the_last_checkpoint(run_in: MakeRun, tmp_path: Path) -> None:
     run = run_in(tmp_path, train_config())
-    run.view = Watching(lambda step: run.model.norm.weight.data.fill_(float("nan")) if step == 6 else None)
+    run.display = Watching(lambda step: run.model.norm.weight.data.fill_(float("nan")) if step == 6 else None)
     with pytest.raises(NonFiniteLoss, match=r"^step 7: cross_entropy is nan"):
         run.train()
     run.writer.wait()
@@ -369,7 +369,7 @@ def test_weights_that_are_not_finite_are_not_saved(run_in: MakeRun, tmp_path: Pa
     """Validations are rarer than checkpoints, and the loss of the step was taken before its update."""
     config = train_config(val_every=4, save_every=2, keep=1)
     run = run_in(tmp_path, config)
-    run.view = Watching(lambda step: run.model.norm.weight.data.fill_(float("inf")) if step == 2 else None)
+    run.display = Watching(lambda step: run.model.norm.weight.data.fill_(float("inf")) if step == 2 else None)
     with pytest.raises(NonFiniteLoss, match=r"^step 2: norm\.weight is not finite, and not saved; lower the"):
         run.train()
     assert saved(tmp_path) == ["step_000000"]

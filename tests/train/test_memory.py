@@ -16,7 +16,7 @@ from mixtral.hardware import available_memory_bytes
 from mixtral.model import Mixtral
 from mixtral.train.config import TrainConfig, override
 from mixtral.train.memory import BYTES_PER_TOKEN, batch_bytes, check_memory, least_bytes
-from mixtral.train.optim import Optimizer
+from mixtral.train.optim.optimizer import Optimizer
 from tests.train.tiny_run import train_config
 
 ABSURD = ("1e30", "1" + 400 * "0", 5000 * "9", "-1e30", "nan", "infinity", "1e400", "many", "[]", "")

@@ -9,8 +9,8 @@ import torch
 
 from mixtral.data.loader import Loader
 from mixtral.model import Mixtral, Output
-from mixtral.moe.balance import load_balance, z_loss
-from mixtral.train.balancing import Balancer
+from mixtral.moe.losses import load_balance, z_loss
+from mixtral.train.balancing.balancer import Balancer
 from mixtral.train.config import TrainConfig
 from mixtral.train.objective import Objective, objective
 from tests.train.tiny_run import fresh_model, model_config, train_config

@@ -12,7 +12,7 @@ from mixtral.data.loader import Loader, TrainBatch
 from mixtral.model import Mixtral
 from mixtral.moe.stats import layer_stats
 from mixtral.train.config import TrainConfig
-from mixtral.train.optim import Optimizer
+from mixtral.train.optim.optimizer import Optimizer
 from mixtral.train.step import NonFiniteLoss, StepResult, train_step
 from tests.train.tiny_run import fresh_optimizer, same, train_config, weights
 

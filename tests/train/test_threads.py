@@ -276,10 +276,10 @@ def test_a_run_asks_its_watch_after_each_step_and_keeps_its_threads(run_in: Make
         run = run_in(tmp_path / name, train_config(steps=2 * WINDOW))
         if name == "watched":
             measure = partial(measure_training, run.config, [1, 2])
-            run.watch = ThreadWatch(run.folder, 1, measure, run.view.say)
+            run.watch = ThreadWatch(run.folder, 1, measure, run.display.say)
             run.watch.pace.add = lambda rate: (told.append(rate), len(told) == WINDOW)[1]  # type: ignore[method-assign]
         run.train()
     assert len(told) == 2 * WINDOW and torch.get_num_threads() == 1
-    assert [line for line in run.view.said if line.startswith("slow: ")] != []  # type: ignore[attr-defined]
+    assert [line for line in run.display.said if line.startswith("slow: ")] != []  # type: ignore[attr-defined]
     plain, watched = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("plain", "watched"))
     assert plain == watched

@@ -16,11 +16,11 @@ from mixtral.model import Mixtral, initialise
 from mixtral.runtime import choose_dtype
 from mixtral.tokenizer import Tokenizer
 from mixtral.train.config import TrainConfig
+from mixtral.train.display import Display
 from mixtral.train.loop import Run
 from mixtral.train.metrics import Speed
-from mixtral.train.optim import Optimizer
+from mixtral.train.optim.optimizer import Optimizer
 from mixtral.train.step import StepResult, Validation
-from mixtral.train.view import View
 
 VOCABULARY = 320
 MakeRun = Callable[..., Run]  # the fixture run_in
@@ -54,16 +54,18 @@ def fresh_optimizer(config: TrainConfig) -> tuple[Mixtral, Optimizer]:
     return model, Optimizer(model, config, choose_dtype(config.dtype, "cpu"))
 
 
-def make_run(folder: Path, config: TrainConfig, data: TokenData, tokenizer: Tokenizer, view: View | None = None) -> Run:
+def make_run(
+    folder: Path, config: TrainConfig, data: TokenData, tokenizer: Tokenizer, display: Display | None = None
+) -> Run:
     folder.mkdir(exist_ok=True)
     model, optimizer = fresh_optimizer(config)
     loader = Loader(data, config.rows, config.context, config.seed)
     return Run(folder=folder, config=config, model=model, optimizer=optimizer, loader=loader,
-               val_batches=loader.val_batches(config.val_tokens), view=view or View(),
+               val_batches=loader.val_batches(config.val_tokens), display=display or Display(),
                byte_lengths_V=torch.from_numpy(tokenizer.byte_lengths()))  # fmt: skip
 
 
-class Watching(View):
+class Watching(Display):
     """Keeps what it is told, and calls `after_step` with the number of each step."""
 
     def __init__(self, after_step: Callable[[int], None] = lambda _: None) -> None:
@@ -89,7 +91,7 @@ class Killed(BaseException):
 
 
 def kill_after(step: int) -> Watching:
-    """A view that ends the process, as far as the run can tell, once `step` is done."""
+    """A display that ends the process, as far as the run can tell, once `step` is done."""
 
     def at(now: int) -> None:
         if now == step:

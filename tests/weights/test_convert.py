@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral.config_formats import read_config
+from mixtral.config.formats import read_config
 from mixtral.errors import ConfigError, UsageError
 from mixtral.tokenizer import load_tokenizer
 from mixtral.weights import convert, detect_format, load_state, save_hf, save_mistral

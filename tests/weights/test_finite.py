@@ -14,12 +14,12 @@ from torch import Tensor
 
 from mixtral.cli import main
 from mixtral.errors import UsageError, WeightsError
-from mixtral.kernels.packed import unpack
+from mixtral.kernels.packing import unpack
 from mixtral.lm import LM, _one_dtype, load
 from mixtral.model import Mixtral
 from mixtral.quant.formats import INT4, INT8, quantise
 from mixtral.quant.quantize import quantise_folder
-from mixtral.quant.recipe import Recipe
+from mixtral.quant.scheme import QuantScheme
 from mixtral.quant.synth import write_random
 from mixtral.weights import convert, load_state, save_hf, save_mistral
 from mixtral.weights.finite import is_finite
@@ -65,8 +65,8 @@ WRITERS: dict[str, tuple[Write, str]] = {  # -> writer of a state, the name that
     "LM.save": (to_lm, HF),
     "convert hf": (through_folder(lambda s, p, **o: convert(s, p, "hf", **o)), HF),
     "convert mistral": (through_folder(lambda s, p, **o: convert(s, p, "mistral", **o)), MISTRAL),
-    "quantise 8": (through_folder(lambda s, p, **o: quantise_folder(s, p, Recipe.of("8"), **o)), OURS),
-    "quantise 4": (through_folder(lambda s, p, **o: quantise_folder(s, p, Recipe.of("4"), **o)), OURS),
+    "quantise 8": (through_folder(lambda s, p, **o: quantise_folder(s, p, QuantScheme.of("8"), **o)), OURS),
+    "quantise 4": (through_folder(lambda s, p, **o: quantise_folder(s, p, QuantScheme.of("4"), **o)), OURS),
     **{
         f"gguf {type}": (lambda s, p, type=type, **o: write_gguf(s, CONFIG, p.with_suffix(".gguf"), type, **o), GGUF)
         for type in ("bf16", "q8_0", "q4_0")
@@ -111,8 +111,8 @@ def test_it_is_written_when_allowed(writer: str, value: float, tmp_path: Path) -
         (lambda s, p: write_gguf(s, CONFIG, p.with_suffix(".gguf"), "bf16"), 3.4e38, "too large for BF16"),
         (lambda s, p: write_gguf(s, CONFIG, p.with_suffix(".gguf"), "q8_0"), 1e7, "1e+07, is too large for Q8_0; bf16"),
         (lambda s, p: write_gguf(s, CONFIG, p.with_suffix(".gguf"), "q4_0"), 1e6, "1e+06, is too large for Q4_0"),
-        (through_folder(lambda s, p: quantise_folder(s, p, Recipe.of("8"))), 1e7, "too large for an fp16 scale"),
-        (through_folder(lambda s, p: quantise_folder(s, p, Recipe.of("4"))), 1e7, "too large for an fp16 scale"),
+        (through_folder(lambda s, p: quantise_folder(s, p, QuantScheme.of("8"))), 1e7, "too large for an fp16 scale"),
+        (through_folder(lambda s, p: quantise_folder(s, p, QuantScheme.of("4"))), 1e7, "too large for an fp16 scale"),
     ],
 )
 def test_a_weight_that_the_type_cannot_hold(write: Write, value: float, kind: str, tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_norms_and_routers_are_looked_at_too(tmp_path: Path) -> None:
         write_gguf(state, CONFIG, tmp_path / "a.gguf", "q8_0")
     save_hf(state, CONFIG, tmp_path / "source", allow_nonfinite=True)
     with pytest.raises(WeightsError, match=r"^layers\.0\.ffn\.router\.weight: 1 of 160 weights"):
-        quantise_folder(tmp_path / "source", tmp_path / "out", Recipe.of("8"))
+        quantise_folder(tmp_path / "source", tmp_path / "out", QuantScheme.of("8"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -208,7 +208,7 @@ def test_loading_a_quantised_model_in_fp16(tmp_path: Path) -> None:
     state = random_state(CONFIG)
     state["embedding.weight"][1, 2] = 1e5
     save_hf(state, CONFIG, tmp_path / "source")
-    quantise_folder(tmp_path / "source", tmp_path / "q", Recipe.of("8"))
+    quantise_folder(tmp_path / "source", tmp_path / "q", QuantScheme.of("8"))
     with pytest.raises(WeightsError, match=r"^embedding\.weight: its largest weight, 9\.984e\+04, is too large"):
         load(tmp_path / "q", dtype="fp16", device="cpu")
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mixtral
-from mixtral import config_table
-from mixtral.config_formats import read_config
+from mixtral.config import table
+from mixtral.config.formats import read_config
 from mixtral.errors import ConfigError, WeightsError
 from mixtral.weights import load_state, save_hf, save_mistral
 from mixtral.weights.load import StateReader
@@ -28,7 +28,7 @@ HALF = SPARSE.head_dim // 2
 
 @pytest.fixture(autouse=True)
 def _warnings_afresh() -> None:
-    config_table.warn_once.cache_clear()
+    table.warn_once.cache_clear()
 
 
 def change_json(path: Path, **changes: Any) -> None:

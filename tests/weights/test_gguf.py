@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from mixtral.config import ModelConfig
-from mixtral.config_formats import read_config
+from mixtral.config.formats import read_config
 from mixtral.errors import ConfigError, UsageError, WeightsError
-from mixtral.gguf_header import read_gguf_header
+from mixtral.gguf.header import read_gguf_header
 from mixtral.weights import convert, detect_format, load_state, save_hf
 from mixtral.weights.gguf_file import GgufFile
 from mixtral.weights.gguf_write import write_gguf

@@ -12,7 +12,7 @@ import pytest
 from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
-from mixtral.config_formats import read_config
+from mixtral.config.formats import read_config
 from mixtral.errors import MixtralError, UsageError
 from mixtral.tokenizer import Tokenizer, load_tokenizer
 from mixtral.weights import convert, save_hf

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from mixtral.config_formats import read_config
+from mixtral.config.formats import read_config
 from mixtral.weights import detect_format, load_state, save_hf
 from tests.weights.weight_states import CONFIGS, assert_same, random_state
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mixtral.config import LIMITS, ModelConfig
+from mixtral.config.model import LIMITS, ModelConfig
 from mixtral.errors import UsageError, WeightsError
 from mixtral.weights import detect_format, load, load_state, save_hf, save_mistral
 from mixtral.weights.load import StateReader, _possible
@@ -240,7 +240,7 @@ def test_pickled_weights_are_refused_by_name(name: str, tmp_path: Path) -> None:
 
 PEAK = """
 import re, sys, torch
-from mixtral.config import LIMITS, ModelConfig
+from mixtral.config.model import LIMITS, ModelConfig
 from mixtral.weights import load_state, parameter_shapes, save_hf, save_mistral
 from mixtral.weights.finite import is_finite
 

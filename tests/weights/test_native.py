@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mixtral.config import ModelConfig
-from mixtral.config_formats import read_config, to_mistral
+from mixtral.config.formats import read_config, to_mistral
 from mixtral.errors import WeightsError
 from mixtral.weights import detect_format, load_state, save_mistral
 from tests.weights.weight_states import CONFIGS, DENSE, SPARSE, assert_same, random_state

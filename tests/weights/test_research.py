@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral.config_formats import from_hf, read_config, to_hf, to_mistral
+from mixtral.config.formats import from_hf, read_config, to_hf, to_mistral
 from mixtral.errors import ConfigError, WeightsError
 from mixtral.model import Mixtral, named_state
 from mixtral.weights import convert, load_state, save_hf, save_mistral

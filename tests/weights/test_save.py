@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mixtral.config_formats import read_config
+from mixtral.config.formats import read_config
 from mixtral.errors import MixtralError, UsageError, WeightsError
 from mixtral.weights import load_state, save, save_hf, save_mistral
 from tests.weights.weight_states import CONFIGS, SPARSE, assert_same, random_state

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mixtral.config_formats import read_config
+from mixtral.config.formats import read_config
 from mixtral.errors import WeightsError
 from mixtral.weights import detect_format, load_state, save_hf, save_mistral
 from mixtral.weights.load import StateReader

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import mixtral
-from mixtral import config_table
-from mixtral.config_formats import read_config
+from mixtral.config import table
+from mixtral.config.formats import read_config
 from mixtral.engine import recommended
 from mixtral.errors import MixtralError
-from mixtral.gguf_header import read_gguf_header
+from mixtral.gguf.header import read_gguf_header
 from mixtral.quant.quantize import quantise_folder
-from mixtral.quant.recipe import Recipe
+from mixtral.quant.scheme import QuantScheme
 from mixtral.tokenizer import Tokenizer, load_tokenizer
 from mixtral.weights import convert, save_hf
 from mixtral.weights.chat_templates import folder_templates
@@ -54,7 +54,7 @@ def _convert(*steps: str) -> Callable[[Path, Path], Path]:
 
 
 def _quantise(source: Path, target: Path) -> Path:
-    quantise_folder(source, target, Recipe.of("8"))
+    quantise_folder(source, target, QuantScheme.of("8"))
     return target
 
 
@@ -336,7 +336,7 @@ BAD_NAMES = ("a\0b", "", "a/b", "../../x", "a" * 5000)
 def test_templates_whose_names_no_file_can_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config_table.warn_once.cache_clear()
+    table.warn_once.cache_clear()
     said = {f"tokenizer.chat_template.{name}": "bad" for name in BAD_NAMES}
     said |= {"tokenizer.chat_template": CHAT, "tokenizer.chat_template.good": "good"}
     source = _gguf_that_says(said, tmp_path / "source.gguf", monkeypatch)

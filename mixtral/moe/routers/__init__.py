@@ -1,14 +1,7 @@
 """The routers behind the one contract (moe/router.py). `make_router` builds the one that a configuration names."""
 
 from mixtral.config import ModelConfig
-from mixtral.moe.router import Router
-from mixtral.moe.routers.expert_choice import ExpertChoiceRouter
-from mixtral.moe.routers.grouped import GroupedRouter
-from mixtral.moe.routers.learned_k import LearnedKRouter
-from mixtral.moe.routers.needed import MinPRouter, ThresholdRouter, TopPRouter
-from mixtral.moe.routers.noise import JitterRouter, NoisyRouter
-from mixtral.moe.routers.scored import SigmoidRouter, SwitchRouter
-from mixtral.router_options import (
+from mixtral.config.router import (
     ExpertChoice,
     Grouped,
     Jitter,
@@ -23,6 +16,13 @@ from mixtral.router_options import (
     TopK,
     TopP,
 )
+from mixtral.moe.router import Router
+from mixtral.moe.routers.dynamic_k import MinPRouter, ThresholdRouter, TopPRouter
+from mixtral.moe.routers.expert_choice import ExpertChoiceRouter
+from mixtral.moe.routers.grouped import GroupedRouter
+from mixtral.moe.routers.learned_k import LearnedKRouter
+from mixtral.moe.routers.noise import JitterRouter, NoisyRouter
+from mixtral.moe.routers.score_weights import SigmoidRouter, SwitchRouter
 
 _ROUTERS: dict[type[RouterOptions], type[Router]] = {
     TopK: Router,

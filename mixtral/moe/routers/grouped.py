@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from mixtral.config.router import Grouped
 from mixtral.moe.choice import choose_experts, taken
 from mixtral.moe.router import Router
-from mixtral.router_options import Grouped
 
 
 class GroupedRouter(Router):

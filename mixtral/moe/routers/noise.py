@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mixtral.config.router import Jitter
 from mixtral.moe.router import Router
-from mixtral.router_options import Jitter
 
 
 class NoisyRouter(Router):

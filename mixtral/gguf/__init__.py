@@ -1,0 +1,1 @@
+"""GGUF files, below everything that reads them."""

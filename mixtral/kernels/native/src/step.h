@@ -1,0 +1,85 @@
+// The decode step's plan: which weights, which rows, where each row's keys and values lie, where the results go.
+// Made outside (mixtral/kernels/native/step.py mirrors these structures for ctypes, field by field) and only read here.
+//
+// T rows, D model width, F expert hidden width, E experts, K experts a row takes, H query heads, G key/value heads, C
+// head width, V vocabulary, L layers of this call, R rows whose logits are wanted, S sequences.
+#pragma once
+
+#include <cstdint>
+
+#include "packed.h"
+
+namespace mx {
+
+enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1 };
+
+inline int64_t bytes_of(int32_t dtype) { return dtype == kBfloat16 ? 2 : 4; }
+
+struct Expert {
+  Matrix gate, up;  // [F, D]
+  Matrix down;      // [D, F]
+};
+
+struct Layer {
+  const float *attention_norm;  // [D]
+  const float *ffn_norm;        // [D]
+  Matrix wqkv;                  // [(H + 2 G) C, D]: for each key/value head its H / G queries, its key, its value
+  Matrix wo;                    // [D, H C]
+  const float *gate;            // [E, D]; null: dense, one expert that every row takes
+  const Expert *experts;
+};
+
+struct Model {
+  int32_t dim, n_heads, n_kv_heads, head_dim, ffn_dim;
+  int32_t n_experts;  // 1 when dense
+  int32_t window;     // positions that a row sees, itself included; 0: all
+  int32_t embedding_dtype;
+  float norm_eps;
+  const Layer *layers;
+  const void *embedding;  // [V, D]
+  const float *norm;      // [D]
+  Matrix output;          // [V, D]
+};
+
+// The rows begin .. begin + n - 1, in ascending positions, and the cache of what comes before them. Position p lies in
+// slot p mod (n_blocks * block_size), slot s in block s / block_size. A block holds keys and values of block_size slots
+// for each layer, in any order; the C numbers of one slot and head lie in one piece.
+struct Sequence {
+  int32_t begin, n;
+  int64_t first;  // position of row `begin`
+  int32_t n_blocks, block_size;
+  int64_t layer_stride;  // bytes from one layer's keys to the next one's
+  int64_t value_stride;  // bytes from a layer's keys to its values
+  int64_t slot_stride;   // bytes from one slot's keys to the next one's
+  int64_t head_stride;   // bytes from one key/value head's keys to the next one's
+  uint8_t *const *blocks;
+};
+
+struct Plan {
+  const Model *model;
+  int32_t rows, n_sequences, n_wanted, k;
+  int32_t first_layer, last_layer;  // layers first .. last - 1
+  int32_t cache_dtype;
+  const Sequence *sequences;  // they cover all rows, in order
+  const int64_t *tokens;      // [T]; null: x holds the rows as the layer before left them
+  const float *cosines;       // [positions, C / 2], of every position up to the last
+  const float *sines;
+  const int64_t *wanted;  // [R] rows
+  float *x;               // [T, D] the residual stream, left as the last layer made it
+  float *logits;          // [R, V]; null: no output product
+  float *router_logits;   // [L, T, E], null when dense, like the next two
+  int64_t *experts;       // [L, T, K], sorted by logit, ties to the lower index
+  float *weights;         // [L, T, K], the softmax over the chosen logits
+  uint8_t *scratch;       // mx_step_scratch(plan) bytes, aligned to 64
+};
+
+}  // namespace mx
+
+extern "C" {
+// How much scratch a plan needs with the present number of threads.
+int64_t mx_step_scratch(const mx::Plan *plan);
+// -> 0, or 1 when nothing was done because there are more threads now than the scratch was made for.
+int32_t mx_step(const mx::Plan *plan, int64_t scratch_bytes);
+// Bytes of Matrix, Expert, Layer, Model, Sequence and Plan, for those who mirror them.
+void mx_step_sizes(int64_t *sizes);
+}

@@ -1,0 +1,1 @@
+"""Ops in torch: the default wherever no native kernel serves."""

@@ -1,0 +1,1 @@
+"""AdamW, Muon, and the schedule of their learning rates."""
