@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from common import publish
+from lib.common import publish
+from lib.peer import peer
 from matplotlib.figure import Figure
-from peer import peer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn

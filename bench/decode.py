@@ -17,12 +17,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from bars import plot
-from common import Apart, publish
-from contest import Series, add_common, close, entries, head, remarks, row, take_turns
-from engines import Task, find_llama_cpp
-from model_files import GGUF_TYPES, ModelFiles, find_config
-from quality import distances
+from lib.bars import plot
+from lib.common import Apart, publish
+from lib.contest import Series, add_common, close, entries, head, remarks, row, take_turns
+from lib.engines import Task, find_llama_cpp
+from lib.model_files import GGUF_TYPES, ModelFiles, find_config
+from lib.quality import distances
 from rich.console import Console
 from rich.table import Table
 

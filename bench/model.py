@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 import transformers
-from common import interleave, matrix_rate, publish, seconds
-from peer import EXPERTS, peer
+from lib.common import interleave, matrix_rate, publish, seconds
+from lib.peer import EXPERTS, peer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn

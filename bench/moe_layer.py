@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from common import interleave, matrix_rate, publish
+from lib.common import interleave, matrix_rate, publish
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor

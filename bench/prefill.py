@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from bars import plot
-from common import Apart, matrix_rate, publish
-from contest import add_common, close, entries, head, remarks, row, take_turns
-from engines import Task
-from model_files import ModelFiles, find_config
+from lib.bars import plot
+from lib.common import Apart, matrix_rate, publish
+from lib.contest import add_common, close, entries, head, remarks, row, take_turns
+from lib.engines import Task
+from lib.model_files import ModelFiles, find_config
 from rich.console import Console
 from rich.table import Table
 

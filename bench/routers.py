@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import interleave, publish
+from lib.common import interleave, publish
 from rich.console import Console
 from rich.table import Table
 

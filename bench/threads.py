@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import torch
-from common import Apart, publish
+from lib.common import Apart, publish
 from rich.console import Console
 from rich.table import Table
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 import transformers
-from common import PEERS, Apart, interleave, matrix_rate, publish, seconds
+from lib.common import PEERS, Apart, interleave, matrix_rate, publish, seconds
+from lib.peer import EXPERTS, peer
 from model import DTYPES, make_ours, pack
-from peer import EXPERTS, peer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from contest import Entry, Series, names_of, ratio, row, take_turns
 from decode import needed, slowdowns
-from engines import Run, Task, parse_batched_bench, parse_llama_bench, prompts
-from model_files import ModelFiles, default, gguf_step_bytes, our_step_bytes, plain_step_bytes
+from lib.contest import Entry, Series, names_of, ratio, row, take_turns
+from lib.engines import Run, Task, parse_batched_bench, parse_llama_bench, prompts
+from lib.model_files import ModelFiles, default, gguf_step_bytes, our_step_bytes, plain_step_bytes
+from lib.quality import distance
+from lib.transformers_engine import Setting, best, choices
 from prefill import flops
-from quality import distance
-from transformers_engine import Setting, best, choices
 
 from mixtral.presets import tiny
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "studies"))
+sys.path[:0] = [str(ROOT / "studies" / name) for name in ("balancing", "nano")]
 
 from corpus import DOMAINS  # noqa: E402
 from measure import prepare_held_out  # noqa: E402

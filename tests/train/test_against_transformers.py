@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from bench.peer import peer
 from torch import Tensor, nn
 
-from bench.peer import peer
 from mixtral.data.loader import Loader, TrainBatch
 from mixtral.data.store import TokenData
 from mixtral.model import Mixtral

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engines import Task, prompts
 from torch import Tensor
 
 import mixtral
+from lib.engines import Task, prompts
 from mixtral.engine.kv_cache import make_cache
 from mixtral.kernels.packing import GROUP, unpack
 from mixtral.model import Mixtral, Ragged

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import llama_programs
-import nano_quantised
 import pytest
+import quantised
 import torch
 from llama_programs import Statistics, perplexity, read_statistics, run_program, windows
-from nano_quantised import CALIBRATION_TOKENS, GGUF, LIMITS, OURS, sequences, show, study, texts_of
+from quantised import CALIBRATION_TOKENS, GGUF, LIMITS, OURS, sequences, show, study, texts_of
 
 import mixtral
 from mixtral.data.shards import prepare
@@ -168,11 +168,11 @@ def test_programs_that_fail() -> None:
 
 
 def test_the_command(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nano_quantised, "set_threads", lambda *_: None)
+    monkeypatch.setattr(quantised, "set_threads", lambda *_: None)
     options = ["--tokens", "60", "--json", str(tmp_path / "out.json")]
-    monkeypatch.setattr(sys, "argv", ["nano_quantised.py", str(run), *options])
-    nano_quantised.main()
+    monkeypatch.setattr(sys, "argv", ["quantised.py", str(run), *options])
+    quantised.main()
     assert '"llama_windows": []' in (tmp_path / "out.json").read_text()
-    monkeypatch.setattr(sys, "argv", ["nano_quantised.py", str(tmp_path / "nothing")])
+    monkeypatch.setattr(sys, "argv", ["quantised.py", str(tmp_path / "nothing")])
     with pytest.raises(SystemExit, match="no such file or folder"):
-        nano_quantised.main()
+        quantised.main()

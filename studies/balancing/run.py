@@ -1,7 +1,7 @@
 """The study of balancing and routing: every run, its measurements, tables and plots, by one command.
 
-    python studies/balancing.py [--out runs/balancing] [--budget-minutes 80] [--only objectives dense k failure]
-    python studies/balancing.py --quick        a few steps of each, to see that everything works
+    python studies/balancing/run.py [--out runs/balancing] [--budget-minutes 80] [--only objectives dense k failure]
+    python studies/balancing/run.py --quick        a few steps of each, to see that everything works
 
 Runs are single-threaded, as many side by side as there are cores: models this small gain little from a second thread.
 What is finished is not done again, and what was interrupted goes on. No run is started that would not end within the

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nano_scores import code_score, compressed, exact_match, held_out_code, held_out_tasks, nats, windows
+from scores import code_score, compressed, exact_match, held_out_code, held_out_tasks, nats, windows
 
 from mixtral.data.corpora import Task
 from mixtral.data.shards import prepare
@@ -89,9 +89,9 @@ def test_what_a_run_held_out(lm: LM, corpus: Path, tmp_path: Path) -> None:
 
 def test_tasks_are_not_those_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A generator of ten questions, of which training saw those below five."""
-    monkeypatch.setattr("nano_scores.reasoning_tasks", lambda *_: (Task("sum", str(i % 10), "0") for i in range(100)))
+    monkeypatch.setattr("scores.reasoning_tasks", lambda *_: (Task("sum", str(i % 10), "0") for i in range(100)))
     trained = [Source("reasoning-gym")]
-    monkeypatch.setattr("nano_scores.documents", lambda source, bad: map(_Text, range(5 if source in trained else 0)))  # noqa: ARG005
+    monkeypatch.setattr("scores.documents", lambda source, bad: map(_Text, range(5 if source in trained else 0)))  # noqa: ARG005
     record = {"train": recipe("tiny").replace(data=("reasoning-gym",)).to_dict()}  # `begin` wants the package
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text(json.dumps(record))

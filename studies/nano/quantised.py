@@ -1,6 +1,6 @@
 r"""What 8 and 4 bits cost a small trained model, ours beside llama.cpp's.
 
-    python studies/nano_quantised.py RUN [--model FOLDER] [--llama-cpp PROGRAMS] [--tokens N] [--json FILE]
+    python studies/nano/quantised.py RUN [--model FOLDER] [--llama-cpp PROGRAMS] [--tokens N] [--json FILE]
 
 RUN is the folder of a training run, such as `mixtral train nano --out runs/nano` leaves. Its final model is rounded to
 bf16, which is what all others are compared with; --model names another model of the same tokenizer, `mixtral-nano` say.

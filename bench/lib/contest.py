@@ -14,10 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import transformers_engine
-from common import Apart
-from engines import Engine, LlamaCpp, Task, find_llama_cpp, ours, vllm
-from model_files import FORMATS, GGUF_TYPES, ModelFiles, gguf_step_bytes, our_step_bytes, plain_step_bytes
+from lib import transformers_engine
+from lib.common import Apart
+from lib.engines import Engine, LlamaCpp, Task, find_llama_cpp, ours, vllm
+from lib.model_files import FORMATS, GGUF_TYPES, ModelFiles, gguf_step_bytes, our_step_bytes, plain_step_bytes
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import PEERS, Apart, PeerError
-from engines import Engine, InProcess, Run, Task, peak_bytes, prompts
+
+from lib.common import PEERS, Apart, PeerError
+from lib.engines import Engine, InProcess, Run, Task, peak_bytes, prompts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PATIENCE = 180.0  # seconds for loading, or for one trial, compilation included

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from common import PEERS, Apart, other_environment
 
 import mixtral
+from lib.common import PEERS, Apart, other_environment
 from mixtral.engine import SamplingParams, stream
 from mixtral.runtime import set_threads
 

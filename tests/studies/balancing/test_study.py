@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from balancing import Pace, study
 from corpus import build, split
 from failures import PIECE, interleaved, shuffled
 from figures import curve, mean_k, read_summaries, spread, training_flops
@@ -20,6 +19,7 @@ from pace import measure_pace
 from perform import finished, perform
 from plan import BASE, SEEDS, Run, planned
 from report import report
+from run import Pace, study
 
 from mixtral.data.store import NO_TARGET
 from mixtral.errors import UsageError
@@ -190,9 +190,9 @@ def test_figures_by_hand() -> None:
 def test_the_command_with_everything_done_only_reports(folders: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch,
                                                        capsys: pytest.CaptureFixture[str]) -> None:
     """No process is started: nothing is left to do within a budget of no minutes."""
-    monkeypatch.setattr("balancing.prepare_corpus", lambda out, scale: corpus)  # noqa: ARG005
+    monkeypatch.setattr("run.prepare_corpus", lambda out, scale: corpus)  # noqa: ARG005
     options = argparse.Namespace(out=folders, quick=True, only=["dense"], jobs=1, budget_minutes=0)
-    monkeypatch.setattr("balancing.planned", lambda *_: [])
-    monkeypatch.setattr("balancing.report", lambda out: out / "report")
+    monkeypatch.setattr("run.planned", lambda *_: [])
+    monkeypatch.setattr("run.report", lambda out: out / "report")
     assert study(options) == folders / "report"
     assert "0 runs, 0 of them done" in capsys.readouterr().out

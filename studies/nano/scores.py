@@ -1,6 +1,6 @@
 r"""What a small trained model is worth: its held-out code against gzip and xz, and held-out arithmetic, exactly right.
 
-    python studies/nano_scores.py RUN [RUN ...] [--tasks 500] [--untrained] [--shipped] [--json FILE]
+    python studies/nano/scores.py RUN [RUN ...] [--tasks 500] [--untrained] [--shipped] [--json FILE]
 
 RUN is the folder of a training run, such as `mixtral train nano --out runs/nano` leaves. Further runs are scored on the
 same files and tasks: the dense model of equal active compute, say, which is

@@ -1,9 +1,9 @@
 """Put a trained run's model into the package as `mixtral-nano`: weights in bf16, tokenizer, how it was trained and
 is best sampled, curve.
 
-    python studies/ship_nano.py runs/nano
+    python tools/ship_nano.py runs/nano
 
-The card, mixtral/nano/README.md, is written by hand from what studies/nano_scores.py prints, and stays.
+The card, mixtral/nano/README.md, is written by hand from what studies/nano/scores.py prints, and stays.
 """
 
 from __future__ import annotations

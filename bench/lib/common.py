@@ -22,7 +22,7 @@ from mixtral.hardware import hardware_name, measure_matmul
 from mixtral.runtime import environment
 
 PEERS = {"GOMP_SPINCOUNT": None}  # a peer's environment: without what mixtral sets, which its users do not have
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "results"
 
 
 class PeerError(Exception):
