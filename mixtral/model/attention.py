@@ -37,7 +37,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.n_kv_heads, self.head_dim = config.n_kv_heads, config.head_dim
+        self.queries_per_kv, self.head_dim = config.queries_per_kv, config.head_dim
         self.window = config.sliding_window
         self.wqkv = Linear(config.dim, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim)
         self.wo = Linear(config.n_heads * config.head_dim, config.dim)
@@ -46,7 +46,7 @@ class Attention(nn.Module):
         self, x_TD: Tensor, angles: tuple[Tensor, Tensor], batch: Ragged, layer: int, cache: KVCache | None
     ) -> Tensor:
         """x [T, D] -> [T, D]. `angles` are the rotary cos and sin of the batch's positions; `layer` is the cache's."""
-        qkv = self.wqkv(x_TD).unflatten(1, (self.n_kv_heads, -1, self.head_dim))
+        qkv = self.wqkv(x_TD).unflatten(1, (-1, self.queries_per_kv + 2, self.head_dim))
         q_THC = kernels.rotary(qkv[:, :, :-2].flatten(1, 2), *angles)
         k_TGC = kernels.rotary(qkv[:, :, -2], *angles)
         v_TGC = qkv[:, :, -1]

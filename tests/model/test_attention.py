@@ -29,7 +29,7 @@ def _rotated(x_C: Tensor, position: int, theta: float) -> Tensor:
 
 def _naive(layer: Attention, x_TD: Tensor, batch: Ragged, theta: float, heads: int) -> Tensor:
     """Rows of wqkv: for each key/value head its H/G query heads, its key, its value."""
-    groups, width = layer.n_kv_heads, layer.head_dim
+    groups, width = heads // layer.queries_per_kv, layer.head_dim
     each = heads // groups
     rows = layer.wqkv.weight.view(groups, each + 2, width, -1)
     out = []
@@ -55,3 +55,19 @@ def test_equals_its_formula(shape: str) -> None:
     angles = rotary_angles(batch.positions_T, config.head_dim, config.rope_theta)
     want = _naive(layer, x_TD, batch, config.rope_theta, config.n_heads)
     torch.testing.assert_close(layer(x_TD, angles, batch, 1, None), want, rtol=1e-4, atol=1e-5)
+
+
+def test_key_value_heads_shared_out_by_hand_sum_to_the_whole() -> None:
+    """Sizes inside come from the tensors: a shard of wqkv and wo is a layer too, and the shards' outputs add up."""
+    config = small.config(**small.SHAPES["sparse"])
+    layer, batch = small.model(config).layers[0].attention, small.batch(config.vocab_size, 5, 1, 3)
+    assert config.n_kv_heads % 2 == 0
+    x_TD = torch.randn(9, config.dim, generator=torch.Generator().manual_seed(0))
+    angles = rotary_angles(batch.positions_T, config.head_dim, config.rope_theta)
+    whole_TD = layer(x_TD, angles, batch, 0, None)
+    wqkv, wo = layer.wqkv.weight.detach(), layer.wo.weight.detach()
+    halves = []
+    for wqkv_half, wo_half in zip(wqkv.chunk(2), wo.chunk(2, dim=1), strict=True):
+        layer.wqkv.weight, layer.wo.weight = torch.nn.Parameter(wqkv_half), torch.nn.Parameter(wo_half)
+        halves.append(layer(x_TD, angles, batch, 0, None))
+    torch.testing.assert_close(halves[0] + halves[1], whole_TD, rtol=1e-5, atol=1e-6)

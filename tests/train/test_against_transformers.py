@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench.peer import peer
+from bench.lib.peer import peer
 from torch import Tensor, nn
 
 from mixtral.data.loader import Loader, TrainBatch
