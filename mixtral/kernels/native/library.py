@@ -39,7 +39,7 @@ class _Blocks:
 _blocks, _lock = _Blocks(), threading.Lock()
 _mine = threading.local()  # .blocks: those running in this thread
 
-FORMATS = {"bf16": 0, "int8": 1, "int4": 2}  # enum Format of native/packed.h
+FORMATS = {"bf16": 0, "int8": 1, "int4": 2, "fp32": 3, "fp16": 4}  # enum Format of native/packed.h
 
 
 class Matrix(ctypes.Structure):

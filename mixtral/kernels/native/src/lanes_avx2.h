@@ -4,6 +4,7 @@
 constexpr int kWidth = 8;     // lanes of a register
 constexpr int kMostRowsBf16 = 5;  // rows that share a loaded weight
 constexpr int kMostRowsQuantised = 4;
+constexpr int kMostRowsFp32 = 6;
 
 using Floats = __m256;
 using Ints = __m256i;
@@ -21,6 +22,9 @@ Floats load_halves(const uint8_t *from) {
 }
 
 __m256i load_bytes(const uint8_t *from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)); }
+
+Floats splat(const uint8_t *from) { return _mm256_broadcast_ss(reinterpret_cast<const float *>(from)); }
+Floats fma(Floats a, Floats b, Floats acc) { return _mm256_fmadd_ps(a, b, acc); }
 
 // Four bytes of activations in every lane.
 __m256i splat_bytes(const uint8_t *from) {
@@ -59,6 +63,7 @@ Floats dot_pairs(Floats acc, Pair w, Pair x) {
 // Blocks that go through the inputs together. One row waits for memory, which gives more to four readers than to one, and
 // for its own sums; more rows fill the registers with one block.
 constexpr int blocks_bf16(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+constexpr int blocks_fp32(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 constexpr int blocks_quantised(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 
 // -- int8 and int4 -----------------------------------------------------------------------------------------------------

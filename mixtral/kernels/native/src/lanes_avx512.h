@@ -4,6 +4,7 @@
 constexpr int kWidth = 16;    // lanes of a register
 constexpr int kMostRowsBf16 = 6;  // rows that share a loaded weight
 constexpr int kMostRowsQuantised = 6;
+constexpr int kMostRowsFp32 = 6;
 
 using Floats = __m512;
 using Ints = __m512i;
@@ -19,6 +20,9 @@ Floats fma(Ints a, Floats b, Floats acc) { return _mm512_fmadd_ps(_mm512_cvtepi3
 Floats load_halves(const uint8_t *from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
 }
+
+Floats splat(const uint8_t *from) { return _mm512_set1_ps(*reinterpret_cast<const float *>(from)); }
+Floats fma(Floats a, Floats b, Floats acc) { return _mm512_fmadd_ps(a, b, acc); }
 
 // Four bytes of activations in every lane.
 __m512i splat_bytes(const uint8_t *from) {
@@ -39,6 +43,7 @@ Floats dot_pairs(Floats acc, Pair w, Pair x) { return _mm512_dpbf16_ps(acc, w, x
 // Blocks that go through the inputs together: a row's sums wait for each other, memory gives more to several readers,
 // and all save loads of x. 4 x 6 sums, 4 weights and an x fit the 32 registers, as do 2 x 6 integer and 2 x 6 float sums.
 constexpr int blocks_bf16(int) { return 4; }
+constexpr int blocks_fp32(int) { return 4; }
 constexpr int blocks_quantised(int rows) { return rows <= 2 ? 4 : 2; }
 
 // -- int8 and int4: unsigned by signed bytes; the offset of w comes off through the sum of x ---------------------------

@@ -4,6 +4,7 @@
 constexpr int kWidth = 4;     // lanes of what most processors have as a register
 constexpr int kMostRowsBf16 = 4;  // rows that share a loaded weight
 constexpr int kMostRowsQuantised = 4;
+constexpr int kMostRowsFp32 = 4;
 
 struct Floats {
   float v[kWidth];
@@ -34,6 +35,36 @@ Floats fma(Ints a, Floats b, Floats acc) {
   return acc;
 }
 
+Floats splat(const uint8_t *from) {
+  float x;
+  std::memcpy(&x, from, sizeof x);
+  return {{x, x, x, x}};
+}
+
+// a * b + c, rounded once. Where fma is slow, in fp64: the product is exact there, and the sum is rounded to odd (its last
+// bit is set where anything was lost), so that the rounding to fp32 cannot fall on a tie that is none (packing.py, fma).
+float fused(float a, float b, float c) {
+#if defined(__FP_FAST_FMAF)
+  return __builtin_fmaf(a, b, c);
+#else
+  const double product = static_cast<double>(a) * b, total = product + c, back = total - product;
+  const double lost = (product - (total - back)) + (c - back);
+  int64_t bits;
+  std::memcpy(&bits, &total, sizeof bits);
+  // An infinite or no number has lost what is none, which is not unlike 0 in this comparison.
+  const bool inexact = (lost < 0.0) | (lost > 0.0);
+  bits += (inexact & !(bits & 1)) ? ((lost > 0.0) == (total > 0.0) ? 1 : -1) : 0;
+  double odd;
+  std::memcpy(&odd, &bits, sizeof odd);
+  return static_cast<float>(odd);
+#endif
+}
+
+Floats fma(Floats a, Floats b, Floats acc) {
+  for (int i = 0; i < kWidth; ++i) acc.v[i] = fused(a.v[i], b.v[i], acc.v[i]);
+  return acc;
+}
+
 // The bits of an fp16 number moved into place and multiplied by 2^112 have its value, subnormal numbers included; only
 // infinities and what is no number (exponent 31) have to be put back.
 float from_half(uint16_t half) {
@@ -58,6 +89,7 @@ Floats load_halves(const uint8_t *from) {
 
 // Blocks that go through the inputs together.
 constexpr int blocks_bf16(int) { return 1; }
+constexpr int blocks_fp32(int) { return 1; }
 constexpr int blocks_quantised(int) { return 1; }
 
 // -- bf16 --------------------------------------------------------------------------------------------------------------

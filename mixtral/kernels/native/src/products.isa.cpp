@@ -36,15 +36,46 @@ struct Groups {
   int first, last;
 };
 
+// Formats whose weights are multiplied as numbers, a step of one or two inputs after the other.
 struct Bf16Format {
   static constexpr int kBytes = 1024;  // of a group in one block
+  static constexpr int kInputs = 2;    // of a step
+  static constexpr int kXBytes = kPairBytes;  // of a step in a row
+  static constexpr int kMostRows = kMostRowsBf16;
+  static constexpr int blocks(int rows) { return blocks_bf16(rows); }
+  using Values = Pair;
+  static Pair weights(const uint8_t *from) { return load_pairs(from); }
+  static Pair inputs(const uint8_t *from) { return splat_pair(from); }
+  static Floats add(Floats acc, Pair w, Pair x) { return dot_pairs(acc, w, x); }
 };
 
-struct Int8Format : Int8 {
+struct Fp32Format {
+  static constexpr int kBytes = 2048;
+  static constexpr int kInputs = 1;
+  static constexpr int kXBytes = 4;
+  static constexpr int kMostRows = kMostRowsFp32;
+  static constexpr int blocks(int rows) { return blocks_fp32(rows); }
+  using Values = Floats;
+  static Floats weights(const uint8_t *from) { return load(reinterpret_cast<const float *>(from)); }
+  static Floats inputs(const uint8_t *from) { return splat(from); }
+  static Floats add(Floats acc, Floats w, Floats x) { return fma(w, x, acc); }
+};
+
+struct Fp16Format : Fp32Format {
+  static constexpr int kBytes = 1024;
+  static Floats weights(const uint8_t *from) { return load_halves(from); }
+};
+
+struct Quantised {
+  static constexpr int kMostRows = kMostRowsQuantised;
+  static constexpr int blocks(int rows) { return blocks_quantised(rows); }
+};
+
+struct Int8Format : Int8, Quantised {
   static constexpr int kBytes = 544;
 };
 
-struct Int4Format : Int4 {
+struct Int4Format : Int4, Quantised {
   static constexpr int kBytes = 288;
 };
 
@@ -88,41 +119,57 @@ inline int64_t ahead_of(int64_t at, int64_t length, int blocks) {
   return at + kAhead < length ? kAhead : kAhead + (blocks - 1) * length;
 }
 
-// C columns by R rows of one pair of inputs, both `at` pairs further; the fewer of weights and activations wait in
-// registers for the others.
-template <int C, int R>
-void add_pair(Sums<C, R> &sums, const uint8_t *const *w, const uint8_t *const *x, int64_t at, int64_t ahead) {
+// C columns by R rows of one step of inputs; the fewer of weights and activations wait in registers for the others.
+template <class F, int C, int R>
+void add_step(Sums<C, R> &sums, const uint8_t *const *w, const uint8_t *const *x, int64_t step, int64_t ahead) {
+  constexpr int kWeights = F::kBytes / kGroup * F::kInputs;  // bytes of a step in one block
   if constexpr (waits<R>) {
-    Pair inputs[R];
-    for (int r = 0; r < R; ++r) inputs[r] = splat_pair(x[r] + kPairBytes * at);
+    typename F::Values inputs[R];
+    for (int r = 0; r < R; ++r) inputs[r] = F::inputs(x[r] + F::kXBytes * step);
     for (int c = 0; c < C; ++c) {
-      const Pair weights = load_pairs(w[c] + 64 * at);
-      if (lane_of(c) == 0) __builtin_prefetch(w[c] + 64 * at + ahead);
-      for (int r = 0; r < R; ++r) sums.v[c][r] = dot_pairs(sums.v[c][r], weights, inputs[r]);
+      const typename F::Values weights = F::weights(w[c] + kWeights * step);
+      if (lane_of(c) == 0) __builtin_prefetch(w[c] + kWeights * step + ahead);
+      for (int r = 0; r < R; ++r) sums.v[c][r] = F::add(sums.v[c][r], weights, inputs[r]);
     }
   } else {
-    Pair weights[C];
-    for (int c = 0; c < C; ++c) weights[c] = load_pairs(w[c] + 64 * at);
+    typename F::Values weights[C];
+    for (int c = 0; c < C; ++c) weights[c] = F::weights(w[c] + kWeights * step);
     for (int r = 0; r < R; ++r) {
-      const Pair inputs = splat_pair(x[r] + kPairBytes * at);
-      for (int c = 0; c < C; ++c) sums.v[c][r] = dot_pairs(sums.v[c][r], weights[c], inputs);
+      const typename F::Values inputs = F::inputs(x[r] + F::kXBytes * step);
+      for (int c = 0; c < C; ++c) sums.v[c][r] = F::add(sums.v[c][r], weights[c], inputs);
     }
   }
 }
 
-template <int C, int R>
-void tile(Bf16Format, const Product &p, int column, int row, Groups groups) {
+// Numbers: a chain of steps for each sum.
+template <class F, int C, int R>
+void number_tile(const Product &p, int column, int row, Groups groups) {
+  constexpr int kSteps = kGroup / F::kInputs, kLaneBytes = F::kBytes / kGroup / kBlock * F::kInputs;
   const uint8_t *x[R], *w[C];
   for (int r = 0; r < R; ++r) x[r] = p.x.values + row_of(p, row + r) * p.x.stride;
-  for (int c = 0; c < C; ++c) w[c] = weights_of<Bf16Format>(p, column + c, 0) + 4 * lane_of(column + c);
+  for (int c = 0; c < C; ++c) w[c] = weights_of<F>(p, column + c, 0) + kLaneBytes * lane_of(column + c);
   Sums<C, R> sums(p, column, row, groups.first == 0);
-  constexpr int kPairs = kGroup / 2;
-  const int64_t length = int64_t{p.w.groups()} * Bf16Format::kBytes;
+  const int64_t length = int64_t{p.w.groups()} * F::kBytes;
   for (int64_t group = groups.first; group < groups.last; ++group) {
-    const int64_t ahead = waits<R> ? ahead_of(group * Bf16Format::kBytes, length, C / kColumns) : 0;
-    for (int64_t pair = group * kPairs; pair < (group + 1) * kPairs; ++pair) add_pair<C, R>(sums, w, x, pair, ahead);
+    const int64_t ahead = waits<R> ? ahead_of(group * F::kBytes, length, C / kColumns) : 0;
+    for (int64_t step = group * kSteps; step < (group + 1) * kSteps; ++step) add_step<F>(sums, w, x, step, ahead);
   }
   sums.write(p, column, row);
+}
+
+template <int C, int R>
+void tile(Bf16Format, const Product &p, int column, int row, Groups groups) {
+  number_tile<Bf16Format, C, R>(p, column, row, groups);
+}
+
+template <int C, int R>
+void tile(Fp32Format, const Product &p, int column, int row, Groups groups) {
+  number_tile<Fp32Format, C, R>(p, column, row, groups);
+}
+
+template <int C, int R>
+void tile(Fp16Format, const Product &p, int column, int row, Groups groups) {
+  number_tile<Fp16Format, C, R>(p, column, row, groups);
 }
 
 // The exact integer dot products of one group of a block, for R rows; x of row r is at x[r] + at.
@@ -185,27 +232,16 @@ void tile(F, const Product &p, int column, int row, Groups groups) {
   sums.write(p, column, row);
 }
 
-constexpr int blocks_of(Bf16Format, int rows) { return blocks_bf16(rows); }
-constexpr int most_rows(Bf16Format) { return kMostRowsBf16; }
-template <class F>
-constexpr int blocks_of(F, int rows) {
-  return blocks_quantised(rows);
-}
-template <class F>
-constexpr int most_rows(F) {
-  return kMostRowsQuantised;
-}
-
 // R rows by some blocks, as many at once as there are registers for.
 template <class F, int R>
 void rows_by_blocks(const Product &p, int block, int last, int row, Groups groups) {
-  constexpr int B = blocks_of(F{}, R);
+  constexpr int B = F::blocks(R);
   for (; block + B <= last; block += B) tile<B * kColumns, R>(F{}, p, block * kColumns, row, groups);
   if constexpr (B > 1)
     for (; block < last; ++block) tile<kColumns, R>(F{}, p, block * kColumns, row, groups);
 }
 
-template <class F, int R = most_rows(F{})>
+template <class F, int R = F::kMostRows>
 void some_rows(int count, const Product &p, int block, int last, int row, Groups groups) {
   if (count == R)
     rows_by_blocks<F, R>(p, block, last, row, groups);
@@ -217,7 +253,7 @@ void some_rows(int count, const Product &p, int block, int last, int row, Groups
 // all rows go past them; the sums wait in `out`, in the same order as if they had never left their registers.
 template <class F>
 void product(const Product &p, int count, int first, int last) {
-  constexpr int kRows = most_rows(F{});
+  constexpr int kRows = F::kMostRows;
   const int tiles = (count + kRows - 1) / kRows, groups = p.w.groups();
   const int part = tiles > 1 ? 4096 / F::kBytes : groups;
   for (int block = first; block < last; block += kBlocksAtOnce) {
@@ -242,8 +278,12 @@ void matmul(const Matrix &w, const Rows &x, const int32_t *index, int count, int
     product<Bf16Format>(p, count, first, last);
   else if (w.format == kInt8)
     product<Int8Format>(p, count, first, last);
-  else
+  else if (w.format == kInt4)
     product<Int4Format>(p, count, first, last);
+  else if (w.format == kFp32)
+    product<Fp32Format>(p, count, first, last);
+  else
+    product<Fp16Format>(p, count, first, last);
 }
 
 }  // namespace MX_ISA

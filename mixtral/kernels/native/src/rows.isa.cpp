@@ -1,4 +1,4 @@
-// Activations rounded to bf16, or to int8 by groups (packed.py has the formulas). Plain loops over a group, which the
+// Activations as they are, rounded to bf16, or to int8 by groups (packing.py has the formulas). Plain loops over a group, which the
 // compiler turns into the instruction set's vectors.
 #include <cstring>
 
@@ -85,17 +85,24 @@ void copy_group(const float *row, int d, int group, float *to) {
 
 void fill_rows(const Rows &rows, const float *x, int64_t x_stride, int first, int last) {
   const int groups = rows.groups();
-  for (int row = first; row < last; ++row)
+  for (int row = first; row < last; ++row) {
+    uint8_t *to = rows.values + row * rows.stride;
+    if (rows.kind == kFp32Rows) {
+      const size_t bytes = rows.d * sizeof(float);
+      std::memcpy(to, x + row * x_stride, bytes);
+      std::memset(to + bytes, 0, groups * kGroup * sizeof(float) - bytes);
+      continue;
+    }
     for (int group = 0; group < groups; ++group) {
       float values[kGroup];
       copy_group(x + row * x_stride, rows.d, group, values);
-      uint8_t *to = rows.values + row * rows.stride + group * kGroup * (rows.quantised ? 1 : kBf16Bytes);
       const int64_t at = static_cast<int64_t>(row) * groups + group;
-      if (rows.quantised)
-        quantise_group(values, to, rows.scales + at, rows.sums + at);
+      if (rows.kind == kInt8Rows)
+        quantise_group(values, to + group * kGroup, rows.scales + at, rows.sums + at);
       else
-        round_group(values, to);
+        round_group(values, to + group * kGroup * kBf16Bytes);
     }
+  }
 }
 
 }  // namespace MX_ISA

@@ -50,7 +50,7 @@ class Thread {
   }
 
   Rows activations(const Matrix &w, int count) const {
-    return place_rows(alone_ ? own_.activations : shared_.activations, takes_quantised(w.format), count, w.d);
+    return place_rows(alone_ ? own_.activations : shared_.activations, rows_kind(w.format), count, w.d);
   }
 
   // own_.row = norm(row of x), and that rounded as row number `to` of `rows`.

@@ -41,8 +41,8 @@ struct Sizes {
     kv_bytes = static_cast<int64_t>(m.n_kv_heads) * m.head_dim * bytes_of(p.cache_dtype);
     activations = 0;
     for (const int64_t d : {static_cast<int64_t>(m.dim), heads, static_cast<int64_t>(m.ffn_dim)})
-      for (const bool quantised : {false, true}) {
-        const int64_t bytes = static_cast<int64_t>(rows_bytes(quantised, static_cast<int>(most), static_cast<int>(d)));
+      for (int kind = 0; kind < kRowKinds; ++kind) {
+        const int64_t bytes = static_cast<int64_t>(rows_bytes(static_cast<RowKind>(kind), static_cast<int>(most), static_cast<int>(d)));
         activations = bytes > activations ? bytes : activations;
       }
   }
