@@ -44,8 +44,8 @@ def packed_shape(name: str, n: int, d: int) -> tuple[int, int]:
 def pack(values_ND: Tensor, name: str, scale_NG: Tensor | None = None) -> Tensor:
     """Values [..., N, D] and their scales [..., N, G] -> uint8 [..., N/16, bytes of a block].
 
-    `values_ND` has the dtype of fp32, fp16 or bf16; for the others it is int8 in -127..127 or -8..7 with scales (rounded
-    to fp16): w = scale * q.
+    `values_ND` has the dtype of fp32, fp16 or bf16; for the others it is int8 in -127..127 or -8..7 with scales
+    (rounded to fp16): w = scale * q.
     Raises UsageError when dtypes, range or shapes are others.
     """
     n, d = values_ND.shape[-2:]
@@ -85,7 +85,7 @@ def unpack(packed: Tensor, name: str, n: int, d: int) -> tuple[Tensor, Tensor | 
 
 
 def unpack_rows(packed: Tensor, name: str, n: int, d: int, ids_T: Tensor) -> Tensor:
-    """Rows of one packed matrix, as an embedding reads them -> [T, d], in the format's dtype, or fp32 for int8 and int4.
+    """Rows of one packed matrix, as an embedding reads them -> [T, d]: the format's dtype, or fp32 for int8 and int4.
 
     Raises UsageError when `packed` is not one packed [n, d] matrix.
     """
@@ -105,8 +105,12 @@ def check_packed(packed: Tensor, name: str, n: int, d: int) -> None:
     """Raises UsageError unless `packed` holds one or more packed matrices [n, d]."""
     shape = packed_shape(name, n, d)
     if packed.dtype != torch.uint8 or tuple(packed.shape[-2:]) != shape:
-        have = f"{str(packed.dtype).removeprefix('torch.')} {list(packed.shape)}"
+        have = f"{_plain(packed.dtype)} {list(packed.shape)}"
         raise UsageError(f"packed {name} weight of {n} x {d}: must be uint8 [..., {shape[0]}, {shape[1]}], not {have}")
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _steps(packed: Tensor, name: str) -> Tensor:
@@ -119,7 +123,7 @@ def _check_values(values_ND: Tensor, name: str, scale_NG: Tensor | None) -> None
         raise UsageError(f"packing {name}: scales are {'missing' if scale_NG is None else 'not part of this format'}")
     if scale_NG is None:
         if values_ND.dtype != DTYPES[name]:
-            raise UsageError(f"packing {name}: values must be {DTYPES[name]}, not {values_ND.dtype}")
+            raise UsageError(f"packing {name}: values must be {_plain(DTYPES[name])}, not {_plain(values_ND.dtype)}")
         return
     low, high = (-_MOST[name] - (name == "int4"), _MOST[name])
     if values_ND.dtype != torch.int8 or (values_ND.numel() and not low <= values_ND.amin() <= values_ND.amax() <= high):

@@ -12,7 +12,7 @@ from mixtral import kernels
 from mixtral.config import ModelConfig
 from mixtral.engine.native import step_weights
 from mixtral.kernels.native.step import Result, Span, Step
-from mixtral.kernels.packing import pack
+from mixtral.kernels.packing import DTYPES, pack
 from mixtral.model import Mixtral, Output, Ragged
 from mixtral.model.linear import Linear
 from mixtral.model.rope import rotary_angles
@@ -70,7 +70,8 @@ def _packed(module: nn.Module, fmt: Format) -> nn.Module | None:
         return None
     for name, parameter in module.named_parameters():
         matrices = parameter.reshape(-1, *parameter.shape[-2:])
-        whole = [pack(w.bfloat16(), "bf16") if fmt.name == "bf16" else quantise(w, fmt) for w in matrices]
+        plain = DTYPES.get(fmt.name)
+        whole = [pack(w.to(plain), fmt.name) if plain else quantise(w, fmt) for w in matrices]
         buffer = new.get_buffer(name + "_packed")
         buffer.copy_(torch.stack(whole).view(buffer.shape))
     return new

@@ -16,8 +16,8 @@ SIZES = [(16, 32), (1, 1), (17, 33), (48, 96), (5, 70)]
 
 def weight(name: str, *shape: int) -> tuple[Tensor, Tensor | None]:
     """Random values of a format, and their scales."""
-    if name == "bf16":
-        return torch.randn(*shape).to(torch.bfloat16), None
+    if name in packing.DTYPES:
+        return torch.randn(*shape).to(packing.DTYPES[name]), None
     low, high = {"int8": (-127, 128), "int4": (-8, 8)}[name]
     q = torch.randint(low, high, shape, dtype=torch.int8)
     return q, torch.rand(*shape[:-1], math.ceil(shape[-1] / GROUP)).half().float()
@@ -44,7 +44,7 @@ def test_stacked_matrices_are_packed_one_by_one(name: str) -> None:
     assert torch.equal(unpack(together, name, 20, 40)[0], values)
 
 
-@pytest.mark.parametrize(("name", "bits"), [("bf16", 16), ("int8", 8.5), ("int4", 4.5)])
+@pytest.mark.parametrize(("name", "bits"), [("fp32", 32), ("fp16", 16), ("bf16", 16), ("int8", 8.5), ("int4", 4.5)])
 def test_bits_a_weight(name: str, bits: float) -> None:
     blocks, row = packed_shape(name, 64, 128)
     assert 8 * blocks * row == bits * 64 * 128
@@ -57,6 +57,26 @@ def test_where_each_weight_lies_bf16() -> None:
     bytes_ = pack(values, "bf16")
     at = 17 * 64 + 1 * 4 + 2
     assert bytes_[1, at : at + 2].tolist() == [0x80, 0x3F] and bytes_.count_nonzero() == 2
+
+
+@pytest.mark.parametrize(("name", "bytes_of_one"), [("fp32", [0, 0, 0x80, 0x3F]), ("fp16", [0, 0x3C])])
+def test_where_each_weight_lies_without_pairs(name: str, bytes_of_one: list[int]) -> None:
+    """Output 17, input 35: block 1, input 35, lane 1."""
+    values = torch.zeros(32, 64, dtype=packing.DTYPES[name])
+    values[17, 35] = 1.0
+    bytes_, size = pack(values, name), len(bytes_of_one)
+    at = (35 * LANES + 1) * size
+    assert bytes_[1, at : at + size].tolist() == bytes_of_one and bytes_.count_nonzero() == sum(map(bool, bytes_of_one))
+
+
+@pytest.mark.parametrize("name", packing.GROUP_BYTES)
+@pytest.mark.parametrize(("n", "d"), SIZES)
+def test_rows_of_a_packed_matrix(name: str, n: int, d: int) -> None:
+    values, scale = weight(name, n, d)
+    ids = torch.tensor([n - 1, 0, n // 2, 0])
+    got = packing.unpack_rows(pack(values, name, scale), name, n, d, ids)
+    want = values if scale is None else values * scale.repeat_interleave(GROUP, dim=1)[:, :d]
+    assert got.dtype == packing.DTYPES.get(name, torch.float32) and torch.equal(got, want[ids])
 
 
 def test_where_each_weight_lies_int8() -> None:
@@ -139,15 +159,32 @@ def test_not_a_number_stays_one() -> None:
 @pytest.mark.parametrize("rows", [0, 1, 3])
 @pytest.mark.parametrize(("n", "d"), SIZES)
 def test_the_product_is_close_to_the_exact_one(name: str, rows: int, n: int, d: int) -> None:
-    """bf16: x and sums rounded. Quantised: x is off by up to half a step of its group, 1/254 of its largest value."""
+    """fp32, fp16: sums rounded. bf16: x and sums rounded. Quantised: x is off by up to half a step of its group, which
+    is 1/254 of its largest value."""
     values, scale = weight(name, n, d)
     w = values.double() if scale is None else values * scale.repeat_interleave(GROUP, dim=1)[:, :d].double()
     x = torch.randn(rows, d)
     got = packed_linear(x, pack(values, name, scale), name, n)
     assert got.dtype == torch.float32 and got.shape == (rows, n)
-    step = 2.0**-8 if name == "bf16" else 1 / 250
+    step = {"fp32": 1e-6, "fp16": 1e-6, "bf16": 2.0**-8}.get(name, 1 / 250)
     largest = x.abs().amax(1, keepdim=True) if rows else x[:, :1]
     assert ((got - x.double() @ w.T).abs() <= step * largest * w.abs().sum(1)).all()
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16"])
+def test_fp32_and_fp16_sums_ascend_in_fused_steps(name: str) -> None:
+    """1 first loses each 2^-24 by itself; last it takes both."""
+    bytes_ = pack(torch.ones(1, 4, dtype=packing.DTYPES[name]), name)
+    small = 2.0**-24
+    assert packed_linear(torch.tensor([[1.0, small, small, 0.0]]), bytes_, name, 1).item() == 1.0
+    assert packed_linear(torch.tensor([[small, small, 1.0, 0.0]]), bytes_, name, 1).item() == 1.0 + 2 * small
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16"])
+def test_fp32_and_fp16_leave_inputs_as_they_are(name: str) -> None:
+    bytes_ = pack(torch.ones(1, 1, dtype=packing.DTYPES[name]), name)
+    x = torch.tensor([[1 + 2.0**-23]])
+    assert torch.equal(packed_linear(x, bytes_, name, 1), x)
 
 
 def test_bf16_sums_are_single_fused_steps() -> None:
@@ -165,7 +202,7 @@ def test_bf16_sums_are_single_fused_steps() -> None:
 @pytest.mark.parametrize(
     ("values", "name", "scale", "says"),
     [
-        (torch.zeros(16, 32), "bf16", None, "values must be bfloat16, not torch.float32"),
+        (torch.zeros(16, 32), "bf16", None, "values must be bfloat16, not float32"),
         (torch.zeros(16, 32).bfloat16(), "bf16", torch.ones(16, 1), "scales are not part of this format"),
         (torch.zeros(16, 32, dtype=torch.int8), "int8", None, "scales are missing"),
         (torch.zeros(16, 32), "int8", torch.ones(16, 1), "values must be int8 in -127..127"),

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from bench.lib.peer import peer
 from torch import Tensor, nn
 
+from bench.lib.peer import peer
 from mixtral.data.loader import Loader, TrainBatch
 from mixtral.data.store import TokenData
 from mixtral.model import Mixtral

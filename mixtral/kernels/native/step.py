@@ -25,6 +25,8 @@ from mixtral.kernels.native import library as native
 from mixtral.kernels.native import plan
 from mixtral.kernels.native.plan import DTYPES, ModelWeights, matrix, pointer
 
+# Rows of activations that weights of a format read: equal names, equal rows (rows_kind of native/src/packed.h).
+ROWS = {"fp32": "fp32", "fp16": "fp32", "bf16": "bf16", "int8": "int8", "int4": "int8"}
 MOST_ROWS = 512  # a call's scratch grows with its rows; longer chunks are cut
 
 
@@ -166,9 +168,9 @@ def _fill_layer(config: ModelConfig, layer: plan.Layer, weights: plan.LayerWeigh
         raise UsageError(f"native step: {len(weights.experts)} experts {'without' if weights.gate is None else 'with'} "
                          f"a gate given for a model of {config.n_experts}")
     for parts in (("gate", "up"), ("down",)):
-        if len({getattr(expert, part).format == "bf16" for expert in weights.experts for part in parts}) > 1:
+        if len({ROWS[getattr(expert, part).format] for expert in weights.experts for part in parts}) > 1:
             raise UsageError(f"native step: a layer's {' and '.join(parts)} weights read the same rounded rows; they "
-                             "must be bf16 in all its experts, or int8 or int4 in all")
+                             "must be bf16 in all its experts, or fp32 or fp16 in all, or int8 or int4 in all")
     if weights.gate is not None:
         layer.gate = pointer(weights.gate, "gate", (config.n_experts, dim), torch.float32)
     experts = (plan.Expert * config.n_experts)(*(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixtral.kernels.packing import GROUP, quantise_rows, unpack
+from mixtral.kernels.packing import DTYPES, GROUP, quantise_rows, unpack
 
 
 def expand(packed: Tensor, name: str, n: int, d: int) -> Tensor:
@@ -23,8 +23,8 @@ def expand(packed: Tensor, name: str, n: int, d: int) -> Tensor:
 
 def packed_linear(x_TD: Tensor, packed: Tensor, name: str, n: int) -> Tensor:
     """See packed.packed_linear."""
-    if name == "bf16":
-        rounded_TD = x_TD.to(torch.bfloat16).float()
+    if name in DTYPES:
+        rounded_TD = (x_TD.to(torch.bfloat16) if name == "bf16" else x_TD).float()
     else:
         qx_TD, sx_TG = quantise_rows(x_TD)
         rounded_TD = qx_TD.float().mul_(sx_TG.repeat_interleave(GROUP, dim=1)[:, : x_TD.shape[1]])

@@ -38,8 +38,8 @@ def threads() -> Iterator[None]:
 
 def weight(name: str, n: int, d: int) -> Tensor:
     """A random packed matrix; the scales have both signs and span fp16, subnormal numbers included."""
-    if name == "bf16":
-        return pack(torch.randn(n, d).bfloat16(), name)
+    if name in packing.DTYPES:
+        return pack(torch.randn(n, d).to(packing.DTYPES[name]), name)
     low, high = {"int8": (-127, 128), "int4": (-8, 8)}[name]
     groups = math.ceil(d / GROUP)
     scale_NG = torch.randn(n, groups) * 2.0 ** torch.randint(-24, 10, (n, groups))

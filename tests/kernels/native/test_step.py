@@ -26,7 +26,7 @@ from mixtral.quant.formats import INT8, quantise
 from tests.kernels.step_models import SHAPES, Cached, config, oracle, packed_model, tokens
 
 pytestmark = pytest.mark.skipif(bool(native.available()), reason=f"no native step: {native.available()}")
-FORMATS = ["bf16", "int8", "int4"]
+FORMATS = ["fp32", "fp16", "bf16", "int8", "int4"]
 BOUND = 0.03
 
 

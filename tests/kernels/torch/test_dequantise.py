@@ -10,14 +10,14 @@ from mixtral.kernels.torch.dequantise import expand
 
 def random_packed(name: str, n: int, d: int) -> torch.Tensor:
     g = torch.Generator().manual_seed(n * d)
-    if name == "bf16":
-        return packing.pack(torch.randn(n, d, generator=g).bfloat16(), name)
+    if name in packing.DTYPES:
+        return packing.pack(torch.randn(n, d, generator=g).to(packing.DTYPES[name]), name)
     most = {"int8": 127, "int4": 7}[name]
     scale_NG = torch.rand(n, -(-d // 32), generator=g) + 0.5
     return packing.pack(torch.randint(-most, most + 1, (n, d), generator=g).to(torch.int8), name, scale_NG)
 
 
-@pytest.mark.parametrize("name", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("name", packing.GROUP_BYTES)
 @pytest.mark.parametrize(("t", "n", "d"), [(0, 16, 32), (1, 1, 1), (3, 17, 33), (5, 48, 160)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equals_the_oracle_but_for_the_order_of_sums(name: str, t: int, n: int, d: int, dtype: torch.dtype) -> None:
