@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from mixtral.config import ModelConfig
 from mixtral.config.formats import read_config
-from mixtral.engine import SamplingParams, generate, recommended, stream, with_recommended, within_vocabulary
+from mixtral.engine import (
+    Generation,
+    SamplingParams,
+    generate,
+    recommended,
+    stream,
+    with_recommended,
+    within_vocabulary,
+)
 from mixtral.engine.generate import check_prompt
-from mixtral.engine.native import NativeModel, suits
-from mixtral.errors import UsageError
+from mixtral.engine.native_runner import NativeRunner, why_not
+from mixtral.engine.runner import Runner, TorchRunner
+from mixtral.errors import UsageError, did_you_mean
 from mixtral.files import atomic_folder
 from mixtral.hardware import has_fast_bf16
-from mixtral.model import Mixtral, Output, Ragged, named_state
+from mixtral.kernels.native import library as native
+from mixtral.model import Mixtral, Output, named_state
 from mixtral.moe import Routing
+from mixtral.quant.formats import PLAIN
 from mixtral.quant.load import load_quantised
-from mixtral.quant.scheme import PACKED, read_scheme
+from mixtral.quant.pack import UnpackedState, pack_state, packed_modules
+from mixtral.quant.scheme import read_scheme
 from mixtral.runtime import choose_device, choose_dtype
 from mixtral.shipped import model_folder
 from mixtral.tokenizer import Tokenizer
@@ -29,120 +42,139 @@ from mixtral.weights import load_state
 from mixtral.weights.convert import with_token_ids, write_tokenizer
 from mixtral.weights.finite import require_range
 from mixtral.weights.gguf_tokenizer import read_tokenizer, side_files
-from mixtral.weights.load import open_weights
+from mixtral.weights.load import StateReader, open_weights
 from mixtral.weights.names import fixed_dtype
 from mixtral.weights.save import check_free, write_hf
 
+RUNNERS = ("auto", "native", "torch")
+
 
 class LM:
-    """A language model ready to use: in evaluation mode, its parameters without gradients.
+    """A language model ready to use: in evaluation mode, its parameters without gradients. Threads may share it.
 
     Args:
-        native: whether generation runs through the native step (engine/native.py); by default where that can stand in
-            for the model, and the weights are quantised or bf16.
-        sole: nobody else holds the model, so that its bf16 matrices may be freed while the native step has them packed:
-            until `model` is first asked for, whole or by logits, routing or save. Else they are held twice.
-        sampling: fields of SamplingParams that `generate` and `stream` go by where they are not told otherwise.
+        runner: what runs the model: "native" (the native step, on packed weights), "torch" (the model itself), or
+            "auto": the native step where it can run the model, the fastest exact way on a CPU.
+        sampling: fields of SamplingParams that `generate` and `stream` use where the caller gives none.
         side_files: the small files of the folder that it came from (tokenizer/side_files.py), which `save` writes too.
     """
 
     def __init__(
-        self, model: Mixtral, tokenizer: Tokenizer | None = None, native: bool | None = None, sole: bool = False,
+        self, model: Mixtral, tokenizer: Tokenizer | None = None, runner: str = "auto",
         sampling: Mapping[str, Any] | None = None, side_files: Mapping[str, bytes] | None = None,
     ) -> None:  # fmt: skip
-        self._model = model.eval().requires_grad_(False)
-        self._sole = sole
+        if runner not in RUNNERS:
+            raise UsageError(f"runner: unknown choice {runner!r}; {did_you_mean(runner, RUNNERS)}")
+        self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.native = native
+        self.wanted_runner = runner
         self.sampling = dict(sampling or {})
         self.side_files = dict(side_files or {})
-        self._packed: tuple[list[tuple[int, int]], NativeModel] | None = None
-
-    @property
-    def model(self) -> Mixtral:
-        """The model itself, whole. Whoever asks may keep it, so its matrices stay from then on."""
-        if self._sole:
-            if self._packed is not None:
-                self._packed[1].restore()
-                self._packed = self._weights_state(), self._packed[1]
-            self._sole = False
-        return self._model
+        self._lock = threading.Lock()
+        self._runner: tuple[list[int], Runner] | None = None  # where the weights lay when it was made
 
     @property
     def config(self) -> ModelConfig:
-        return self._model.config
+        return self.model.config
 
     @property
     def device(self) -> torch.device:
-        return self._model.embedding.weight.device
+        return self.model.embedding.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._model.embedding.weight.dtype
+        """Of the weights; of a quantised model's, what is not quantised."""
+        plain = {format.name: dtype for dtype, format in PLAIN.items()}
+        formats = (plain.get(module.format.name) for _, module in packed_modules(self.model))
+        return next((dtype for dtype in formats if dtype is not None), self.model.embedding.dtype)
 
     # -- generating --------------------------------------------------------------------------------------------------
 
-    def native_step(self) -> NativeModel | None:
-        """What runs the model when it generates; None: the model itself. Made anew when weights have changed.
+    @property
+    def runner(self) -> Runner:
+        """What runs the model, with its cache; made anew when parts of the model have been replaced.
 
-        Raises UsageError with the reason when `native` is True and the step cannot stand in for this model.
+        Raises UsageError with the reason when "native" was asked for and the native step cannot run this model.
         """
-        if self.native is False or (self.native is None and not suits(self._model)):
-            return None
-        if self._packed is None or self._packed[0] != self._weights_state():
-            self._packed = None  # before another is made beside it
-            native = NativeModel(self._model, release=self._sole)
-            self._packed = self._weights_state(), native
-        return self._packed[1]
+        native_runs = self.wanted_runner == "native" or (self.wanted_runner == "auto" and not why_not(self.model))
+        name, where = "native" if native_runs else "torch", self._addresses()
+        with self._lock:
+            if self._runner is None or self._runner[0] != where or self._runner[1].name != name:
+                self._runner = None  # before another one has a cache beside it
+                self._runner = where, NativeRunner(self.model) if native_runs else TorchRunner(self.model)
+            return self._runner[1]
 
-    def for_engine(self) -> tuple[Mixtral, NativeModel | None]:
-        """The model, and what runs it, as `engine.generate` and `engine.stream` take them; the model may be emptied."""
-        native = self.native_step()
-        return self._model if native else self.model, native
+    def why_runner(self) -> str:
+        """Why it is this runner, in a few words."""
+        if self.wanted_runner != "auto":
+            return "asked for"
+        return why_not(self.model) or "the native step can run this model, and rounds no weight"
 
-    def _weights_state(self) -> list[tuple[int, int]]:
-        """Another list once a weight was exchanged or changed."""
-        return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in named_state(self._model).values()]
+    def _addresses(self) -> list[int]:
+        """Another list once a module or tensor has been replaced; what changes in place, runners see."""
+        return [tensor.data_ptr() for tensor in named_state(self.model).values()]
 
     @overload
-    def generate(self, prompt: str, *, bos: bool | None = None, **sampling: Any) -> str: ...
+    def generate(self, prompt: str, *, bos: bool | None = None, n: Literal[1] = 1, k: int | None = None,
+                 **sampling: Any) -> str: ...
     @overload
-    def generate(self, prompt: list[str], *, bos: bool | None = None, **sampling: Any) -> list[str]: ...
+    def generate(self, prompt: list[str], *, bos: bool | None = None, n: Literal[1] = 1, k: int | None = None,
+                 **sampling: Any) -> list[str]: ...
     @overload
-    def generate(self, prompt: list[int], **sampling: Any) -> list[int]: ...
+    def generate(self, prompt: list[int], *, n: Literal[1] = 1, k: int | None = None, **sampling: Any) -> list[int]: ...
     @overload
-    def generate(self, prompt: list[list[int]], **sampling: Any) -> list[list[int]]: ...
-    def generate(self, prompt: Any, *, bos: bool | None = None, **sampling: Any) -> Any:
+    def generate(self, prompt: list[list[int]], *, n: Literal[1] = 1, k: int | None = None,
+                 **sampling: Any) -> list[list[int]]: ...
+    @overload
+    def generate(self, prompt: Any, *, bos: bool | None = None, n: int, k: int | None = None,
+                 **sampling: Any) -> list[Any]: ...
+    def generate(self, prompt: Any, *, bos: bool | None = None, n: int = 1, k: int | None = None,
+                 **sampling: Any) -> Any:  # fmt: skip
         """Continue a prompt, or a list of prompts as one batch.
 
         A text is answered with text, token ids with token ids (the end token included). The prompt itself is not
-        repeated.
+        repeated. `complete` gives more: log-probabilities, why it ended, routing.
 
         Args:
             bos: whether <s> stands before a text; None: as the tokenizer's files decide.
+            n: continuations of each prompt; for more than one, a list of them stands for each prompt.
+            k: how many experts a token takes; by default what the model was trained with.
             sampling: fields of SamplingParams (max_tokens, temperature, top_k, top_p, seed, stop, ...). For others
                 what the model's folder recommends, `self.sampling`, counts before the defaults.
         """
         if _is_one(prompt):
-            return self.generate([prompt], bos=bos, **sampling)[0]
-        if not isinstance(prompt, Sequence):
-            raise UsageError(f"prompt: a text, token ids, or a list of those is wanted, not {type(prompt).__name__}")
-        texts = [isinstance(p, str) for p in prompt]
-        ids = [self._ids(p, bos) for p in prompt]
-        model, native = self.for_engine()
-        done = generate(model, ids, self._params(sampling), tokenizer=self.tokenizer, native=native)
-        return [g.text if is_text else g.tokens for g, is_text in zip(done, texts, strict=True)]
+            return self.generate([prompt], bos=bos, n=n, k=k, **sampling)[0]
+        done = self.complete(prompt, bos=bos, n=n, k=k, **sampling)
+        answers = [
+            [g.text if isinstance(p, str) else g.tokens for g in of_prompt]
+            for p, of_prompt in zip(prompt, done, strict=True)
+        ]
+        return answers if n > 1 else [answer[0] for answer in answers]
+
+    def complete(
+        self, prompts: Sequence[str | Sequence[int]], *, bos: bool | None = None, n: int = 1, k: int | None = None,
+        keep_routing: bool = False, **sampling: Any,
+    ) -> list[list[Generation]]:  # fmt: skip
+        """The `n` continuations of each prompt: tokens, text, log-probabilities, why each ended, and its routing if
+        kept. Arguments as of `generate`."""
+        if not isinstance(prompts, Sequence) or isinstance(prompts, str):
+            raise UsageError(f"prompt: a text, token ids, or a list of those is wanted, not {type(prompts).__name__}")
+        ids = [self._ids(p, bos) for p in prompts]
+        done = generate(self.runner, ids, self._params(sampling), n=n, k=k, keep_routing=keep_routing,
+                        tokenizer=self.tokenizer)  # fmt: skip
+        return [done[i : i + n] for i in range(0, len(done), n)]
 
     @overload
-    def stream(self, prompt: str, *, bos: bool | None = None, **sampling: Any) -> Iterator[str]: ...
+    def stream(self, prompt: str, *, bos: bool | None = None, k: int | None = None,
+               **sampling: Any) -> Iterator[str]: ...
     @overload
-    def stream(self, prompt: list[int], **sampling: Any) -> Iterator[int]: ...
-    def stream(self, prompt: Any, *, bos: bool | None = None, **sampling: Any) -> Any:
+    def stream(self, prompt: list[int], *, k: int | None = None, **sampling: Any) -> Iterator[int]: ...
+    def stream(self, prompt: Any, *, bos: bool | None = None, k: int | None = None, **sampling: Any) -> Any:
         """The same as `generate` for one prompt, piece by piece as it comes: pieces of text, or token ids."""
         if not _is_one(prompt):
             raise UsageError("prompt: stream takes one prompt; generate takes a list of them")
-        ids, (model, native) = self._ids(prompt, bos), self.for_engine()
-        pieces = stream(model, [ids], self._params(sampling), tokenizer=self.tokenizer, native=native)
+        params = self._params(sampling)
+        pieces = stream(self.runner, [self._ids(prompt, bos)], params, k=k, tokenizer=self.tokenizer)
         if isinstance(prompt, str):
             return (piece.text for piece in pieces if piece.text)
         return (piece.token for piece in pieces)
@@ -167,11 +199,10 @@ class LM:
             raise UsageError("routing: this model is dense (one expert); only sparse models route their tokens")
         return self._read(token_ids, k).routing
 
-    @torch.no_grad()  # not inference_mode: what comes back is the caller's, to change as he likes
     def _read(self, token_ids: Sequence[int] | Tensor, k: int | None = None) -> Output:
         ids = _as_list(token_ids)
         check_prompt(ids, self.config, "token_ids")
-        return self.model(Ragged.of([ids], device=self.device), k=k)
+        return self.runner.read(ids, k)
 
     def _ids(self, prompt: str | Sequence[int] | Tensor, bos: bool | None) -> list[int]:
         if not isinstance(prompt, str):
@@ -191,46 +222,64 @@ class LM:
         tensor, for weights that are not finite unless `allow_nonfinite`.
         """
         check_free(folder)
-        state = named_state(self.model)
-        if any(name.endswith(PACKED) for name in state):
-            raise UsageError("save: this model is quantised; copy its folder, or save the model it was made from")
+        packed = any(True for _ in packed_modules(self.model))
+        state = UnpackedState(self.model) if packed else named_state(self.model)
         with atomic_folder(folder) as new:
             write_hf(state, self.config, new, allow_nonfinite=allow_nonfinite)
             write_tokenizer(self.tokenizer, self.side_files, new)
 
 
 def load(
-    path: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
-) -> LM:
+    path: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None,
+    runner: str = "auto",
+) -> LM:  # fmt: skip
     """The model of a folder (Hugging Face's, Mistral's or quantised) or GGUF file, with its tokenizer when it has one.
 
     Args:
         path: the folder, or "mixtral-nano" for the model that comes with the package.
-        dtype: "bf16", "fp32", ...; by default (or "auto") the file's, but fp32 on a CPU that is slow in bf16.
+        dtype: "bf16", "fp32", ...; by default (or "auto") the file's, but fp32 for torch on a CPU slow in bf16.
         device: "cpu", "cuda", "cuda:1"; by default (or "auto") a GPU when there is one.
+        runner: as of LM. For "auto" and "native" on a CPU the weights are packed as they are read, which is what the
+            native step runs; "torch" keeps plain parameters, to be trained, hooked or changed.
     """
     path, chosen = model_folder(path), choose_device(device)
-    wanted = _dtype(dtype, chosen)
+    wanted = None if dtype in (None, "auto") else choose_dtype(dtype, chosen)
     config, scheme = read_config(path), read_scheme(path)
     opened = open_weights(path, config) if scheme is None else None  # a vocabulary takes far longer to read
     tokenizer, sampling, files = read_tokenizer(path), recommended(path), side_files(path)
     config = with_token_ids(config, path, tokenizer)
     sampling = within_vocabulary(sampling, config.vocab_size)
+    if runner == "native" and (reason := cannot_pack(chosen)):
+        raise UsageError(f"native step: {reason}")
     if scheme is not None:
-        model = load_quantised(path, config, scheme, wanted, chosen)
-        return LM(model, tokenizer, sole=True, sampling=sampling, side_files=files)
-    state = _one_dtype(load_state(path, config, wanted, chosen, opened=opened))
-    with torch.device("meta"):
-        model = Mixtral(config)
-    model.load_state_dict(state, assign=True)
-    return LM(model, tokenizer, sole=True, sampling=sampling, side_files=files)
+        model = load_quantised(path, config, scheme, wanted or _torch_dtype(chosen), chosen)
+    elif runner != "torch" and not cannot_pack(chosen):
+        reader = StateReader(path, config)
+        model = pack_state(config, reader, wanted or _file_dtype(reader))
+    else:
+        state = _one_dtype(load_state(path, config, wanted or _torch_dtype(chosen), chosen, opened=opened))
+        with torch.device("meta"):
+            model = Mixtral(config)
+        model.load_state_dict(state, assign=True)
+    return LM(model, tokenizer, runner, sampling, files)
 
 
-def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
-    """The dtype to load in; None: the file's."""
-    if dtype not in (None, "auto"):
-        return choose_dtype(dtype, device)
+def cannot_pack(device: torch.device) -> str:
+    """Why weights are not packed when they are loaded there; "" when they are."""
+    return native.available() if device.type == "cpu" else "it runs on the CPU alone"
+
+
+def _torch_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that torch is to compute in; None: the file's."""
     return torch.float32 if device.type == "cpu" and not has_fast_bf16(device) else None
+
+
+def _file_dtype(reader: StateReader) -> torch.dtype:
+    """The dtype that most weights have, of those that can be packed: a file may mix them, the model does not."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in reader.described().values():
+        sizes[tensor.dtype if tensor.dtype in PLAIN else torch.float32] += tensor.numel()
+    return sizes.most_common(1)[0][0]
 
 
 def _one_dtype(state: dict[str, Tensor]) -> dict[str, Tensor]:

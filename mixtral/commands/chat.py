@@ -130,8 +130,7 @@ class Conversation:
 
         self.text = f"{self.text}\n{line}" if self.text else line
         with contextlib.suppress(KeyboardInterrupt):
-            model, native = self.lm.for_engine()
-            for piece in stream(model, [self._ids()], self.params, tokenizer=self.tokenizer, native=native):
+            for piece in stream(self.lm.runner, [self._ids()], self.params, tokenizer=self.tokenizer):
                 self.text += piece.text
                 print(shown(piece.text), end="", flush=True)
         print()
@@ -142,4 +141,5 @@ class Conversation:
         elif not self.text:
             say("[no text yet]")
         else:
-            show_routing(self.lm, self._ids())
+            ids = self._ids()
+            show_routing(self.lm, ids, self.lm.routing(ids))

@@ -173,17 +173,20 @@ def show_loads(layers: Sequence[Sequence[float]], title: str) -> None:
     out.print("max, min: the largest and smallest share, as multiples of the fair share.", style="dim")
 
 
-def show_routing(lm: LM, tokens: Sequence[int], k: int | None = None) -> None:
-    """Print the table of a text's loads; where there is colour, the text by first choice at three of the layers too."""
+def show_routing(lm: LM, tokens: Sequence[int], layers: Sequence[Routing]) -> None:
+    """Print the table of a text's loads; where there is colour, the text by first choice at three of the layers too.
+
+    The token sampled last may have no routing: the model has not processed it.
+    """
     from mixtral.analysis import expert_legend, tokens_by_expert
 
     assert lm.tokenizer is not None
-    layers, out = lm.routing(tokens, k), console()
-    show_loads(loads(layers), f"Routing of {len(tokens)} tokens")
+    out, n = console(), len(layers[0].experts_TK)
+    show_loads(loads(layers), f"Routing of {n} tokens")
     if out.color_system is None:
         return
     decoder = lm.tokenizer.stream()
-    pieces = [shown(decoder.add(token)) for token in tokens]
+    pieces = [shown(decoder.add(token)) for token in tokens[:n]]
     out.print("\nThe text by each token's first choice:", expert_legend(lm.config.n_experts))
     for number in sorted({0, len(layers) // 2, len(layers) - 1}):
         out.print(f"\nlayer {number}", style="bold")

@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -31,7 +30,7 @@ from mixtral.commands.streams import text_input
 from mixtral.shipped import SHIPPED
 
 if TYPE_CHECKING:
-    from mixtral.engine import Piece, SamplingParams
+    from mixtral.engine import Generation, Stream
     from mixtral.lm import LM
 
 
@@ -84,6 +83,7 @@ def generate(
     echo "To be or" | mixtral generate --model DIR --prompt - --json
     """
     from mixtral.config.formats import read_config
+    from mixtral.engine import stream
     from mixtral.errors import UsageError
     from mixtral.runtime import set_threads
     from mixtral.shipped import model_folder
@@ -102,77 +102,55 @@ def generate(
     ids = tokenizer.encode(prompt, bos, eos=False)
     _check_memory(lm, len(ids), n)
     speed = Speed(len(ids))
+    pieces = stream(lm.runner, [ids], params, n=n, k=k, keep_routing=routing, tokenizer=tokenizer)
     if as_json:
-        samples = _continue(lm, ids, params, n, k, speed, show=False)
-        _print_json(lm, prompt, ids, samples, speed, routing, k)
+        _print_json(prompt, ids, _finish(pieces, speed, show=False), speed, routing)
         return
     if n == 1 and sys.stdout.isatty():
         console().print(shown(prompt), style="dim", end="", soft_wrap=True)
-    samples = _continue(lm, ids, params, n, k, speed, show=n == 1)
-    for number, sample in enumerate(samples, start=1):
-        print("" if n == 1 else f"--- {number} of {n} ---\n{shown(sample.text)}")
+    done = _finish(pieces, speed, show=n == 1)
+    for number, generation in enumerate(done, start=1):
+        print("" if n == 1 else f"--- {number} of {n} ---\n{shown(generation.text)}")
     say(speed.text())
-    for sample in samples if routing else ():
-        show_routing(lm, [*ids, *sample.tokens], k)
+    for generation in done if routing else ():
+        show_routing(lm, [*ids, *generation.tokens], generation.routing)
 
 
 def _check_memory(lm: LM, prompt_tokens: int, n: int) -> None:
-    """Raise UsageError when `n` caches of the prompt and the logits of one token each need more memory than is free."""
+    """Raise UsageError when the cache of the prompt and `n` tokens' logits need more memory than is free."""
     from mixtral.errors import UsageError
     from mixtral.hardware import free_memory_bytes
 
-    bits = 8 * lm.dtype.itemsize
-    needed = n * (lm.config.kv_bytes(prompt_tokens, bits) + lm.config.vocab_size * lm.dtype.itemsize)
+    bits = 8 * lm.runner.pool.dtype.itemsize
+    needed = lm.config.kv_bytes(prompt_tokens, bits) + n * 4 * lm.config.vocab_size
     if needed > (free := free_memory_bytes(lm.device)):
         room = f"at least {bytes_text(needed)} of memory are needed, and {bytes_text(free)} are free"
         raise UsageError(f"--n {n}: {room}; continue the prompt fewer times")
 
 
-def _continue(
-    lm: LM, ids: list[int], params: SamplingParams, n: int, k: int | None, speed: Speed, show: bool
-) -> list[Sample]:
-    """Generate `n` continuations of one prompt with `k` experts a token; `show` prints the text as it grows."""
-    from mixtral.engine import stream
-
-    samples = [Sample() for _ in range(n)]
-    model, native = lm.for_engine()
-    for piece in stream(model, [ids] * n, params, tokenizer=lm.tokenizer, k=k, native=native):
+def _finish(pieces: Stream, speed: Speed, show: bool) -> list[Generation]:
+    """Generate to the end; `show` prints the text as it grows."""
+    for piece in pieces:
         speed.count()
-        samples[piece.sequence].add(piece)
         if show:
             print(shown(piece.text), end="", flush=True)
-    return samples
+    return pieces.results()
 
 
-def _print_json(
-    lm: LM, prompt: str, ids: list[int], samples: Sequence[Sample], speed: Speed, routing: bool, k: int | None
-) -> None:
-    for sample in samples:
+def _print_json(prompt: str, ids: list[int], done: Sequence[Generation], speed: Speed, routing: bool) -> None:
+    for generation in done:
         line: dict[str, Any] = {
             "prompt": prompt,
-            "text": sample.text,
-            "tokens": sample.tokens,
-            "finish_reason": sample.finish_reason,
+            "text": generation.text,
+            "tokens": generation.tokens,
+            "logprobs": generation.logprobs,
+            "finish_reason": generation.finish_reason,
             "prompt_tokens": len(ids),
             "timing": speed.figures(),
         }
         if routing:
-            line["routing"] = loads(lm.routing([*ids, *sample.tokens], k))
+            line["routing"] = loads(generation.routing)
         print(json.dumps(line))
-
-
-@dataclass
-class Sample:
-    """One continuation as it grows."""
-
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str | None = None
-
-    def add(self, piece: Piece) -> None:
-        self.tokens.append(piece.token)
-        self.text += piece.text
-        self.finish_reason = piece.finish_reason
 
 
 class Speed:

@@ -116,7 +116,6 @@ class Loader:
             torch.from_numpy(tokens_T),
             torch.from_numpy(positions_T),
             torch.from_numpy(cu_seqlens),
-            int(lengths.max()),
         )
         domains_T = None
         if len(self.data.domains) > 1:

@@ -1,7 +1,8 @@
 """The plain loop: what every faster engine must reproduce.
 
-One pass of the model a step, over all unfinished sequences as one packed batch. Each sequence brings what the model
-has not read of it yet: a chunk of its prompt, or the token drawn last. A sequence read to its end gets a new token.
+One pass of the model a step, over all unfinished sequences as one ragged batch. Each sequence contributes the tokens
+that are not in the cache yet: a prefill chunk of its prompt, or the token sampled last. A sequence whose tokens are all
+in the cache gets a new one.
 
 Legend: B sequences of the step that get a token, V vocabulary.
 """
@@ -9,10 +10,8 @@ Legend: B sequences of the step that get a token, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,13 +20,10 @@ from torch import Tensor
 from mixtral.config import ModelConfig
 from mixtral.engine.detokenize import TextOutput
 from mixtral.engine.history import apply_history
-from mixtral.engine.kv_cache import FullCache, make_cache
-from mixtral.engine.native import NativeModel
 from mixtral.engine.params import SamplingParams
+from mixtral.engine.runner import Runner
 from mixtral.engine.sampling import make_generator, sample
 from mixtral.errors import MixtralError, UsageError
-from mixtral.kernels.native.library import cores_for_library, log_sum_exp
-from mixtral.model import Mixtral, Output, Ragged
 from mixtral.moe import Routing
 from mixtral.tokenizer import Tokenizer
 
@@ -37,7 +33,7 @@ FinishReason = Literal["stop", "length"]  # an end token or a stop string; max_t
 class Piece(NamedTuple):
     """One generated token, as it is streamed."""
 
-    sequence: int  # index of the prompt
+    sequence: int  # index of the continuation: those of a prompt follow each other, `n` of each
     token: int
     logprob: float  # natural logarithm of the token's probability, before temperature and filters
     text: str  # what may be shown now; "" without a tokenizer or while text is held back
@@ -46,67 +42,95 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Generation:
-    """What was generated for one prompt."""
+    """One continuation of a prompt."""
 
-    tokens: list[int]  # all that were drawn: the end token too, and those of a stop string
+    tokens: list[int]  # all that were sampled: the end token too, and those of a stop string
     logprobs: list[float]  # as in Piece
     text: str  # without the end token and the stop string; "" without a tokenizer
     finish_reason: FinishReason
-    routing: tuple[Routing, ...] = ()  # when asked for, one a layer: every token but the last one drawn, prompt first
+    routing: tuple[Routing, ...] = ()  # if kept, one a layer: every token but the last one sampled, prompt first
 
 
 def generate(
-    model: Mixtral,
+    runner: Runner,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams | Sequence[SamplingParams],
     *,
+    n: int = 1,
+    k: int | Sequence[int | None] | None = None,
+    keep_routing: bool = False,
     tokenizer: Tokenizer | None = None,
     prefill_chunk: int | None = None,
-    cache: FullCache | None = None,
-    keep_routing: bool = False,
-    k: int | None = None,
-    native: NativeModel | None = None,
 ) -> list[Generation]:
     """Continue each prompt, all as one batch.
 
     Args:
         prompts: token ids.
         params: one for all prompts, or one for each.
+        n: continuations of each prompt, which share its keys and values; those of a prompt follow each other.
+        k: how many experts a token takes, for all prompts or for each; None: what the model was trained with.
+        keep_routing: record the routing of every token that the model processes.
         tokenizer: gives the text; stop strings need it.
-        prefill_chunk: the most tokens of a prompt read in one step; all of them by default.
-        cache: an empty one to use, for as many sequences as prompts; by default `make_cache`'s.
-        keep_routing: record the routing of every token that the model read.
-        k: how many experts a token takes; by default what the model was trained with.
-        native: what runs the model's forward pass in its place.
+        prefill_chunk: the most tokens of a prompt processed in one step; all of them by default.
 
     Raises UsageError for a prompt that is empty, too long for the context or not of this vocabulary, and for arguments
     that contradict each other; MixtralError when the model's output is not finite.
     """
-    run = _Run(model, prompts, params, tokenizer, prefill_chunk, cache, keep_routing, k, native)
-    while run.active:
-        run.step()
-    return [s.result() for s in run.sequences]
+    pieces = stream(runner, prompts, params, n=n, k=k, keep_routing=keep_routing, tokenizer=tokenizer,
+                    prefill_chunk=prefill_chunk)  # fmt: skip
+    for _ in pieces:
+        pass
+    return pieces.results()
 
 
 def stream(
-    model: Mixtral,
+    runner: Runner,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams | Sequence[SamplingParams],
     *,
+    n: int = 1,
+    k: int | Sequence[int | None] | None = None,
+    keep_routing: bool = False,
     tokenizer: Tokenizer | None = None,
     prefill_chunk: int | None = None,
-    cache: FullCache | None = None,
-    k: int | None = None,
-    native: NativeModel | None = None,
-) -> Iterator[Piece]:
+) -> Stream:
     """The same as `generate`, token by token as they come. Errors in the arguments are raised at once."""
-    run = _Run(model, prompts, params, tokenizer, prefill_chunk, cache, False, k, native)
+    params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+    of_prompt = [k] * len(prompts) if k is None or isinstance(k, int) else list(k)
+    _check(prompts, params, of_prompt, runner.config, tokenizer, n, prefill_chunk)
+    return Stream(_Run(runner, prompts, params, of_prompt, n, keep_routing, tokenizer, prefill_chunk))
 
-    def pieces() -> Iterator[Piece]:
-        while run.active:
-            yield from run.step()
 
-    return pieces()
+class Stream(Iterator[Piece]):
+    """The pieces of a generation as they come. Closed, exhausted or dropped, it frees its cache."""
+
+    def __init__(self, run: _Run) -> None:
+        self._run = run
+        self._pieces: list[Piece] = []  # of the last step, not yet handed out, in reverse
+
+    def __next__(self) -> Piece:
+        while not self._pieces:
+            if not self._run.active:
+                raise StopIteration
+            try:
+                self._pieces = self._run.step()[::-1]
+            except BaseException:  # Ctrl-C too
+                self.close()
+                raise
+        return self._pieces.pop()
+
+    def results(self) -> list[Generation]:
+        """The continuations. Raises UsageError while some are unfinished."""
+        if self._run.active or self._pieces:
+            raise UsageError("results: the stream is not at its end yet")
+        return [s.result() for s in self._run.sequences]
+
+    def close(self) -> None:
+        """Stop here, and free the cache."""
+        self._run.stop()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def check_prompt(tokens: Sequence[int], config: ModelConfig, name: str = "prompt") -> None:
@@ -134,17 +158,17 @@ def _longest(params: SamplingParams, config: ModelConfig) -> int:
 
 
 class _Sequence:
-    """One prompt and its continuation."""
+    """One continuation of a prompt."""
 
     def __init__(
-        self, index: int, prompt: Sequence[int], params: SamplingParams, config: ModelConfig,
+        self, index: int, prompt: Sequence[int], params: SamplingParams, k: int | None, config: ModelConfig,
         tokenizer: Tokenizer | None,
     ) -> None:  # fmt: skip
-        self.index = index
-        self.params = params
+        self.index, self.params, self.k = index, params, k
+        self.id: int | None = None  # in the pool
         self.generator = make_generator(params, index)
         self.all_tokens = list(prompt)
-        self.read = 0  # how many of them the model has read
+        self.n_cached = 0  # how many of them are in the cache
         self.n_prompt = len(prompt)
         self.limit = min(self.n_prompt + params.max_tokens, _longest(params, config))
         self.end_ids = frozenset() if params.ignore_eos else _end_ids(config, tokenizer)
@@ -153,9 +177,10 @@ class _Sequence:
         self.texts: list[str] = []
         self.finish_reason: FinishReason | None = None
         self.routings: list[tuple[Routing, ...]] = []  # one entry a step
+        self.followers: list[_Sequence] = []  # other continuations of the prompt, until it is in the cache
 
     def accept(self, token: int, logprob: float) -> Piece:
-        """Add a drawn token."""
+        """Add a sampled token."""
         self.all_tokens.append(token)
         self.logprobs.append(logprob)
         text, ended = "", token in self.end_ids
@@ -178,75 +203,106 @@ class _Sequence:
 
 
 class _Run:
-    """The state of one call: its sequences, which of them are still active, and the cache of those."""
+    """The state of one call: its sequences, and which of them are still active, with their keys and values."""
 
     def __init__(
-        self, model: Mixtral, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams],
-        tokenizer: Tokenizer | None, prefill_chunk: int | None, cache: FullCache | None, keep_routing: bool,
-        k: int | None, native: NativeModel | None,
+        self, runner: Runner, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams],
+        k: Sequence[int | None], n: int, keep_routing: bool, tokenizer: Tokenizer | None, prefill_chunk: int | None,
     ) -> None:  # fmt: skip
-        params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        _check(prompts, params, model.config, tokenizer, prefill_chunk)
-        weight = model.embedding.weight
-        self.native = native is not None
-        self.forward: Callable[..., Output] = partial(native, routing=keep_routing) if native else model
-        self.cores: Callable[[], AbstractContextManager[None]] = cores_for_library if native else nullcontext
-        self.device, self.dtype = weight.device, weight.dtype
-        self.vocab_size = min(model.config.vocab_size, tokenizer.vocab_size) if tokenizer else model.config.vocab_size
-        self.prefill_chunk, self.keep_routing, self.k = prefill_chunk, keep_routing, k
+        config = runner.config
+        self.runner, self.pool = runner, runner.pool
+        self.vocab_size = min(config.vocab_size, tokenizer.vocab_size) if tokenizer else config.vocab_size
+        self.prefill_chunk, self.keep_routing = prefill_chunk, keep_routing
         self.sequences = [
-            _Sequence(i, prompt, wanted, model.config, tokenizer)
-            for i, (prompt, wanted) in enumerate(zip(prompts, params, strict=True))
+            _Sequence(n * i + j, prompt, wanted, of_prompt, config, tokenizer)
+            for i, (prompt, wanted, of_prompt) in enumerate(zip(prompts, params, k, strict=True))
+            for j in range(n)
         ]
-        self.active = list(self.sequences)
-        self.cache = make_cache(model.config, len(prompts), weight.dtype, weight.device) if cache is None else cache
-        if self.cache.lengths != [0] * len(prompts):
-            raise UsageError(f"cache: must be empty and for {len(prompts)} sequences, as many as there are prompts")
+        self.active = self.sequences[::n]  # the others follow when their prompt is in the cache
+        for leader in self.active:
+            leader.followers = self.sequences[leader.index + 1 : leader.index + n]
+            leader.id = self.pool.add()
+
+    def stop(self) -> None:
+        """Free what the active sequences have in the cache."""
+        for sequence in self.active:
+            if sequence.id is not None:
+                self.pool.free(sequence.id)
+                sequence.id = None
+        self.active = []
 
     @torch.inference_mode()
     def step(self) -> list[Piece]:
-        """Run the model once; the pieces of the sequences that it read to their end."""
-        with self.cores():
+        """Run the model once; the pieces of the sequences whose tokens are all in the cache."""
+        with self.runner.cores():
             return self._step()
 
     def _step(self) -> list[Piece]:
-        chunks = [s.all_tokens[s.read :][: self.prefill_chunk] for s in self.active]
-        batch = Ragged.of(chunks, [s.read for s in self.active], self.device)
+        chunks = [s.all_tokens[s.n_cached :][: self.prefill_chunk] for s in self.active]
+        ids = [s.id for s in self.active]
+        batch = self.pool.batch([(id, chunk) for id, chunk in zip(ids, chunks, strict=True) if id is not None])
         for sequence, chunk in zip(self.active, chunks, strict=True):
-            sequence.read += len(chunk)
-        ready = [i for i, s in enumerate(self.active) if s.read == len(s.all_tokens)]
+            sequence.n_cached += len(chunk)
+        ready = [i for i, s in enumerate(self.active) if s.n_cached == len(s.all_tokens)]
         ends = batch.cu_seqlens.tolist()
-        rows = torch.tensor([ends[i + 1] - 1 for i in ready], dtype=torch.int64, device=self.device)
-        out = self.forward(batch, self.cache, rows=rows, k=self.k)
+        rows = torch.tensor([ends[i + 1] - 1 for i in ready], dtype=torch.int64, device=self.runner.device)
+        out = self.runner.run(batch, rows, self._k([len(chunk) for chunk in chunks]), self.keep_routing)
         if self.keep_routing:
             self._record(out.routing, ends)
         assert out.logits is not None
-        pieces = self._draw(out.logits, [self.active[i] for i in ready]) if ready else []
+        pieces = self._sample(out.logits, [self.active[i] for i in ready]) if ready else []
         self._drop_finished()
         return pieces
+
+    def _k(self, counts: list[int]) -> int | Tensor | None:
+        """How many experts each token of the step takes."""
+        of_sequence = [s.k for s in self.active]
+        if len(set(of_sequence)) == 1:
+            return of_sequence[0]
+        default = self.runner.config.experts_per_token
+        k_B = torch.tensor([default if k is None else k for k in of_sequence], device=self.runner.device)
+        return k_B.repeat_interleave(torch.tensor(counts, device=self.runner.device))
 
     def _record(self, routing: tuple[Routing, ...], ends: list[int]) -> None:
         for sequence, begin, end in zip(self.active, ends[:-1], ends[1:], strict=True):
             sequence.routings.append(tuple(layer.tokens(begin, end) for layer in routing))
 
-    def _draw(self, logits_BV: Tensor, ready: list[_Sequence]) -> list[Piece]:
+    def _with_followers(self, ready: list[_Sequence]) -> tuple[list[int], list[_Sequence]]:
+        """Let the other continuations of prompts that are now in the cache begin -> (row of `ready`, sequence) each."""
+        rows, sequences = [], []
+        for row, leader in enumerate(ready):
+            for follower in leader.followers:
+                assert leader.id is not None
+                follower.id, follower.n_cached = self.pool.share(leader.id), leader.n_cached
+                follower.routings = list(leader.routings)
+                self.active.append(follower)
+            sequences += [leader, *leader.followers]
+            rows += [row] * (1 + len(leader.followers))
+            leader.followers = []
+        return rows, sequences
+
+    def _sample(self, logits_BV: Tensor, ready: list[_Sequence]) -> list[Piece]:
         logits_BV = logits_BV[:, : self.vocab_size]  # ids that the tokenizer lacks are padding of the weights
-        norm_B = log_sum_exp(logits_BV) if self.native else logits_BV.logsumexp(-1)
+        norm_B = self.runner.log_sum_exp(logits_BV)
         if not all(map(math.isfinite, norm_B.tolist())):  # some norm is not as soon as one logit is NaN or +inf
             raise MixtralError(
-                f"generation: logits are not finite in {self.dtype}; "
-                "the weights are damaged, or need a dtype of larger range (bf16 or fp32)"
+                "generation: logits are not finite; the weights are damaged, or need a dtype of larger range (bf16 or "
+                "fp32)"
             )
+        rows, ready = self._with_followers(ready)
+        if len(rows) > len(logits_BV):
+            logits_BV, norm_B = logits_BV[rows], norm_B[rows]
         ids_B = sample(_after_history(logits_BV, ready), [s.params for s in ready], [s.generator for s in ready])
         logprobs_B = logits_BV.gather(1, ids_B[:, None])[:, 0] - norm_B
-        drawn = zip(ready, ids_B.tolist(), logprobs_B.tolist(), strict=True)
-        return [sequence.accept(token, logprob) for sequence, token, logprob in drawn]
+        sampled = zip(ready, ids_B.tolist(), logprobs_B.tolist(), strict=True)
+        return [sequence.accept(token, logprob) for sequence, token, logprob in sampled]
 
     def _drop_finished(self) -> None:
-        unfinished = [i for i, s in enumerate(self.active) if s.finish_reason is None]
-        if len(unfinished) < len(self.active):
-            self.active = [self.active[i] for i in unfinished]
-            self.cache.keep(unfinished)
+        for sequence in self.active:
+            if sequence.finish_reason is not None and sequence.id is not None:
+                self.pool.free(sequence.id)
+                sequence.id = None
+        self.active = [s for s in self.active if s.finish_reason is None]
 
 
 def _after_history(logits_BV: Tensor, sequences: list[_Sequence]) -> Tensor:
@@ -261,10 +317,14 @@ def _after_history(logits_BV: Tensor, sequences: list[_Sequence]) -> Tensor:
 
 
 def _check(
-    prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], config: ModelConfig,
-    tokenizer: Tokenizer | None, prefill_chunk: int | None,
+    prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], k: Sequence[int | None], config: ModelConfig,
+    tokenizer: Tokenizer | None, n: int, prefill_chunk: int | None,
 ) -> None:  # fmt: skip
     """Raise UsageError for arguments that cannot be served."""
+    if n < 1:
+        raise UsageError(f"n: must be a positive number of continuations, not {n}")
+    if len(k) != len(prompts):
+        raise UsageError(f"k: {len(k)} given for {len(prompts)} prompts; give one, or one for each")
     if len(params) != len(prompts):
         raise UsageError(f"params: {len(params)} given for {len(prompts)} prompts; give one, or one for each")
     if prefill_chunk is not None and prefill_chunk < 1:

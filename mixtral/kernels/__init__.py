@@ -6,8 +6,6 @@ shapes stand in reference.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from mixtral.kernels import reference, table
@@ -18,8 +16,9 @@ from mixtral.kernels.torch import compiled, dense, dequantise, loss, permute
 from mixtral.kernels.torch import experts as stacked
 
 __all__ = [
-    "attention", "backends", "cached_attention", "choose", "combine", "cross_entropy", "experts", "experts_decode",
-    "gather_rows", "linear", "ops", "packed_linear", "rms_norm", "rotary", "swiglu", "use_backend",
+    "attention", "backends", "choose", "combine", "cross_entropy", "experts", "experts_decode",
+    "gather_rows", "linear", "ops", "packed_linear", "paged_attention", "rms_norm", "rotary", "swiglu", "use_backend",
+    "write_kv",
 ]  # fmt: skip
 
 
@@ -48,11 +47,16 @@ def attention(q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, cu_seqlens: Tensor, w
     return table.call("attention", q_THC, q_THC, k_TGC, v_TGC, cu_seqlens, window)
 
 
-def cached_attention(
-    q_THC: Tensor, positions_T: Tensor, cu_seqlens: Tensor, kv: Sequence[tuple[Tensor, Tensor, Tensor]],
-    window: int | None,
+def write_kv(pool_2GSC: Tensor, k_TGC: Tensor, v_TGC: Tensor, slots_T: Tensor) -> None:
+    table.call("write_kv", k_TGC, pool_2GSC, k_TGC, v_TGC, slots_T)
+
+
+def paged_attention(
+    q_THC: Tensor, pool_2GSC: Tensor, positions_T: Tensor, cu_seqlens: Tensor, block_tables: Tensor,
+    context_lens: Tensor, block_size: int, window: int | None,
 ) -> Tensor:  # fmt: skip
-    return table.call("cached_attention", q_THC, q_THC, positions_T, cu_seqlens, kv, window)
+    paging = cu_seqlens, block_tables, context_lens, block_size
+    return table.call("paged_attention", q_THC, q_THC, pool_2GSC, positions_T, *paging, window)
 
 
 def experts(rows_ND: Tensor, counts_E: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
@@ -87,7 +91,8 @@ def _register_all() -> None:
     table.register("rms_norm", "torch", dense.rms_norm, "backward by formula")
     table.register("rotary", "torch", dense.rotary, "backward is the opposite rotation")
     table.register("attention", "torch", sdpa.attention, "scaled_dot_product_attention")
-    table.register("cached_attention", "torch", sdpa.cached_attention, "scaled_dot_product_attention")
+    table.register("write_kv", "torch", sdpa.write_kv, "one indexed copy")
+    table.register("paged_attention", "torch", sdpa.paged_attention, "scaled_dot_product_attention")
     table.register("gather_rows", "torch", permute.gather_rows, "gathers both ways, deterministic")
     table.register("combine", "torch", permute.combine, "gathers both ways, deterministic")
     table.register("cross_entropy", "torch", loss.cross_entropy, "fused with the output projection, by blocks")

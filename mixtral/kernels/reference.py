@@ -6,8 +6,6 @@ heads, G key/value heads, C head width, V vocabulary, Q queries, S keys.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -57,14 +55,30 @@ def attention(q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, cu_seqlens: Tensor, w
     return torch.cat(out) if out else q_THC
 
 
-def cached_attention(
-    q_THC: Tensor, positions_T: Tensor, cu_seqlens: Tensor, kv: Sequence[tuple[Tensor, Tensor, Tensor]],
-    window: int | None,
-) -> Tensor:
-    """Attention of each packed sequence's new tokens over its own (keys [S, G, C], values, positions [S])."""
+def write_kv(pool_2GSC: Tensor, k_TGC: Tensor, v_TGC: Tensor, slots_T: Tensor) -> None:
+    """Each token's key and value into its slot of the pool, in place."""
+    for t, slot in enumerate(slots_T.tolist()):
+        pool_2GSC[0, :, slot], pool_2GSC[1, :, slot] = k_TGC[t], v_TGC[t]
+
+
+def paged_attention(
+    q_THC: Tensor, pool_2GSC: Tensor, positions_T: Tensor, cu_seqlens: Tensor, block_tables: Tensor,
+    context_lens: Tensor, block_size: int, window: int | None,
+) -> Tensor:  # fmt: skip
+    """Attention of each sequence's new tokens, at `positions_T`, over all its positions so far -> [T, H, C].
+
+    Position p of sequence i lies in slot block_tables[i, p // block_size] * block_size + p % block_size of the pool,
+    which holds keys and values in its own dtype; blocks that no token of the batch sees any more may be missing (-1).
+    """
     out = []
-    for (k, v, at), begin, end in zip(kv, cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
-        out.append(attend(q_THC[begin:end], k, v, visible(positions_T[begin:end], at, window)))
+    for i, length in enumerate(context_lens.tolist()):
+        rows = slice(int(cu_seqlens[i]), int(cu_seqlens[i + 1]))
+        oldest = 0 if window is None else max(0, length - (rows.stop - rows.start) - window + 1)
+        seen = range(oldest, length)
+        slots = [int(block_tables[i, p // block_size]) * block_size + p % block_size for p in seen]
+        k_SGC, v_SGC = (t[:, slots].transpose(0, 1) for t in pool_2GSC)
+        at = torch.tensor(seen, device=q_THC.device)
+        out.append(attend(q_THC[rows], k_SGC, v_SGC, visible(positions_T[rows], at, window)))
     return torch.cat(out) if out else q_THC
 
 

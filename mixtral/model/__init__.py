@@ -1,7 +1,7 @@
 """The model definition that training, generation, serving and analysis share."""
 
-from mixtral.model.attention import KeysValues, KVCache
+from mixtral.model.attention import KVCache
 from mixtral.model.batch import Ragged
 from mixtral.model.transformer import Mixtral, Output, initialise, named_state
 
-__all__ = ["KVCache", "KeysValues", "Mixtral", "Output", "Ragged", "initialise", "named_state"]
+__all__ = ["KVCache", "Mixtral", "Output", "Ragged", "initialise", "named_state"]

@@ -1,12 +1,11 @@
 """Grouped-query attention (arXiv 2305.13245) with rotary embedding, and the contract of a KV cache.
 
-Legend: T tokens, D model width, H query heads, G key/value heads, C head width, S keys of one sequence.
+Legend: T tokens, D model width, H query heads, G key/value heads, C head width, S slots of the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -16,19 +15,14 @@ from mixtral.model.batch import Ragged
 from mixtral.model.linear import Linear
 
 
-class KeysValues(NamedTuple):
-    """What one sequence's new tokens may look at. Positions need not be in order: a rolling buffer's are not."""
-
-    keys_SGC: Tensor  # rotated
-    values_SGC: Tensor
-    positions_S: Tensor  # int64
-
-
 class KVCache(Protocol):
-    """Keys and values of earlier tokens, one entry a sequence of the batch, in the batch's order."""
+    """Keys and values in blocks (engine/pool.py). The batch says which blocks are whose, and where new ones belong."""
 
-    def extend(self, layer: int, keys_TGC: Tensor, values_TGC: Tensor, batch: Ragged) -> Sequence[KeysValues]:
-        """Keep the new tokens' keys and values; return, for each sequence, all that its new tokens may see."""
+    @property
+    def block_size(self) -> int: ...
+
+    def layer(self, layer: int) -> Tensor:
+        """One layer's keys (rotated) and values [2, G, S, C]."""
         ...
 
 
@@ -53,6 +47,11 @@ class Attention(nn.Module):
         if cache is None:
             out_THC = kernels.attention(q_THC, k_TGC, v_TGC, batch.cu_seqlens, self.window)
         else:
-            kv = cache.extend(layer, k_TGC, v_TGC, batch)
-            out_THC = kernels.cached_attention(q_THC, batch.positions_T, batch.cu_seqlens, kv, self.window)
+            assert batch.slots_T is not None and batch.block_tables is not None and batch.context_lens is not None
+            pool_2GSC = cache.layer(layer)
+            kernels.write_kv(pool_2GSC, k_TGC, v_TGC, batch.slots_T)
+            out_THC = kernels.paged_attention(
+                q_THC, pool_2GSC, batch.positions_T, batch.cu_seqlens, batch.block_tables, batch.context_lens,
+                cache.block_size, self.window,
+            )  # fmt: skip
         return self.wo(out_THC.flatten(1))

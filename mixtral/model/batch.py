@@ -18,7 +18,10 @@ class Ragged(NamedTuple):
     tokens_T: Tensor  # int64
     positions_T: Tensor  # int64, the position of each token in its own sequence
     cu_seqlens: Tensor  # int32 [S + 1], where each sequence starts, and T at the end; kept on the CPU
-    max_seqlen: int
+    # With a cache of keys and values in blocks (engine/pool.py):
+    block_tables: Tensor | None = None  # int64 [S, most blocks] on the CPU, each sequence's blocks; -1: none, or freed
+    context_lens: Tensor | None = None  # int64 [S] on the CPU, positions of each sequence, this batch's included
+    slots_T: Tensor | None = None  # int64, the slot of the pool for each token's key and value
 
     @classmethod
     def of(cls, sequences: Sequence[Sequence[int]], starts: Sequence[int] | None = None,
@@ -30,8 +33,10 @@ class Ragged(NamedTuple):
         positions = [p for n, first in zip(lengths, starts, strict=True) for p in range(first, first + n)]
         cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         positions_T = torch.tensor(positions, dtype=torch.int64, device=device)
-        return cls(tokens, positions_T, cu_seqlens, max(lengths, default=0))
+        return cls(tokens, positions_T, cu_seqlens)
 
     def to(self, device: torch.device | str) -> Ragged:
-        """On `device`, but for `cu_seqlens`, which the host reads."""
-        return self._replace(tokens_T=self.tokens_T.to(device), positions_T=self.positions_T.to(device))
+        """On `device`, but for what the host reads."""
+        slots_T = None if self.slots_T is None else self.slots_T.to(device)
+        tokens_T, positions_T = self.tokens_T.to(device), self.positions_T.to(device)
+        return self._replace(tokens_T=tokens_T, positions_T=positions_T, slots_T=slots_T)

@@ -17,6 +17,7 @@ from mixtral.config.router import TokenK
 from mixtral.errors import UsageError
 from mixtral.model.attention import Attention, KVCache
 from mixtral.model.batch import Ragged
+from mixtral.model.embedding import Embedding
 from mixtral.model.linear import Linear
 from mixtral.model.norm import RMSNorm
 from mixtral.model.rope import rotary_angles
@@ -77,7 +78,7 @@ class Mixtral(nn.Module):
         by_token = isinstance(config.router_options, TokenK)
         k_V = torch.full((config.vocab_size,), config.experts_per_token) if by_token else None
         self.register_buffer("k_of_token", k_V)
-        self.embedding = nn.Embedding(config.vocab_size, config.dim, _weight=torch.empty(config.vocab_size, config.dim))
+        self.embedding = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output: nn.Module | None = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
@@ -121,12 +122,13 @@ class Mixtral(nn.Module):
         return Output(self._logits(self.norm(x_TD if rows is None else x_TD[rows])), None, tuple(routings))
 
     def _logits(self, h_RD: Tensor) -> Tensor:
-        h_RV = kernels.linear(h_RD, self.embedding.weight) if self.output is None else self.output(h_RD)
+        h_RV = self.embedding.logits(h_RD) if self.output is None else self.output(h_RD)
         return h_RV.float()
 
     def _loss(self, h_TD: Tensor, targets_T: Tensor) -> Tensor:
         """See kernels.reference.cross_entropy. It takes the weight: for a plain output as it is alone."""
-        if self.output is None or (type(self.output) is Linear and not added_to(self.output)):
+        module, plain = (self.embedding, Embedding) if self.output is None else (self.output, Linear)
+        if type(module) is plain and not added_to(module):
             return kernels.cross_entropy(h_TD, self.output_weight, targets_T)
         total = nn.functional.cross_entropy(self._logits(h_TD), targets_T, ignore_index=-100, reduction="sum")
         return total / (targets_T != -100).sum().clamp(min=1)

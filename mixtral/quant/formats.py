@@ -1,10 +1,10 @@
-"""Weights of 8.5 and 4.5 bits: how a matrix is rounded, and what it takes packed.
+"""Formats of packed weights: fp32, fp16 and bf16 as they are, and 8.5 and 4.5 bits: how a matrix is rounded to those.
 
-A matrix is cut into groups of 32 consecutive inputs of one output. Each has one fp16 scale s and whole numbers q, and
-stands for s * q: q in -127..127 (int8) or -8..7 (int4). Scale and numbers are chosen to make the squared error small,
-each input weighted by its importance (the mean square of what the calibration text sends through it). Where the moments
-of all pairs of inputs are known, later inputs make good for earlier ones (quant/gptq.py). Where the bytes lie is
-said in kernels/packing.py.
+For the latter a matrix is cut into groups of 32 consecutive inputs of one output. Each has one fp16 scale s and whole
+numbers q, and stands for s * q: q in -127..127 (int8) or -8..7 (int4). Scale and numbers are chosen to make the
+squared error small, each input weighted by its importance (the mean square of what the calibration text sends through
+it). Where the moments of all pairs of inputs are known, the rounding error of an input is compensated in the inputs
+not yet rounded (quant/gptq.py). kernels/packing.py says where the bytes lie.
 
 Legend: N outputs, D inputs, I the 32 inputs of a group, G groups.
 """
@@ -26,15 +26,9 @@ _CHUNK = 4096  # groups that are searched at once: half a megabyte in fp32, whic
 
 @dataclass(frozen=True)
 class Format:
-    """What one weight becomes. `divisors`: the places that the largest weight of a group may be put at, tried in turn.
+    """What one weight becomes when it is packed."""
 
-    In int4 that is beyond -8 for some: the largest weight is then clipped, and all others are rounded more finely.
-    """
-
-    name: str
-    low: int
-    high: int
-    divisors: tuple[float, ...]
+    name: str  # of kernels/packing.py
 
     @property
     def bits(self) -> float:
@@ -47,9 +41,20 @@ class Format:
         return (*lead, *packing.packed_shape(self.name, n, d))
 
 
-INT8 = Format("int8", -127, 127, (126.0, 126.5, 127.0, 127.5))
-INT4 = Format("int4", -8, 7, tuple(7.0 + 0.3 * step for step in range(12)))
+@dataclass(frozen=True)
+class QuantFormat(Format):
+    """Whole numbers low..high with a scale a group. `divisors`: the numbers that the largest weight of a group is tried
+    at; in int4 some lie beyond -8: the largest weight is then clipped, and all others are rounded more finely."""
+
+    low: int
+    high: int
+    divisors: tuple[float, ...]
+
+
+INT8 = QuantFormat("int8", -127, 127, (126.0, 126.5, 127.0, 127.5))
+INT4 = QuantFormat("int4", -8, 7, tuple(7.0 + 0.3 * step for step in range(12)))
 FORMATS = {format.name: format for format in (INT8, INT4)}
+PLAIN = {dtype: Format(name) for name, dtype in packing.DTYPES.items()}  # formats that round nothing, by dtype
 
 
 def find_format(name: str) -> Format:
@@ -60,7 +65,7 @@ def find_format(name: str) -> Format:
 
 
 def quantise(
-    w_ND: Tensor, format: Format, importance: Tensor | None = None, allow_nonfinite: bool = False
+    w_ND: Tensor, format: QuantFormat, importance: Tensor | None = None, allow_nonfinite: bool = False
 ) -> Tensor:
     """Round and pack one matrix -> uint8 [blocks, bytes of a block].
 
@@ -86,7 +91,7 @@ def quantise(
     return packing.pack(q_ND, format.name, scale_NG)
 
 
-def _round_with_feedback(w_ND: Tensor, format: Format, moments_DD: Tensor) -> tuple[Tensor, Tensor]:
+def _round_with_feedback(w_ND: Tensor, format: QuantFormat, moments_DD: Tensor) -> tuple[Tensor, Tensor]:
     """As `round_weights`; inputs that fill up the last group are 0 and touch no other."""
     more = -w_ND.shape[1] % GROUP
     padded_ND = torch.nn.functional.pad(w_ND.float(), (0, more))
@@ -98,7 +103,7 @@ def _round_with_feedback(w_ND: Tensor, format: Format, moments_DD: Tensor) -> tu
     )  # fmt: skip
 
 
-def round_weights(w_ND: Tensor, format: Format, importance_D: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def round_weights(w_ND: Tensor, format: QuantFormat, importance_D: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The rounding alone -> (q int8 [N, D'], scales fp32 that fp16 holds [N, D' / 32]), D' = D up to a multiple of 32.
 
     Of several scales for each group the one is taken that leaves the least error once it is fitted to the numbers it
@@ -133,7 +138,7 @@ def _by_group(w_ND: Tensor) -> Tensor:
     return padded_ND.reshape(-1, GROUP).T.contiguous()
 
 
-def _round_groups(w_IG: Tensor, m_IG: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+def _round_groups(w_IG: Tensor, m_IG: Tensor, format: QuantFormat) -> tuple[Tensor, Tensor]:
     """-> (whole numbers, still fp32 [32, G], scales [G] rounded to fp16)."""
     mw_IG = m_IG * w_IG
     extreme_G = w_IG.gather(0, w_IG.abs().argmax(0, keepdim=True))[0]
@@ -149,7 +154,7 @@ def _round_groups(w_IG: Tensor, m_IG: Tensor, format: Format) -> tuple[Tensor, T
     return _whole(w_IG, scale_G, format), scale_G
 
 
-def _whole(w_IG: Tensor, scale_G: Tensor, format: Format) -> Tensor:
+def _whole(w_IG: Tensor, scale_G: Tensor, format: QuantFormat) -> Tensor:
     """The nearest numbers of the format; all 0 where the scale is 0."""
     inverse_G = torch.where(scale_G.abs() > 1e-20, 1 / scale_G, 0.0)
     return (w_IG * inverse_G).round_().clamp_(format.low, format.high)

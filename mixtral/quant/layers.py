@@ -1,8 +1,9 @@
-"""Quantised parts of a model, put in the place of model.Linear, moe.Experts and moe.FeedForward.
+"""Packed modules, put in the place of model.Linear, model.Embedding, moe.Experts and moe.FeedForward.
 
-They hold packed bytes (quant/formats.py) and no parameters, so they are not trained.
+They hold packed bytes (kernels/packing.py) of a plain or a quantised format and no parameters, so they are not trained.
 
-Legend: T tokens, D model width, F expert hidden width, E experts, K experts a token, N routed rows, O output width.
+Legend: T tokens, D model width, F expert hidden width, E experts, K experts a token, N routed rows, O output width, V
+vocabulary, R rows.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mixtral import kernels
-from mixtral.kernels.packing import LANES
+from mixtral.kernels.packing import LANES, unpack_rows
 from mixtral.moe import Routing
 from mixtral.quant.formats import Format
 
@@ -29,6 +30,34 @@ class PackedLinear(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         """-> [T, O] in the dtype of `x`."""
         return kernels.packed_linear(x_TD, self.weight_packed, self.format.name, self.dim_out).to(x_TD.dtype)
+
+
+class PackedEmbedding(nn.Module):
+    """An embedding and the output product tied to it, stored once: [V, D] packed as `weight_packed`.
+
+    Args:
+        format: one without scales.
+        dtype: of the activations.
+    """
+
+    weight_packed: Tensor
+
+    def __init__(self, format: Format, vocab_size: int, dim: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.format, self.vocab_size, self.dim, self.dtype = format, vocab_size, dim, dtype
+        self.register_buffer("weight_packed", _empty(format, vocab_size, dim))
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight_packed.device
+
+    def forward(self, tokens_T: Tensor) -> Tensor:
+        """int64 [T] -> [T, D]."""
+        return unpack_rows(self.weight_packed, self.format.name, self.vocab_size, self.dim, tokens_T).to(self.dtype)
+
+    def logits(self, h_RD: Tensor) -> Tensor:
+        """h E^T -> [R, V]."""
+        return kernels.packed_linear(h_RD, self.weight_packed, self.format.name, self.vocab_size).to(h_RD.dtype)
 
 
 class PackedFeedForward(nn.Module):

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from mixtral.config import ModelConfig
 from mixtral.errors import WeightsError
+from mixtral.kernels.packing import pack
 from mixtral.model import Mixtral
-from mixtral.model.linear import Linear
-from mixtral.moe import Experts, FeedForward
-from mixtral.quant.layers import PackedExperts, PackedFeedForward, PackedLinear
+from mixtral.quant.formats import PLAIN, Format
+from mixtral.quant.pack import replace_matrices
 from mixtral.quant.scheme import PACKED, QuantScheme, stored_shapes
 from mixtral.weights.finite import require_range
 from mixtral.weights.names import fixed_dtype
@@ -35,12 +35,15 @@ def load_quantised(
     assert dtype is not None  # open_packed refused the others
     state = {}
     for name, raw_bytes in file.mapped().items():
-        packed = name.endswith(PACKED)
-        tensor = _tensor(file, name, raw_bytes) if packed else _tensor(file, name, raw_bytes.clone())
-        wanted = tensor.dtype if packed else fixed_dtype(name) or dtype
+        mapped = name.endswith(PACKED) or name == "embedding.weight"  # used as it lies in the file
+        tensor = _tensor(file, name, raw_bytes if mapped else raw_bytes.clone())
+        wanted = tensor.dtype if mapped else fixed_dtype(name) or dtype
         require_range(name, tensor, wanted)
         state[name] = tensor.to(device, wanted)
-    model = empty_quantised(config, scheme)
+    embedding = state["embedding.weight"]
+    if config.tie_embeddings:
+        state["embedding.weight" + PACKED] = pack(state.pop("embedding.weight"), PLAIN[embedding.dtype].name)
+    model = empty_quantised(config, scheme, PLAIN[embedding.dtype], dtype)
     model.load_state_dict(state, assign=True)
     return model
 
@@ -52,27 +55,12 @@ def open_packed(folder: str | Path, config: ModelConfig, scheme: QuantScheme) ->
     return file
 
 
-def empty_quantised(config: ModelConfig, scheme: QuantScheme) -> Mixtral:
-    """The model with its quantised parts in place, all on the meta device."""
+def empty_quantised(config: ModelConfig, scheme: QuantScheme, embedding: Format, activations: torch.dtype) -> Mixtral:
+    """The model with its quantised modules in place, all on the meta device (replace_matrices)."""
     with torch.device("meta"):
         model = Mixtral(config)
-        for name, module in list(model.named_modules()):
-            if (new := _quantised(name, module, scheme)) is not None:
-                model.set_submodule(name, new)
+        replace_matrices(model, scheme.format, embedding, activations)
     return model
-
-
-def _quantised(name: str, module: torch.nn.Module, scheme: QuantScheme) -> torch.nn.Module | None:
-    """What takes the place of a module; None: it stays."""
-    if isinstance(module, Linear):
-        fmt = scheme.format(name + ".weight")
-        return None if fmt is None else PackedLinear(fmt, *reversed(module.weight.shape))
-    if isinstance(module, Experts | FeedForward):
-        fmt = scheme.format(name + ".w2")
-        assert fmt is not None
-        quantised = PackedExperts if isinstance(module, Experts) else PackedFeedForward
-        return quantised(fmt, *module.w2.shape)
-    return None
 
 
 def _tensor(file: SafetensorsFile, name: str, raw_bytes: Tensor) -> Tensor:

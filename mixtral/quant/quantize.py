@@ -15,7 +15,7 @@ from mixtral.config import ModelConfig
 from mixtral.config.formats import read_config, to_hf
 from mixtral.errors import WeightsError
 from mixtral.files import atomic_folder
-from mixtral.quant.formats import Format, quantise
+from mixtral.quant.formats import QuantFormat, quantise
 from mixtral.quant.scheme import PACKED, QuantScheme, stored_shapes, theoretical_bytes
 from mixtral.weights.convert import copy_tokenizer, with_token_ids
 from mixtral.weights.load import StateReader
@@ -89,7 +89,7 @@ def _entries(
 
 
 def _pack(
-    reader: StateReader, name: str, fmt: Format, shape: tuple[int, ...], importance: Tensor | None,
+    reader: StateReader, name: str, fmt: QuantFormat, shape: tuple[int, ...], importance: Tensor | None,
     done: Callable[[int], None], allow_nonfinite: bool,
 ) -> Tensor:  # fmt: skip
     """All matrices of one parameter, packed one after the other -> uint8 [..., blocks, bytes of a block]."""

@@ -13,7 +13,7 @@ from mixtral.config.specs import check_value
 from mixtral.errors import ConfigError, UsageError, did_you_mean, shown
 from mixtral.json_files import read_object
 from mixtral.kernels.packing import GROUP
-from mixtral.quant.formats import FORMATS, Format
+from mixtral.quant.formats import FORMATS, QuantFormat
 from mixtral.weights.names import parameter_shapes
 
 Part = Literal["attention", "experts", "output"]
@@ -51,7 +51,7 @@ class QuantScheme:
             raise UsageError(f"bits: unknown choice {bits!r}; {did_you_mean(bits, BITS)}")
         return cls(*BITS[bits], calibration)
 
-    def format(self, name: str) -> Format | None:
+    def format(self, name: str) -> QuantFormat | None:
         """The format of our parameter `name`; None when it is not quantised."""
         part = part_of(name)
         return FORMATS[getattr(self, part)] if part else None

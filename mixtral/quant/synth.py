@@ -20,7 +20,7 @@ from mixtral.config import ModelConfig
 from mixtral.errors import MixtralError, UsageError, did_you_mean
 from mixtral.files import atomic_folder
 from mixtral.kernels.packing import GROUP_BYTES, LANES
-from mixtral.quant.formats import Format
+from mixtral.quant.formats import QuantFormat
 from mixtral.quant.load import open_packed
 from mixtral.quant.quantize import write_quantised_config
 from mixtral.quant.scheme import BITS, PACKED, QuantScheme, stored_shapes
@@ -109,7 +109,7 @@ def _entries(state: _RandomState, config: ModelConfig, scheme: QuantScheme, seed
     return entries
 
 
-def _random_packed(fmt: Format, seed: int, name: str, shape: tuple[int, ...], std: float) -> Tensor:
+def _random_packed(fmt: QuantFormat, seed: int, name: str, shape: tuple[int, ...], std: float) -> Tensor:
     """Whole numbers of equal chance, and the scale that gives them the spread `std` -> uint8 [..., blocks, bytes].
 
     Of int8's 256 values only 255 are used: 0, which stands for -128, becomes -127. Padding would be filled as well;

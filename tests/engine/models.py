@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mixtral import engine
 from mixtral.config import ModelConfig
 from mixtral.model import Mixtral
 from mixtral.tokenizer import Tokenizer
@@ -30,6 +31,15 @@ def make_model(seed: int = 0, **changes: Any) -> Mixtral:
 
 def random_tokens(n: int, seed: int = 0) -> list[int]:
     return torch.randint(3, CONFIG.vocab_size, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def generate(model: Mixtral, *args: Any, **options: Any) -> list[engine.Generation]:
+    """By the model itself, on torch."""
+    return engine.generate(engine.TorchRunner(model), *args, **options)
+
+
+def stream(model: Mixtral, *args: Any, **options: Any) -> engine.Stream:
+    return engine.stream(engine.TorchRunner(model), *args, **options)
 
 
 class Pieces(Tokenizer):

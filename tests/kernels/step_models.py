@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from mixtral import kernels
 from mixtral.config import ModelConfig
-from mixtral.engine.native import step_weights
-from mixtral.kernels.native.step import Result, Span, Step
+from mixtral.engine.native_runner import step_weights
+from mixtral.kernels.native.step import Pages, Result, Span, Step
 from mixtral.kernels.packing import DTYPES, pack
 from mixtral.model import Mixtral, Output, Ragged
 from mixtral.model.linear import Linear
 from mixtral.model.rope import rotary_angles
 from mixtral.moe import Experts, FeedForward
-from mixtral.quant.formats import FORMATS, Format, quantise
-from mixtral.quant.layers import PackedExperts, PackedFeedForward, PackedLinear
+from mixtral.quant.formats import FORMATS, PLAIN, Format, QuantFormat, quantise
+from mixtral.quant.layers import PackedEmbedding, PackedExperts, PackedFeedForward, PackedLinear
 
 SHAPES: dict[str, dict[str, Any]] = {
     "sparse": {},
@@ -52,10 +52,15 @@ def packed_model(shape: ModelConfig, name: str, seed: int = 0) -> Mixtral:
 
 def pack_parts(model: Mixtral, name: str) -> Mixtral:
     """All matrices packed in the format `name`, in place."""
-    fmt = FORMATS[name] if name in FORMATS else Format(name, 0, 0, ())
+    fmt = FORMATS.get(name, Format(name))
     for path, module in list(model.named_modules()):
         if (new := _packed(module, fmt)) is not None:
             model.set_submodule(path, new)
+    if model.output is None:
+        tied = PLAIN[DTYPES.get(name, torch.bfloat16)]
+        packed = PackedEmbedding(tied, *model.embedding.weight.shape, torch.float32)
+        packed.weight_packed.copy_(pack(model.embedding.weight.to(DTYPES[tied.name]), tied.name))
+        model.set_submodule("embedding", packed)
     return model
 
 
@@ -70,8 +75,8 @@ def _packed(module: nn.Module, fmt: Format) -> nn.Module | None:
         return None
     for name, parameter in module.named_parameters():
         matrices = parameter.reshape(-1, *parameter.shape[-2:])
-        plain = DTYPES.get(fmt.name)
-        whole = [pack(w.to(plain), fmt.name) if plain else quantise(w, fmt) for w in matrices]
+        quantised = isinstance(fmt, QuantFormat)
+        whole = [quantise(w, fmt) if quantised else pack(w.to(DTYPES[fmt.name]), fmt.name) for w in matrices]
         buffer = new.get_buffer(name + "_packed")
         buffer.copy_(torch.stack(whole).view(buffer.shape))
     return new
@@ -88,28 +93,33 @@ def tokens(n: int, seed: int = 0, vocab: int = 37) -> list[int]:
 
 
 class Cached:
-    """Some sequences on a native step, each with a pool of blocks of its own, in a shuffled order.
+    """Some sequences on a native step, with a pool of which each has so many blocks, in a shuffled order.
 
-    A block's slots lie one behind the other, or those of one head after those of another.
+    The pool's slots lie one behind the other, or those of one head after those of another.
     """
 
     def __init__(self, model: Mixtral, n: int, blocks: int = 1, size: int = 64, dtype: torch.dtype = torch.float32,
                  by_head: bool = False) -> None:  # fmt: skip
         shape = self.config = model.config
-        self.step = Step(shape, step_weights(model))
-        slots = (shape.n_kv_heads, size) if by_head else (size, shape.n_kv_heads)
-        pools = [torch.full((shape.n_layers, blocks, 2, *slots, shape.head_dim), float("nan"), dtype=dtype)
-                 for _ in range(n)]  # fmt: skip
-        self.pools = [pool.transpose(3, 4) for pool in pools] if by_head else pools
-        self.tables = [torch.randperm(blocks, generator=torch.Generator().manual_seed(i)).tolist() for i in range(n)]
+        self.step, self.size = Step(shape, step_weights(model)), size
+        slots = n * blocks * size
+        inner = (shape.n_kv_heads, slots) if by_head else (slots, shape.n_kv_heads)
+        pool = torch.full((shape.n_layers, 2, *inner, shape.head_dim), float("nan"), dtype=dtype)
+        self.pool = pool if by_head else pool.transpose(2, 3)
+        self.tables = torch.randperm(n * blocks, generator=torch.Generator().manual_seed(n)).view(n, blocks)
         self.lengths = [0] * n
         self.angles = rotary_angles(torch.arange(512), shape.head_dim, shape.rope_theta)
 
-    def run(self, chunks: dict[int, list[int]], k: int | None = None, wanted: Tensor | None = None) -> Result:
+    def pages(self, *sequences: int) -> Pages:
+        return Pages(self.pool, self.size, self.tables[list(sequences)])
+
+    def run(self, chunks: dict[int, list[int]], k: int | Tensor | None = None, wanted: Tensor | None = None,
+            **options: Any) -> Result:  # fmt: skip
         """The next tokens of some sequences, by number; all rows' logits by default."""
-        spans = []
+        spans, rows = [], 0
         for i, chunk in chunks.items():
-            spans.append(Span(len(chunk), self.lengths[i], self.pools[i], self.tables[i]))
-            self.lengths[i] += len(chunk)
+            spans.append(Span(rows, len(chunk), self.lengths[i]))
+            self.lengths[i], rows = self.lengths[i] + len(chunk), rows + len(chunk)
         source = torch.tensor([t for chunk in chunks.values() for t in chunk], dtype=torch.int64)
-        return self.step.run(source, spans, self.angles, torch.arange(len(source)) if wanted is None else wanted, k)
+        wanted = torch.arange(rows) if wanted is None else wanted
+        return self.step.run(source, spans, self.pages(*chunks), self.angles, wanted, k, **options)

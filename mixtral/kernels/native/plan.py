@@ -16,7 +16,8 @@ from mixtral.errors import UsageError
 from mixtral.kernels.native.library import FORMATS, Matrix
 from mixtral.kernels.packing import check_packed
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # enum Dtype
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype
+CACHE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Expert(ctypes.Structure):
@@ -25,16 +26,18 @@ class Expert(ctypes.Structure):
 
 class Layer(ctypes.Structure):
     _fields_ = (
-        ("attention_norm", c_void_p), ("ffn_norm", c_void_p), ("wqkv", Matrix), ("wo", Matrix), ("gate", c_void_p),
-        ("experts", POINTER(Expert)),
+        ("attention_norm", c_void_p), ("ffn_norm", c_void_p), ("wqkv", Matrix), ("wo", Matrix), ("router", c_void_p),
+        ("experts", POINTER(Expert)), ("n_experts", c_int32), ("ffn_dim", c_int32), ("in_kinds", c_int32),
+        ("out_kinds", c_int32),
     )  # fmt: skip
 
 
 class Model(ctypes.Structure):
     _fields_ = (
         ("dim", c_int32), ("n_heads", c_int32), ("n_kv_heads", c_int32), ("head_dim", c_int32), ("ffn_dim", c_int32),
-        ("n_experts", c_int32), ("window", c_int32), ("embedding_dtype", c_int32), ("norm_eps", c_float),
-        ("layers", POINTER(Layer)), ("embedding", c_void_p), ("norm", c_void_p), ("output", Matrix),
+        ("n_experts", c_int32), ("most_kinds", c_int32), ("window", c_int32), ("embedding_dtype", c_int32),
+        ("norm_eps", c_float), ("layers", POINTER(Layer)), ("embedding", c_void_p), ("packed_embedding", Matrix),
+        ("norm", c_void_p), ("output", Matrix),
     )  # fmt: skip
 
 
@@ -42,14 +45,15 @@ class Sequence(ctypes.Structure):
     _fields_ = (
         ("begin", c_int32), ("n", c_int32), ("first", c_int64), ("n_blocks", c_int32), ("block_size", c_int32),
         ("layer_stride", c_int64), ("value_stride", c_int64), ("slot_stride", c_int64), ("head_stride", c_int64),
-        ("blocks", POINTER(c_void_p)),
+        ("blocks", c_void_p),
     )  # fmt: skip
 
 
 class Plan(ctypes.Structure):
     _fields_ = (
         ("model", POINTER(Model)), ("rows", c_int32), ("n_sequences", c_int32), ("n_wanted", c_int32), ("k", c_int32),
-        ("first_layer", c_int32), ("last_layer", c_int32), ("cache_dtype", c_int32), ("sequences", POINTER(Sequence)),
+        ("first_layer", c_int32), ("last_layer", c_int32), ("from_experts", c_int32), ("to_router", c_int32),
+        ("cache_dtype", c_int32), ("sequences", POINTER(Sequence)), ("row_k", c_void_p), ("active", c_void_p),
         ("tokens", c_void_p), ("cosines", c_void_p), ("sines", c_void_p), ("wanted", c_void_p), ("x", c_void_p),
         ("logits", c_void_p), ("router_logits", c_void_p), ("experts", c_void_p), ("weights", c_void_p),
         ("scratch", c_void_p),
@@ -78,12 +82,12 @@ class LayerWeights(NamedTuple):
     ffn_norm: Tensor
     wqkv: Weight  # [(H + 2 G) C, D], grouped by key/value head
     wo: Weight  # [D, H C]
-    gate: Tensor | None  # fp32 [E, D]; None: dense
-    experts: tuple[ExpertWeights, ...]  # E, or one when dense
+    router: Tensor | None  # fp32 [E, D]; None: dense
+    experts: tuple[ExpertWeights | None, ...]  # E, or one when dense; None: not here, adds nothing
 
 
 class ModelWeights(NamedTuple):
-    embedding: Tensor  # fp32 or bf16 [V, D]
+    embedding: Tensor | Weight  # fp32, bf16 or fp16 [V, D], or packed in a format without scales
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # fp32 [D]
     output: Weight  # [V, D]

@@ -1,19 +1,19 @@
-"""The native step: one C call runs a range of layers for some rows, as a plan made here says (native/step.h).
+"""The native step: one C call runs a range of layers for some rows, as a plan made here says (native/src/step.h).
 
-What the plan names, it names by address: weights by (pointer, format) for each matrix, keys and values by blocks of a
-paged cache. So quantised weights, paging and a range of layers need no step of their own.
+The plan refers to tensors by raw pointer: weights by (pointer, format) for each matrix, keys and values by blocks of a
+paged pool. So quantised weights, paging and a range of layers need no step of their own.
 
-Arithmetic: products are those of packed.py; the residual stream, norms, rotary embedding, softmax and the weighted sum
-of experts are fp32; keys and values are rounded to the cache's dtype. A row's bits depend on its own sequence alone.
+Arithmetic: products are those of packing.py; the residual stream, norms, rotary embedding, softmax and the weighted sum
+of experts are fp32; keys and values are rounded to the pool's dtype. A row's bits depend on its own sequence alone.
 
 Legend: T rows, D model width, E experts, K experts a row takes, G key/value heads, C head width, V vocabulary, L
-layers, S slots of a block, B blocks, R rows whose logits are wanted.
+layers, M sparse layers of a call, S slots of the pool, B blocks of a table, R rows whose logits are wanted, N spans.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,32 +23,45 @@ from mixtral.config import ModelConfig
 from mixtral.errors import UsageError
 from mixtral.kernels.native import library as native
 from mixtral.kernels.native import plan
-from mixtral.kernels.native.plan import DTYPES, ModelWeights, matrix, pointer
+from mixtral.kernels.native.plan import CACHE_DTYPES, DTYPES, ExpertWeights, ModelWeights, Weight, matrix, pointer
 
-# Rows of activations that weights of a format read: equal names, equal rows (rows_kind of native/src/packed.h).
-ROWS = {"fp32": "fp32", "fp16": "fp32", "bf16": "bf16", "int8": "int8", "int4": "int8"}
+# Rows of activations that weights of a format read: enum RowKind, rows_kind of native/src/packed.h.
+ROW_KINDS = {"bf16": 0, "int8": 1, "int4": 1, "fp32": 2, "fp16": 2}
 MOST_ROWS = 512  # a call's scratch grows with its rows; longer chunks are cut
 
 
 class Span(NamedTuple):
-    """The rows of one sequence in a call, in ascending positions, and the paged cache of what came before them.
+    """The rows of one sequence in a call, in ascending positions."""
 
-    Position p lies in slot p mod (len(table) * S), slot s in block table[s // S] of the pool. The step writes the rows'
-    own keys and values into their slots.
-    """
-
+    begin: int  # the first row
     n: int  # rows
     first: int  # position of the first of them
-    pool_LB2SGC: Tensor  # fp32 or bf16, keys and values; all axes but the last may have any strides
-    table: Sequence[int]
+
+
+class Pages(NamedTuple):
+    """The pool of keys and values, and where each span's lie: position p in block tables[span, p // block_size].
+
+    The step writes the rows' own keys and values into their slots. Blocks before a sliding window are not read.
+    """
+
+    pool_L2GSC: Tensor  # fp32 or bf16; all axes but the last may have any strides
+    block_size: int
+    tables_NB: Tensor  # int64 on the CPU, one row for each span
+
+
+class Routed(NamedTuple):
+    """The experts that the rows of a sparse layer take, each once, and their weights."""
+
+    experts_TK: Tensor  # int64, -1 for none
+    weights_TK: Tensor  # fp32
 
 
 class Result(NamedTuple):
     x_TD: Tensor  # fp32, the residual stream after the last layer
     logits_RV: Tensor | None  # fp32; None without the output product
-    router_logits_LTE: Tensor  # fp32; [0, T, E] when dense, and likewise the next two
-    weights_LTK: Tensor  # fp32, the softmax over the chosen logits
-    experts_LTK: Tensor  # int64, sorted by logit, ties to the lower index
+    router_logits_MTE: Tensor  # fp32, E the most of any layer; [0, T, E] when dense, and likewise the next two
+    weights_MTK: Tensor  # fp32, the softmax over the chosen logits; 0 for unused slots
+    experts_MTK: Tensor  # int64, sorted by logit, ties to the lower index; -1 for unused slots
 
 
 class Step:
@@ -60,60 +73,87 @@ class Step:
     """
 
     def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
-        self.config, self._weights = config, weights
+        self.config = config
+        self._held: list[Tensor | Weight | None] = [weights.embedding, weights.norm, weights.output]
+        self._experts: list[list[ExpertWeights | None]] = []
         self._layers = (plan.Layer * config.n_layers)()
-        self._experts = [_fill_layer(config, *pair) for pair in zip(self._layers, weights.layers, strict=True)]
+        self._tables = [
+            self._fill_layer(i, layer, w) for i, (layer, w) in enumerate(zip(self._layers, weights.layers, strict=True))
+        ]
+        embedding, packed, dtype = _embedding(config, weights.embedding)
         self._model = plan.Model(
-            config.dim, config.n_heads, config.n_kv_heads, config.head_dim, config.ffn_dim, config.n_experts,
-            config.sliding_window or 0, DTYPES.get(weights.embedding.dtype, -1), config.norm_eps, self._layers,
-            pointer(weights.embedding, "embedding", (config.vocab_size, config.dim), *DTYPES),
+            config.dim, config.n_heads, config.n_kv_heads, config.head_dim, config.ffn_dim, config.n_experts, 1,
+            config.sliding_window or 0, dtype, config.norm_eps, self._layers, embedding, packed,
             pointer(weights.norm, "norm", (config.dim,), torch.float32),
             matrix(weights.output, "output", config.vocab_size, config.dim),
         )  # fmt: skip
+        for i in range(config.n_layers):
+            self._set_kinds(i)
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
+    def set_expert(self, layer: int, expert: int, weights: ExpertWeights | None) -> None:
+        """From the next call on an expert has these weights, in any formats; None: none, and it adds nothing.
+
+        Raises UsageError when they do not fit: nothing has changed then.
+        """
+        if not 0 <= layer < self.config.n_layers or not 0 <= expert < len(self._experts[layer]):
+            raise UsageError(f"native step: there is no expert {expert} in layer {layer}")
+        self._tables[layer][expert] = _expert(self.config, self._layers[layer].ffn_dim, expert, weights)
+        self._experts[layer][expert] = weights
+        self._set_kinds(layer)
+
     def run(
-        self, source: Tensor, spans: Sequence[Span], angles: tuple[Tensor, Tensor], wanted_R: Tensor | None,
-        k: int | None = None, layers: range | None = None,
+        self, source: Tensor, spans: Sequence[Span], pages: Pages, angles: tuple[Tensor, Tensor],
+        wanted_R: Tensor | None, k: int | Tensor | None = None, layers: range | None = None,
+        routed: Routed | None = None, to_router: bool = False,
     ) -> Result:  # fmt: skip
         """Run some rows through some layers.
 
         Args:
             source: int64 [T] tokens, or fp32 [T, D]: the rows as the layer before left them.
-            spans: the sequences that the rows belong to, in the rows' order; their pools are written.
+            spans: the sequences that the rows belong to, in the rows' order; their slots are written. A row between
+                them is inactive: it writes nothing, takes no experts, and what comes out for it has no meaning.
             angles: rotary cos and sin, two fp32 [P, C/2], of the positions 0 .. P - 1.
             wanted_R: int64, the rows whose logits are wanted; None: stop after the last layer.
-            k: experts a row takes, by default the configured number.
+            k: experts a row takes, by default the configured number; or int64 [T], 0 for none.
             layers: which, in steps of one; all by default.
+            routed: begin behind the first layer's router, whose rows take these experts; `source` is fp32 then.
+            to_router: end behind the last layer's router: x is then what its norm and experts read.
 
         Raises UsageError for anything that does not fit: nothing has been written then.
         """
         config, layers = self.config, range(self.config.n_layers) if layers is None else layers
         k = config.experts_per_token if k is None else k
-        rows = len(source)
-        self._check(source, spans, angles, wanted_R, k, layers)
-        sparse = len(layers) if config.is_sparse else 0
+        rows, most_k = len(source), int(k.max()) if isinstance(k, Tensor) and len(k) else k if isinstance(k, int) else 1
+        row_k = k.to(torch.int32) if isinstance(k, Tensor) else None
+        most_k = max(most_k, 1 if routed is None else routed.experts_TK.shape[1])
+        self._check(source, spans, pages, angles, wanted_R, layers)
+        self._check_routing(rows, k, most_k, layers, routed)
+        sparse = sum(bool(self._layers[i].router) for i in layers)
         x_TD = torch.empty(rows, config.dim) if source.dim() == 1 else source.clone()
         wanted_R = None if wanted_R is None else wanted_R.contiguous()
         result = Result(
             x_TD,
             None if wanted_R is None else torch.empty(len(wanted_R), config.vocab_size),
             torch.empty(sparse, rows, config.n_experts),
-            torch.empty(sparse, rows, k),
-            torch.empty(sparse, rows, k, dtype=torch.int64),
+            torch.empty(sparse, rows, most_k),
+            torch.empty(sparse, rows, most_k, dtype=torch.int64),
         )
-        sequences, kept = _sequences(spans)
-        tokens = source.contiguous()
+        if routed is not None:
+            result.experts_MTK[0], result.weights_MTK[0] = routed.experts_TK, routed.weights_TK
+        sequences, blocks_NB = _sequences(spans, pages)
+        tokens, active = source.contiguous(), _active(spans, rows)
         call = plan.Plan(
-            ctypes.pointer(self._model), rows, len(spans), 0 if wanted_R is None else len(wanted_R), k,
-            layers.start, layers.stop, DTYPES[spans[0].pool_LB2SGC.dtype] if spans else 0, sequences,
-            tokens.data_ptr() if source.dim() == 1 else None, angles[0].data_ptr(), angles[1].data_ptr(),
-            None if wanted_R is None else wanted_R.data_ptr(), x_TD.data_ptr(), _address(result.logits_RV),
-            *(t.data_ptr() if sparse else None for t in (result.router_logits_LTE, result.experts_LTK,
-                                                         result.weights_LTK)),
+            ctypes.pointer(self._model), rows, len(spans), 0 if wanted_R is None else len(wanted_R), most_k,
+            layers.start, layers.stop, routed is not None, to_router, DTYPES[pages.pool_L2GSC.dtype], sequences,
+            _address(row_k), _address(active), tokens.data_ptr() if source.dim() == 1 else None,
+            angles[0].data_ptr(), angles[1].data_ptr(), _address(wanted_R), x_TD.data_ptr(), _address(result.logits_RV),
+            *(t.data_ptr() if sparse else None for t in (result.router_logits_MTE, result.experts_MTK,
+                                                         result.weights_MTK)), None,
         )  # fmt: skip
-        self._call(call)
-        del kept
+        if rows:
+            self._call(call)
+        del blocks_NB  # the plan points to it
         return result
 
     def _call(self, call: plan.Plan) -> None:
@@ -126,9 +166,42 @@ class Step:
             call.scratch = (self._scratch.data_ptr() + 63) // 64 * 64
             failed = bool(library.mx_step(ctypes.byref(call), ctypes.c_int64(size)))
 
+    # -- the table -----------------------------------------------------------------------------------------------------
+
+    def _fill_layer(self, number: int, layer: plan.Layer, weights: plan.LayerWeights) -> ctypes.Array:
+        """Write one row of the table -> the table of its experts, which must live as long."""
+        config, heads_dim = self.config, self.config.n_heads * self.config.head_dim
+        layer.attention_norm = pointer(weights.attention_norm, "attention norm", (config.dim,), torch.float32)
+        layer.ffn_norm = pointer(weights.ffn_norm, "ffn norm", (config.dim,), torch.float32)
+        layer.wqkv = matrix(weights.wqkv, "wqkv", heads_dim + 2 * config.n_kv_heads * config.head_dim, config.dim)
+        layer.wo = matrix(weights.wo, "wo", config.dim, heads_dim)
+        layer.n_experts, layer.ffn_dim = config.n_experts, config.ffn_dim
+        if len(weights.experts) != layer.n_experts or (weights.router is None) == (layer.n_experts > 1):
+            router = "without" if weights.router is None else "with"
+            raise UsageError(f"native step: layer {number} has {len(weights.experts)} experts {router} a router; the "
+                             f"config asks for {layer.n_experts}")
+        if weights.router is not None:
+            layer.router = pointer(weights.router, "router", (layer.n_experts, config.dim), torch.float32)
+        table = [_expert(config, layer.ffn_dim, e, expert) for e, expert in enumerate(weights.experts)]
+        experts = (plan.Expert * layer.n_experts)(*table)
+        layer.experts = experts
+        self._held += [weights.attention_norm, weights.ffn_norm, weights.wqkv, weights.wo, weights.router]
+        self._experts.append(list(weights.experts))
+        return experts
+
+    def _set_kinds(self, number: int) -> None:
+        """Which kinds of rows a layer's experts read, after one of them has changed."""
+        here, layer = [e for e in self._experts[number] if e is not None], self._layers[number]
+        layer.in_kinds = _kinds(m for e in here for m in (e.gate, e.up))
+        layer.out_kinds = _kinds(e.down for e in here)
+        most = max(layer.in_kinds.bit_count(), layer.out_kinds.bit_count())
+        self._model.most_kinds = max(self._model.most_kinds, most)
+
+    # -- a call's arguments --------------------------------------------------------------------------------------------
+
     def _check(
-        self, source: Tensor, spans: Sequence[Span], angles: tuple[Tensor, Tensor], wanted_R: Tensor | None, k: int,
-        layers: range,
+        self, source: Tensor, spans: Sequence[Span], pages: Pages, angles: tuple[Tensor, Tensor],
+        wanted_R: Tensor | None, layers: range,
     ) -> None:  # fmt: skip
         config, rows = self.config, len(source)
         if source.dim() == 1:
@@ -137,51 +210,70 @@ class Step:
                 raise UsageError(f"native step: a token id is not one of 0..{config.vocab_size - 1}")
         else:
             pointer(source.contiguous(), "rows", (rows, config.dim), torch.float32)
-        if rows > MOST_ROWS or sum(span.n for span in spans) != rows or any(span.n < 1 for span in spans):
-            raise UsageError(
-                f"native step: {rows} rows in spans of {[span.n for span in spans]}; at most {MOST_ROWS} rows, "
-                "and spans of at least one that cover them, are wanted"
-            )
+        ends = [0, *(span.begin + span.n for span in spans), rows]
+        disjoint = all(end <= begin for end, begin in zip(ends, [*(span.begin for span in spans), rows], strict=False))
+        if rows > MOST_ROWS or not disjoint or ends[-2] > rows or any(span.n < 1 for span in spans):
+            have = [(span.begin, span.n) for span in spans]
+            raise UsageError(f"native step: {rows} rows in the spans {have}; at most {MOST_ROWS} rows, and disjoint "
+                             "spans of at least one of them, in order, are wanted")
         if layers.step != 1 or not 0 <= layers.start <= layers.stop <= config.n_layers:
             raise UsageError(f"native step: layers must be a range within 0..{config.n_layers}, not {layers}")
-        if config.is_sparse and not 1 <= k <= config.n_experts:
-            raise UsageError(f"native step: k must lie in 1..{config.n_experts} (the experts), not {k}")
         if wanted_R is not None:
             pointer(wanted_R.contiguous(), "wanted rows", (len(wanted_R),), torch.int64)
             if not _all_within(wanted_R, rows):
                 raise UsageError(f"native step: a wanted row is not one of 0..{rows - 1}")
-        for span in spans:
-            _check_span(span, spans[0].pool_LB2SGC.dtype, config)
+        _check_pages(spans, pages, config)
         last = max((span.first + span.n for span in spans), default=0)
         for table in angles:
             pointer(table, "rotary angles", (max(last, len(table)), config.head_dim // 2), torch.float32)
 
+    def _check_routing(
+        self, rows: int, k: int | Tensor, most_k: int, layers: range, routed: Routed | None
+    ) -> None:
+        fewest = min((self._layers[i].n_experts for i in layers if self._layers[i].router), default=0)
+        if isinstance(k, Tensor):
+            pointer(k.contiguous(), "k", (rows,), k.dtype)
+            if rows and int(k.min()) < 0:
+                raise UsageError("native step: k must lie in 0..the number of experts, for each row")
+        if fewest and not 1 <= most_k <= fewest:
+            raise UsageError(f"native step: k must lie in 1..{fewest} (the experts), not {most_k}")
+        if routed is None:
+            return
+        if not layers or not self._layers[layers.start].router:
+            raise UsageError("native step: a choice of experts was given for a layer without a router")
+        shape, experts = (rows, routed.experts_TK.shape[1]), self._layers[layers.start].n_experts
+        pointer(routed.experts_TK.contiguous(), "experts", shape, torch.int64)
+        pointer(routed.weights_TK.contiguous(), "weights", shape, torch.float32)
+        if not _all_within(routed.experts_TK.flatten() + 1, experts + 1):
+            raise UsageError(f"native step: an expert is not one of 0..{experts - 1}, or -1 for none")
 
-def _fill_layer(config: ModelConfig, layer: plan.Layer, weights: plan.LayerWeights) -> ctypes.Array:
-    """Write one row of the table -> the table of its experts, which must live as long."""
-    dim, ffn_dim, heads_dim = config.dim, config.ffn_dim, config.n_heads * config.head_dim
-    layer.attention_norm = pointer(weights.attention_norm, "attention norm", (dim,), torch.float32)
-    layer.ffn_norm = pointer(weights.ffn_norm, "ffn norm", (dim,), torch.float32)
-    layer.wqkv = matrix(weights.wqkv, "wqkv", heads_dim + 2 * config.n_kv_heads * config.head_dim, dim)
-    layer.wo = matrix(weights.wo, "wo", dim, heads_dim)
-    if len(weights.experts) != config.n_experts or (weights.gate is None) == config.is_sparse:
-        raise UsageError(f"native step: {len(weights.experts)} experts {'without' if weights.gate is None else 'with'} "
-                         f"a gate given for a model of {config.n_experts}")
-    for parts in (("gate", "up"), ("down",)):
-        if len({ROWS[getattr(expert, part).format] for expert in weights.experts for part in parts}) > 1:
-            raise UsageError(f"native step: a layer's {' and '.join(parts)} weights read the same rounded rows; they "
-                             "must be bf16 in all its experts, or fp32 or fp16 in all, or int8 or int4 in all")
-    if weights.gate is not None:
-        layer.gate = pointer(weights.gate, "gate", (config.n_experts, dim), torch.float32)
-    experts = (plan.Expert * config.n_experts)(*(
-        plan.Expert(
-            matrix(expert.gate, f"expert {e} gate", ffn_dim, dim), matrix(expert.up, f"expert {e} up", ffn_dim, dim),
-            matrix(expert.down, f"expert {e} down", dim, ffn_dim),
-        )
-        for e, expert in enumerate(weights.experts)
-    ))  # fmt: skip
-    layer.experts = experts
-    return experts
+
+def _embedding(config: ModelConfig, embedding: Tensor | Weight) -> tuple[int | None, native.Matrix, int]:
+    """(the plain embedding's address or None, the packed embedding, the plain one's dtype)."""
+    if isinstance(embedding, Weight):
+        if embedding.format not in ("fp32", "fp16", "bf16"):
+            raise UsageError(f"native step: the embedding must be packed in fp32, fp16 or bf16, not {embedding.format}")
+        return None, matrix(embedding, "embedding", config.vocab_size, config.dim), 0
+    address = pointer(embedding, "embedding", (config.vocab_size, config.dim), *DTYPES)
+    return address, native.Matrix(), DTYPES[embedding.dtype]
+
+
+def _expert(config: ModelConfig, ffn_dim: int, number: int, weights: ExpertWeights | None) -> plan.Expert:
+    if weights is None:
+        none = (native.Matrix(None, 0, n, d) for n, d in ((ffn_dim, config.dim),) * 2 + ((config.dim, ffn_dim),))
+        return plan.Expert(*none)
+    return plan.Expert(
+        matrix(weights.gate, f"expert {number} gate", ffn_dim, config.dim),
+        matrix(weights.up, f"expert {number} up", ffn_dim, config.dim),
+        matrix(weights.down, f"expert {number} down", config.dim, ffn_dim),
+    )
+
+
+def _kinds(weights: Iterable[Weight]) -> int:
+    kinds = 0
+    for weight in weights:
+        kinds |= 1 << ROW_KINDS[weight.format]
+    return kinds
 
 
 def _all_within(ids: Tensor, n: int) -> bool:
@@ -190,40 +282,54 @@ def _all_within(ids: Tensor, n: int) -> bool:
     return not listed or 0 <= min(listed) <= max(listed) < n
 
 
-def _check_span(span: Span, dtype: torch.dtype, config: ModelConfig) -> None:
-    pool = span.pool_LB2SGC
+def _check_pages(spans: Sequence[Span], pages: Pages, config: ModelConfig) -> None:
+    pool, size, window = pages.pool_L2GSC, pages.block_size, config.sliding_window
     wanted = (config.n_layers, 2, config.n_kv_heads, config.head_dim)
-    if pool.dim() != 6 or pool.dtype != dtype or dtype not in DTYPES or pool.device.type != "cpu" \
-            or (pool.shape[0], pool.shape[2], *pool.shape[4:]) != wanted or pool.stride(5) != 1:
+    if pool.dim() != 5 or pool.dtype not in CACHE_DTYPES or pool.device.type != "cpu" or size < 1 \
+            or (*pool.shape[:3], pool.shape[4]) != wanted or pool.stride(4) != 1:
         raise UsageError(
-            f"native step: a cache must be fp32 or bf16 [{wanted[0]}, blocks, 2, slots, {wanted[2]}, {wanted[3]}] on "
-            f"the CPU, one dtype for all, its last axis in one piece; not {pool.dtype} {list(pool.shape)}"
+            f"native step: a pool must be fp32 or bf16 [{wanted[0]}, 2, {wanted[2]}, slots, {wanted[3]}] on the CPU, "
+            f"its last axis in one piece; not {pool.dtype} {list(pool.shape)}"
         )
-    slots, needed = len(span.table) * pool.shape[3], span.first + span.n
-    if config.sliding_window is not None:
-        needed = min(needed, config.sliding_window)
-    if span.first < 0 or slots < needed:
-        raise UsageError(f"native step: {slots} slots for positions {span.first}..{span.first + span.n - 1}; "
-                         f"{needed} are needed")
-    if not all(0 <= block < pool.shape[1] for block in span.table):
-        raise UsageError(f"native step: a block table names a block that is not one of 0..{pool.shape[1] - 1}")
+    tables_NB = pages.tables_NB
+    if tables_NB.dtype != torch.int64 or tables_NB.dim() != 2 or len(tables_NB) != len(spans):
+        raise UsageError(f"native step: {len(spans)} spans need block tables int64 [{len(spans)}, blocks], not "
+                         f"{tables_NB.dtype} {list(tables_NB.shape)}")
+    blocks = pool.shape[3] // size
+    for span, table in zip(spans, tables_NB.tolist(), strict=True):
+        oldest = 0 if window is None else max(0, span.first - window + 1)
+        needed = table[oldest // size : (span.first + span.n - 1) // size + 1]
+        if span.first < 0 or len(table) * size < span.first + span.n:
+            raise UsageError(f"native step: {len(table)} blocks of {size} for the positions {span.first}.."
+                             f"{span.first + span.n - 1}")
+        if not 0 <= min(needed) <= max(needed) < blocks:
+            raise UsageError(f"native step: a block table names a block that is not one of 0..{blocks - 1}")
 
 
-def _sequences(spans: Sequence[Span]) -> tuple[ctypes.Array, list[ctypes.Array]]:
-    """-> the C structures, and the tables of addresses that they point to, which must live as long."""
-    sequences, tables, begin = (plan.Sequence * len(spans))(), [], 0
-    for sequence, span in zip(sequences, spans, strict=True):
-        pool = span.pool_LB2SGC
-        start, size = pool.data_ptr(), pool.element_size()
-        layer, block, value, slot, head, _ = (size * stride for stride in pool.stride())
-        table = (ctypes.c_void_p * len(span.table))(*(start + block * b for b in span.table))
-        sequence.begin, sequence.n, sequence.first = begin, span.n, span.first
-        sequence.n_blocks, sequence.block_size = len(span.table), pool.shape[3]
-        sequence.layer_stride, sequence.value_stride, sequence.blocks = layer, value, table
+def _sequences(spans: Sequence[Span], pages: Pages) -> tuple[ctypes.Array, Tensor]:
+    """-> the C structures, and the table of the blocks' addresses that they point to, which must live as long."""
+    pool, size = pages.pool_L2GSC, pages.pool_L2GSC.element_size()
+    layer, value, head, slot, _ = (size * stride for stride in pool.stride())
+    blocks_NB = pool.data_ptr() + pages.tables_NB * (slot * pages.block_size)
+    row_bytes, n_blocks = 8 * blocks_NB.shape[1], blocks_NB.shape[1]
+    sequences = (plan.Sequence * len(spans))()
+    for i, (sequence, span) in enumerate(zip(sequences, spans, strict=True)):
+        sequence.begin, sequence.n, sequence.first = span.begin, span.n, span.first
+        sequence.n_blocks, sequence.block_size = n_blocks, pages.block_size
+        sequence.layer_stride, sequence.value_stride = layer, value
         sequence.slot_stride, sequence.head_stride = slot, head
-        tables.append(table)
-        begin += span.n
-    return sequences, tables
+        sequence.blocks = blocks_NB.data_ptr() + i * row_bytes
+    return sequences, blocks_NB
+
+
+def _active(spans: Sequence[Span], rows: int) -> Tensor | None:
+    """uint8 [T], which rows some span has; None: all."""
+    if sum(span.n for span in spans) == rows:
+        return None
+    active_T = torch.zeros(rows, dtype=torch.uint8)
+    for span in spans:
+        active_T[span.begin : span.begin + span.n] = 1
+    return active_T
 
 
 def _address(tensor: Tensor | None) -> int | None:

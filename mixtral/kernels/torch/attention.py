@@ -5,7 +5,6 @@ Legend: T tokens, H query heads, G key/value heads, C head width, Q queries, S k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -57,16 +56,36 @@ def attention(q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, cu_seqlens: Tensor, w
     return torch.cat(out) if out else q_THC
 
 
-def cached_attention(
-    q_THC: Tensor, positions_T: Tensor, cu_seqlens: Tensor, kv: Sequence[tuple[Tensor, Tensor, Tensor]],
-    window: int | None,
-) -> Tensor:
-    """See reference.cached_attention."""
-    if upcasts(q_THC.device, q_THC.dtype):
-        kv = [(k.float(), v.float(), at) for k, v, at in kv]
-        return cached_attention(q_THC.float(), positions_T, cu_seqlens, kv, window).to(q_THC.dtype)
-    out, ends = [], cu_seqlens.tolist()
-    for (k, v, at), begin, end in zip(kv, ends, ends[1:], strict=False):
+def write_kv(pool_2GSC: Tensor, k_TGC: Tensor, v_TGC: Tensor, slots_T: Tensor) -> None:
+    """See reference.write_kv."""
+    pool_2GSC[:, :, slots_T] = torch.stack((k_TGC, v_TGC)).transpose(1, 2).to(pool_2GSC.dtype)
+
+
+def paged_attention(
+    q_THC: Tensor, pool_2GSC: Tensor, positions_T: Tensor, cu_seqlens: Tensor, block_tables: Tensor,
+    context_lens: Tensor, block_size: int, window: int | None,
+) -> Tensor:  # fmt: skip
+    """See reference.paged_attention. One sequence after the other; blocks that follow each other are read in place."""
+    out, ends, length_of = [], cu_seqlens.tolist(), context_lens.tolist()
+    dtype = torch.float32 if upcasts(q_THC.device, q_THC.dtype) else q_THC.dtype
+    for i, (begin, end) in enumerate(pairwise(ends)):
+        length = length_of[i]
+        oldest = 0 if window is None else max(0, length - (end - begin) - window + 1)
+        k_GSC, v_GSC = _seen(pool_2GSC, block_tables[i], oldest, length, block_size).to(dtype)
+        at = torch.arange(oldest, length, device=q_THC.device)
         mask = visible(positions_T[begin:end], at, window)
-        out.append(_sdpa(q_THC[begin:end], k, v, mask, causal=False))
+        k_SGC, v_SGC = k_GSC.transpose(0, 1), v_GSC.transpose(0, 1)
+        out.append(_sdpa(q_THC[begin:end].to(dtype), k_SGC, v_SGC, mask, causal=False).to(q_THC.dtype))
     return torch.cat(out) if out else q_THC
+
+
+def _seen(pool_2GSC: Tensor, table: Tensor, oldest: int, length: int, block_size: int) -> Tensor:
+    """Keys and values of the positions oldest .. length - 1 -> [2, G, S, C], a view where their blocks are in a row."""
+    first = oldest // block_size
+    blocks = table[first : -(-length // block_size)].tolist()
+    skipped, n = oldest - first * block_size, length - oldest
+    if blocks == list(range(blocks[0], blocks[0] + len(blocks))):
+        begin = blocks[0] * block_size + skipped
+        return pool_2GSC[:, :, begin : begin + n]
+    paged = pool_2GSC.unflatten(2, (-1, block_size))[:, :, blocks].flatten(2, 3)
+    return paged[:, :, skipped : skipped + n]

@@ -1,7 +1,7 @@
 """Attention of the native step: every width and group, tiles read in place or copied, cache layouts, parts of heads.
 
-Tiles have 32 positions. One is read where it lies if it is older than the call and whole in one block, and copied
-otherwise; the sizes of blocks below make both happen. Bounds as in test_step.py; a cache in bf16 rounds once more.
+Tiles have 32 positions. One is read where it lies if it is whole in one block, and copied otherwise; the sizes of
+blocks below make both happen. Bounds as in test_step.py; a cache in bf16 rounds once more.
 """
 
 from __future__ import annotations
@@ -87,19 +87,11 @@ def test_bits_do_not_depend_on_how_heads_are_parted() -> None:
         assert torch.equal(logits(Cached(mine, 1, size=128, dtype=torch.bfloat16), CUTS[2]), want), threads
 
 
-def test_a_ring_of_the_window_alone() -> None:
-    """Tiles may wrap around the end of the ring, and hold slots that are newer than their positions say."""
-    mine = model(64, 2, window=40)
-    want = logits(Cached(mine, 1, size=101), CUTS[0])
-    for blocks, size in ((1, 40), (2, 32), (1, 72)):
-        assert torch.equal(logits(Cached(mine, 1, blocks=blocks, size=size, by_head=True), CUTS[2]), want), size
-
-
 def test_what_a_row_does_not_see_does_not_reach_it() -> None:
     """Not a number in every slot outside the window changes no bit."""
     mine = model(32, 2, window=33)
     clean, spoilt = (Cached(mine, 1, size=128, dtype=torch.bfloat16) for _ in range(2))
     for cached in (clean, spoilt):
         cached.run({0: TEXT[:100]})
-    spoilt.pools[0][:, :, :, : 101 - 33] = float("nan")
+    spoilt.pool[:, :, :, : 101 - 33] = float("nan")
     assert torch.equal(spoilt.run({0: TEXT[100:]}).x_TD, clean.run({0: TEXT[100:]}).x_TD)

@@ -19,33 +19,29 @@ struct Tile {
   int64_t stride;
 };
 
-// This head's keys of a position before the call's rows; its values lie value_stride further.
+// This head's keys of a position; its values lie value_stride further.
 inline const uint8_t *in_blocks(const AttentionTask &t, int64_t position) {
   const Sequence &s = *t.sequence;
-  const int64_t slot = position % (static_cast<int64_t>(s.n_blocks) * s.block_size);
-  return s.blocks[slot / s.block_size] + t.layer_offset + slot % s.block_size * s.slot_stride + t.head * s.head_stride;
+  const int64_t slot = position % s.block_size;
+  return s.blocks[position / s.block_size] + t.layer_offset + slot * s.slot_stride + t.head * s.head_stride;
 }
 
-// The tile that starts at position `start`, copied position by position, from .. to - 1. What came before this call
-// lies in the blocks, the call's own rows in new_keys and new_values.
+// The tile that starts at position `start`, copied position by position, from .. to - 1.
 inline Tile copied(const AttentionTask &t, int64_t start, int64_t from, int64_t to, int width, uint8_t *copy) {
   const int64_t size = bytes_of(t.cache_dtype), head_bytes = size * t.head_dim, stride = size * width;
   if (width != t.head_dim) std::memset(copy, 0, static_cast<size_t>(2 * kTile * stride));
   for (int64_t at = from; at < to; ++at) {
-    const int64_t fresh = ((at - t.sequence->first) * t.n_heads + t.head) * head_bytes;
-    const uint8_t *keys = fresh < 0 ? in_blocks(t, at) : t.new_keys + fresh;
-    const uint8_t *values = fresh < 0 ? keys + t.sequence->value_stride : t.new_values + fresh;
+    const uint8_t *keys = in_blocks(t, at), *values = keys + t.sequence->value_stride;
     std::memcpy(copy + (at - start) * stride, keys, static_cast<size_t>(head_bytes));
     std::memcpy(copy + (kTile + at - start) * stride, values, static_cast<size_t>(head_bytes));
   }
   return {copy, copy + kTile * stride, stride};
 }
 
-// The same, where it lies if it can be read there: all of it older than the call, in one block, and no padding to add.
+// The same, where it lies if it can be read there: in one block, and no padding to add.
 inline Tile find(const AttentionTask &t, int64_t start, int64_t from, int64_t to, int width, uint8_t *copy) {
   const Sequence &s = *t.sequence;
-  const int64_t slot = start % (static_cast<int64_t>(s.n_blocks) * s.block_size);
-  if (width != t.head_dim || start + kTile > s.first || slot % s.block_size + kTile > s.block_size)
+  if (width != t.head_dim || start % s.block_size + kTile > s.block_size)
     return copied(t, start, from, to, width, copy);
   const uint8_t *keys = in_blocks(t, start);
   return {keys, keys + s.value_stride, s.slot_stride};

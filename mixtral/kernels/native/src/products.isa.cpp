@@ -39,6 +39,7 @@ struct Groups {
 // Formats whose weights are multiplied as numbers, a step of one or two inputs after the other.
 struct Bf16Format {
   static constexpr int kBytes = 1024;  // of a group in one block
+  static constexpr int kPart = 16;     // groups: 16 KiB a block (docs/log.md, 2026-11-26)
   static constexpr int kInputs = 2;    // of a step
   static constexpr int kXBytes = kPairBytes;  // of a step in a row
   static constexpr int kMostRows = kMostRowsBf16;
@@ -51,6 +52,7 @@ struct Bf16Format {
 
 struct Fp32Format {
   static constexpr int kBytes = 2048;
+  static constexpr int kPart = 8;
   static constexpr int kInputs = 1;
   static constexpr int kXBytes = 4;
   static constexpr int kMostRows = kMostRowsFp32;
@@ -63,6 +65,7 @@ struct Fp32Format {
 
 struct Fp16Format : Fp32Format {
   static constexpr int kBytes = 1024;
+  static constexpr int kPart = 16;
   static Floats weights(const uint8_t *from) { return load_halves(from); }
 };
 
@@ -73,10 +76,12 @@ struct Quantised {
 
 struct Int8Format : Int8, Quantised {
   static constexpr int kBytes = 544;
+  static constexpr int kPart = 7;
 };
 
 struct Int4Format : Int4, Quantised {
   static constexpr int kBytes = 288;
+  static constexpr int kPart = 14;
 };
 
 // The weights of the block that a column belongs to, from a group on.
@@ -121,7 +126,7 @@ inline int64_t ahead_of(int64_t at, int64_t length, int blocks) {
 
 // C columns by R rows of one step of inputs; the fewer of weights and activations wait in registers for the others.
 template <class F, int C, int R>
-void add_step(Sums<C, R> &sums, const uint8_t *const *w, const uint8_t *const *x, int64_t step, int64_t ahead) {
+Sums<C, R> add_step(Sums<C, R> sums, const uint8_t *const *w, const uint8_t *const *x, int64_t step, int64_t ahead) {
   constexpr int kWeights = F::kBytes / kGroup * F::kInputs;  // bytes of a step in one block
   if constexpr (waits<R>) {
     typename F::Values inputs[R];
@@ -139,6 +144,7 @@ void add_step(Sums<C, R> &sums, const uint8_t *const *w, const uint8_t *const *x
       for (int c = 0; c < C; ++c) sums.v[c][r] = F::add(sums.v[c][r], weights[c], inputs);
     }
   }
+  return sums;
 }
 
 // Numbers: a chain of steps for each sum.
@@ -148,13 +154,15 @@ void number_tile(const Product &p, int column, int row, Groups groups) {
   const uint8_t *x[R], *w[C];
   for (int r = 0; r < R; ++r) x[r] = p.x.values + row_of(p, row + r) * p.x.stride;
   for (int c = 0; c < C; ++c) w[c] = weights_of<F>(p, column + c, 0) + kLaneBytes * lane_of(column + c);
-  Sums<C, R> sums(p, column, row, groups.first == 0);
+  Sums<C, R> begun(p, column, row, groups.first == 0);
+  Sums<C, R> sums = begun;  // a copy whose address nobody takes stays in registers
   const int64_t length = int64_t{p.w.groups()} * F::kBytes;
   for (int64_t group = groups.first; group < groups.last; ++group) {
     const int64_t ahead = waits<R> ? ahead_of(group * F::kBytes, length, C / kColumns) : 0;
-    for (int64_t step = group * kSteps; step < (group + 1) * kSteps; ++step) add_step<F>(sums, w, x, step, ahead);
+#pragma GCC unroll 2
+    for (int64_t step = group * kSteps; step < (group + 1) * kSteps; ++step) sums = add_step<F>(sums, w, x, step, ahead);
   }
-  sums.write(p, column, row);
+  Sums<C, R>(sums).write(p, column, row);
 }
 
 template <int C, int R>
@@ -249,13 +257,13 @@ void some_rows(int count, const Product &p, int block, int last, int row, Groups
     some_rows<F, R - 1>(count, p, block, last, row, groups);
 }
 
-// Many rows: the weights of a few blocks are cut into parts that stay in half the first-level cache (4 KiB a block) while
-// all rows go past them; the sums wait in `out`, in the same order as if they had never left their registers.
+// Many rows: the weights of a few blocks are cut into parts of kPart groups that stay in the cache while all rows go past
+// them; the sums wait in `out`, in the same order as if they had never left their registers.
 template <class F>
 void product(const Product &p, int count, int first, int last) {
   constexpr int kRows = F::kMostRows;
   const int tiles = (count + kRows - 1) / kRows, groups = p.w.groups();
-  const int part = tiles > 1 ? 4096 / F::kBytes : groups;
+  const int part = tiles > 1 ? F::kPart : groups;
   for (int block = first; block < last; block += kBlocksAtOnce) {
     const int end = block + kBlocksAtOnce < last ? block + kBlocksAtOnce : last;
     for (int group = 0; group < groups; group += part) {

@@ -19,9 +19,13 @@ class Thread {
 
   void run() {
     if (p_.tokens) embed();
-    for (int layer = p_.first_layer; layer < p_.last_layer; ++layer) {
-      attention(layer);
-      feed_forward(layer);
+    int sparse = 0;  // sparse layers of this call so far
+    for (int number = p_.first_layer; number < p_.last_layer; ++number) {
+      const Layer &layer = m_.layers[number];
+      const bool given = p_.from_experts && number == p_.first_layer;
+      if (!given) attention(number);
+      feed_forward(layer, sparse, given, p_.to_router && number == p_.last_layer - 1);
+      if (layer.router) ++sparse;
     }
     if (p_.logits) logits();
   }
@@ -49,23 +53,53 @@ class Thread {
     if (!alone_) barrier();
   }
 
-  Rows activations(const Matrix &w, int count) const {
-    return place_rows(alone_ ? own_.activations : shared_.activations, rows_kind(w.format), count, w.d);
+  bool active(int64_t row) const { return !p_.active || p_.active[row]; }
+
+  // The same rows in each kind that some weights read.
+  struct Activations {
+    Rows kinds[kRowKinds];
+    int n = 0;
+
+    void fill(const float *x, int64_t x_stride, int row) const {
+      for (int i = 0; i < n; ++i) fill_rows(kinds[i], x, x_stride, row, row + 1);
+    }
+
+    const Rows &of(const Matrix &w) const {
+      int i = 0;
+      while (kinds[i].kind != rows_kind(w.format)) ++i;
+      return kinds[i];
+    }
+  };
+
+  // Room for `count` rows of `d` inputs, of the kinds whose bits are set.
+  Activations activations(int kinds, int count, int d) const {
+    Activations found;
+    uint8_t *memory = alone_ ? own_.activations : shared_.activations;
+    for (int kind = 0; kind < kRowKinds; ++kind) {
+      if (!(kinds >> kind & 1)) continue;
+      found.kinds[found.n] = place_rows(memory + found.n * sizes_.activations, static_cast<RowKind>(kind), count, d);
+      ++found.n;
+    }
+    return found;
   }
 
-  // own_.row = norm(row of x), and that rounded as row number `to` of `rows`.
-  void norm(int64_t row, const float *weight, const Rows &rows, int to) const {
+  Activations activations(const Matrix &w, int count) const { return activations(1 << rows_kind(w.format), count, w.d); }
+
+  // own_.row = norm(row of x), and that as row number `to` of `rows`.
+  void norm(int64_t row, const float *weight, const Activations &rows, int to) const {
     MX_PICK(rms_norm)(p_.x + row * m_.dim, weight, m_.dim, m_.norm_eps, own_.row);
-    fill_rows(rows, own_.row, 0, to, to + 1);
+    rows.fill(own_.row, 0, to);
   }
 
   void embed() const {
     const Share mine = rows_of(p_.rows);
     for (int row = mine.first; row < mine.last; ++row) {
       float *x = p_.x + static_cast<int64_t>(row) * m_.dim;
-      const int64_t from = p_.tokens[row] * m_.dim;
-      const uint8_t *embedding = static_cast<const uint8_t *>(m_.embedding);
-      MX_PICK(widen)(embedding + from * bytes_of(m_.embedding_dtype), m_.embedding_dtype, m_.dim, x);
+      const int64_t from = p_.tokens[row] * m_.dim * bytes_of(m_.embedding_dtype);
+      if (m_.embedding)
+        MX_PICK(widen)(static_cast<const uint8_t *>(m_.embedding) + from, m_.embedding_dtype, m_.dim, x);
+      else
+        MX_PICK(widen_packed)(m_.packed_embedding, p_.tokens[row], x);
     }
     barrier();
   }
@@ -96,20 +130,22 @@ class Thread {
 
   void attention(int number) const {
     const Layer &layer = m_.layers[number];
-    const Rows normed = activations(layer.wqkv, p_.rows);
+    const Activations normed = activations(layer.wqkv, p_.rows);
     prepare(p_.rows, [&](int row) { norm(row, layer.attention_norm, normed, row); });
     const Share mine = share(layer.wqkv.blocks(), thread_, threads_, kBlocksAtOnce);
-    matmul(layer.wqkv, normed, nullptr, p_.rows, mine.first, mine.last, shared_.qkv, sizes_.qkv);
+    matmul(layer.wqkv, normed.of(layer.wqkv), nullptr, p_.rows, mine.first, mine.last, shared_.qkv, sizes_.qkv);
     barrier();
-    for (int i = 0; i < p_.n_sequences; ++i) rotate(p_.sequences[i]);
+    for (int i = 0; i < p_.n_sequences; ++i) rotate(p_.sequences[i], number);
     barrier();
     attend(number);
     barrier();
-    for (int i = 0; i < p_.n_sequences; ++i) remember(p_.sequences[i], number);
-    const Rows heads = activations(layer.wo, p_.rows);
-    prepare(p_.rows, [&](int row) { fill_rows(heads, shared_.heads, sizes_.heads, row, row + 1); });
+    const Activations heads = activations(layer.wo, p_.rows);
+    prepare(p_.rows, [&](int row) {
+      if (!active(row)) std::memset(shared_.heads + row * sizes_.heads, 0, sizeof(float) * static_cast<size_t>(sizes_.heads));
+      heads.fill(shared_.heads, sizes_.heads, row);
+    });
     chunks(layer.wo, [&](int first, int last) {
-      into_chunk(layer.wo, heads, nullptr, p_.rows, first, last);
+      into_chunk(layer.wo, heads.of(layer.wo), nullptr, p_.rows, first, last);
       for (int row = 0; row < p_.rows; ++row)
         MX_PICK(add)(residual(row, first), own_.chunk + row * kChunk * kBlock, 1.0f, columns(layer.wo, first, last));
     });
@@ -118,19 +154,18 @@ class Thread {
 
   float *residual(int64_t row, int block) const { return p_.x + row * m_.dim + block * kBlock; }
 
-  // Rotates the queries and keys of this thread's rows, and rounds keys and values to the cache's dtype.
-  void rotate(const Sequence &s) const {
+  // Rotates the queries and keys of this thread's rows, and puts keys and values, in the cache's dtype, into their slots.
+  void rotate(const Sequence &s, int layer) const {
     const int c = m_.head_dim, queries = m_.n_heads / m_.n_kv_heads;
-    const int64_t head_bytes = sizes_.kv_bytes / m_.n_kv_heads;
     const Share mine = rows_of(s.n);
     for (int i = mine.first; i < mine.last; ++i) {
-      const int64_t row = s.begin + i, angles = (s.first + i) * (c / 2);
+      const int64_t row = s.begin + i, position = s.first + i, angles = position * (c / 2);
+      uint8_t *slot = s.blocks[position / s.block_size] + layer * s.layer_stride + position % s.block_size * s.slot_stride;
       for (int g = 0; g < m_.n_kv_heads; ++g) {
         float *head = shared_.qkv + row * sizes_.qkv + static_cast<int64_t>(g) * (queries + 2) * c;
         MX_PICK(rotate)(head, p_.cosines + angles, p_.sines + angles, c, queries + 1);
-        const int64_t to = row * sizes_.kv_bytes + g * head_bytes;
-        MX_PICK(narrow)(head + queries * c, p_.cache_dtype, c, shared_.keys + to);
-        MX_PICK(narrow)(head + (queries + 1) * c, p_.cache_dtype, c, shared_.values + to);
+        MX_PICK(narrow)(head + queries * c, p_.cache_dtype, c, slot + g * s.head_stride);
+        MX_PICK(narrow)(head + (queries + 1) * c, p_.cache_dtype, c, slot + g * s.head_stride + s.value_stride);
       }
     }
   }
@@ -161,59 +196,39 @@ class Thread {
     task.end = begin + kAttentionRows < s.n ? begin + kAttentionRows : s.n;
     task.heads = mine.last - mine.first;
     task.head = g;
-    task.n_heads = m_.n_kv_heads;
     task.head_dim = m_.head_dim;
     task.window = m_.window;
     task.cache_dtype = p_.cache_dtype;
     task.layer_offset = layer * s.layer_stride;
     task.queries = shared_.qkv + first * sizes_.qkv + static_cast<int64_t>(g * (queries + 2) + mine.first) * m_.head_dim;
     task.stride = sizes_.qkv;
-    task.new_keys = shared_.keys + first * sizes_.kv_bytes;
-    task.new_values = shared_.values + first * sizes_.kv_bytes;
     task.out = shared_.heads + first * sizes_.heads + static_cast<int64_t>(g * queries + mine.first) * m_.head_dim;
     task.out_stride = sizes_.heads;
     MX_PICK(attend)(task, own_.attention);
   }
 
-  // Writes the rows' keys and values into their slots, only now that no row reads what they replace. Of rows that fall
-  // into the same slot the last one stays.
-  void remember(const Sequence &s, int layer) const {
-    const int64_t slots = static_cast<int64_t>(s.n_blocks) * s.block_size, head_bytes = sizes_.kv_bytes / m_.n_kv_heads;
-    const Share mine = rows_of(s.n);
-    for (int i = mine.first; i < mine.last; ++i) {
-      if (i + slots < s.n) continue;
-      const int64_t slot = (s.first + i) % slots;
-      uint8_t *block = s.blocks[slot / s.block_size] + layer * s.layer_stride + slot % s.block_size * s.slot_stride;
-      for (int g = 0; g < m_.n_kv_heads; ++g) {
-        const int64_t from = (s.begin + i) * sizes_.kv_bytes + g * head_bytes;
-        std::memcpy(block + g * s.head_stride, shared_.keys + from, static_cast<size_t>(head_bytes));
-        std::memcpy(block + g * s.head_stride + s.value_stride, shared_.values + from, static_cast<size_t>(head_bytes));
-      }
-    }
-  }
-
   // -- feed-forward ----------------------------------------------------------------------------------------------------
 
-  void feed_forward(int number) const {
-    const Layer &layer = m_.layers[number];
-    const Rows normed = activations(layer.experts[0].gate, p_.rows);
+  // `sparse`: the layer's number among the sparse ones of this call. `given`: its rows' experts and weights are the plan's.
+  void feed_forward(const Layer &layer, int sparse, bool given, bool router_alone) const {
+    const Activations normed = activations(layer.in_kinds, p_.rows, m_.dim);
     prepare(p_.rows, [&](int row) {
       norm(row, layer.ffn_norm, normed, row);
-      if (layer.gate) route(layer, number - p_.first_layer, row);
+      if (layer.router && !given) route(layer, sparse, row);
     });
-    group(layer, number - p_.first_layer);
-    for (int e = 0; e < m_.n_experts; ++e) hidden(layer.experts[e], normed, e);
+    if (router_alone) return;
+    group(layer, sparse, given);
+    for (int e = 0; e < layer.n_experts; ++e) hidden(layer.experts[e], normed, e);
     barrier();
-    const int assignments = static_cast<int>(sizes_.assignments);
-    const Rows rows = activations(layer.experts[0].down, assignments);
-    prepare(assignments, [&](int row) { fill_rows(rows, shared_.hidden, sizes_.hidden, row, row + 1); });
-    chunks(layer.experts[0].down, [&](int first, int last) {
-      for (int e = 0; e < m_.n_experts; ++e) {
-        const int begin = own_.groups.begin[e], count = own_.groups.begin[e + 1] - begin;
-        if (count) into_chunk(layer.experts[e].down, rows, own_.groups.count + begin, count, first, last, begin);
-      }
-      combine(number - p_.first_layer, first, columns(layer.experts[0].down, first, last));
-    });
+    const int assignments = own_.groups.begin[layer.n_experts];
+    const Activations rows = activations(layer.out_kinds, assignments, layer.ffn_dim);
+    prepare(assignments, [&](int row) { rows.fill(shared_.hidden, sizes_.hidden, row); });
+    const Share mine = share((m_.dim + kBlock - 1) / kBlock, thread_, threads_, kBlocksAtOnce);
+    for (int first = mine.first; first < mine.last; first += kChunk) {
+      const int last = first + kChunk < mine.last ? first + kChunk : mine.last;
+      for (int e = 0; e < layer.n_experts; ++e) outputs(layer.experts[e].down, rows, e, first, last);
+      combine(layer, sparse, given, first, (last * kBlock < m_.dim ? last * kBlock : m_.dim) - first * kBlock);
+    }
     barrier();
   }
 
@@ -224,28 +239,30 @@ class Thread {
     float *weights;
   };
 
-  Choice choice(int layer, int64_t row) const {
-    if (alone_ && thread_) return {own_.router_logits, own_.experts, own_.weights};
-    const int64_t at = static_cast<int64_t>(layer) * p_.rows + row;
+  Choice choice(int sparse, bool given, int64_t row) const {
+    if (alone_ && thread_ && !given) return {own_.router_logits, own_.experts, own_.weights};
+    const int64_t at = static_cast<int64_t>(sparse) * p_.rows + row;
     return {p_.router_logits + at * m_.n_experts, p_.experts + at * p_.k, p_.weights + at * p_.k};
   }
 
-  // The k highest logits of own_.row, ties to the lower index, and the softmax over them.
-  void route(const Layer &layer, int number, int row) const {
-    const Choice c = choice(number, row);
-    MX_PICK(gate)(own_.row, layer.gate, m_.dim, m_.n_experts, c.logits);
+  // The highest logits of own_.row, as many as the row takes experts, ties to the lower index, and the softmax over them.
+  void route(const Layer &layer, int sparse, int row) const {
+    const Choice c = choice(sparse, false, row);
+    MX_PICK(score_experts)(own_.row, layer.router, m_.dim, layer.n_experts, c.logits);
+    const int k = !active(row) ? 0 : p_.row_k ? p_.row_k[row] : p_.k;
     float total = 0.0f;
-    for (int j = 0; j < p_.k; ++j) {
-      c.experts[j] = highest(c.logits, c.experts, j);
+    for (int j = 0; j < k; ++j) {
+      c.experts[j] = highest(c.logits, layer.n_experts, c.experts, j);
       c.weights[j] = std::exp(c.logits[c.experts[j]] - c.logits[c.experts[0]]);
       total += c.weights[j];
     }
-    for (int j = 0; j < p_.k; ++j) c.weights[j] /= total;
+    for (int j = 0; j < k; ++j) c.weights[j] /= total;
+    for (int j = k; j < p_.k; ++j) c.experts[j] = -1, c.weights[j] = 0.0f;
   }
 
-  int64_t highest(const float *logits, const int64_t *taken, int n_taken) const {
+  static int64_t highest(const float *logits, int n_experts, const int64_t *taken, int n_taken) {
     int64_t best = -1;
-    for (int64_t e = 0; e < m_.n_experts; ++e) {
+    for (int64_t e = 0; e < n_experts; ++e) {
       bool free = true;
       for (int j = 0; j < n_taken; ++j) free = free && taken[j] != e;
       if (free && (best < 0 || logits[e] > logits[best])) best = e;
@@ -253,46 +270,63 @@ class Thread {
     return best;
   }
 
+  // How many slots for experts a row has in this layer: one when it is dense.
+  int slots_of(const Layer &layer) const { return layer.router ? p_.k : 1; }
+
   // Every thread groups all rows for itself: the lists are short, and nobody waits.
-  void group(const Layer &layer, int number) const {
+  void group(const Layer &layer, int sparse, bool given) const {
     const Groups &g = own_.groups;
-    const int assignments = static_cast<int>(sizes_.assignments);
-    const int64_t *experts = layer.gate ? choice(number, 0).experts : nullptr;
+    const int k = slots_of(layer), assignments = p_.rows * k;
+    const int64_t *experts = layer.router ? choice(sparse, given, 0).experts : nullptr;
+    for (int i = 0; i < assignments; ++i) g.place[i] = -1;
     int place = 0;
-    for (int e = 0; e < m_.n_experts; ++e) {
+    for (int e = 0; e < layer.n_experts; ++e) {
       g.begin[e] = place;
       for (int i = 0; i < assignments; ++i) {
-        if (experts && experts[i] != e) continue;
-        g.row[place] = i / p_.k;
+        if (experts ? experts[i] != e : !active(i)) continue;
+        g.row[place] = i / k;
         g.place[i] = place;
         g.count[place] = place;
         ++place;
       }
     }
-    g.begin[m_.n_experts] = place;
+    g.begin[layer.n_experts] = place;
   }
 
   // silu(gate x) * (up x) for the rows of expert e, this thread's columns.
-  void hidden(const Expert &expert, const Rows &normed, int e) const {
+  void hidden(const Expert &expert, const Activations &normed, int e) const {
     const int begin = own_.groups.begin[e], count = own_.groups.begin[e + 1] - begin;
-    if (count == 0) return;
+    if (count == 0 || !expert.gate.data) return;
     float *out = shared_.hidden + begin * sizes_.hidden;
     chunks(expert.gate, [&](int first, int last) {
-      matmul(expert.gate, normed, own_.groups.row + begin, count, first, last, out, sizes_.hidden);
-      into_chunk(expert.up, normed, own_.groups.row + begin, count, first, last);
+      matmul(expert.gate, normed.of(expert.gate), own_.groups.row + begin, count, first, last, out, sizes_.hidden);
+      into_chunk(expert.up, normed.of(expert.up), own_.groups.row + begin, count, first, last);
       for (int64_t row = 0; row < count; ++row)
         MX_PICK(swiglu)(out + row * sizes_.hidden + first * kBlock, own_.chunk + row * kChunk * kBlock,
                         (last - first) * kBlock);
     });
   }
 
+  // The outputs of expert e for its rows, in their places of own_.chunk.
+  void outputs(const Matrix &down, const Activations &rows, int e, int first, int last) const {
+    const int begin = own_.groups.begin[e], count = own_.groups.begin[e + 1] - begin;
+    if (count == 0) return;
+    float *to = own_.chunk + static_cast<int64_t>(begin) * kChunk * kBlock;
+    if (down.data)
+      into_chunk(down, rows.of(down), own_.groups.count + begin, count, first, last, begin);
+    else
+      std::memset(to, 0, sizeof(float) * static_cast<size_t>(count) * kChunk * kBlock);
+  }
+
   // x += the sum over a row's choices, in their order, of weight * output: columns 16 * first on, from own_.chunk.
-  void combine(int number, int first, int n) const {
+  void combine(const Layer &layer, int sparse, bool given, int first, int n) const {
+    const int k = slots_of(layer);
     for (int row = 0; row < p_.rows; ++row) {
-      const float *weights = m_.layers[number + p_.first_layer].gate ? choice(number, row).weights : nullptr;
+      const float *weights = layer.router ? choice(sparse, given, row).weights : nullptr;
       float sum[kChunk * kBlock] = {};
-      for (int j = 0; j < p_.k; ++j) {
-        const int64_t place = own_.groups.place[row * p_.k + j];
+      for (int j = 0; j < k; ++j) {
+        const int64_t place = own_.groups.place[row * k + j];
+        if (place < 0) continue;
         MX_PICK(add)(sum, own_.chunk + place * kChunk * kBlock, weights ? weights[j] : 1.0f, n);
       }
       MX_PICK(add)(residual(row, first), sum, 1.0f, n);
@@ -302,10 +336,10 @@ class Thread {
   // -- output ----------------------------------------------------------------------------------------------------------
 
   void logits() const {
-    const Rows normed = activations(m_.output, p_.n_wanted);
+    const Activations normed = activations(m_.output, p_.n_wanted);
     prepare(p_.n_wanted, [&](int i) { norm(p_.wanted[i], m_.norm, normed, i); });
     chunks(m_.output, [&](int first, int last) {
-      into_chunk(m_.output, normed, nullptr, p_.n_wanted, first, last);
+      into_chunk(m_.output, normed.of(m_.output), nullptr, p_.n_wanted, first, last);
       const size_t bytes = sizeof(float) * static_cast<size_t>(columns(m_.output, first, last));
       for (int64_t i = 0; i < p_.n_wanted; ++i)
         std::memcpy(p_.logits + i * m_.output.n + first * kBlock, own_.chunk + i * kChunk * kBlock, bytes);
@@ -329,7 +363,7 @@ void log_sum_exp_rows(const float *x, int rows, int n, int64_t stride, float *ou
 extern "C" int64_t mx_step_scratch(const mx::Plan *plan) {
   const mx::Sizes sizes(*plan);
   mx::Arena arena{nullptr};
-  mx::Shared shared(arena, sizes);
+  mx::Shared shared(arena, *plan, sizes);
   const int64_t common = arena.used;
   mx::Own own(arena, *plan, sizes);
   return common + (arena.used - common) * mx::threads();
@@ -340,7 +374,7 @@ extern "C" int32_t mx_step(const mx::Plan *plan, int64_t scratch_bytes) {
   mx::parallel([&](int thread, int threads) {
     const mx::Sizes sizes(*plan);
     mx::Arena arena{plan->scratch};
-    const mx::Shared shared(arena, sizes);
+    const mx::Shared shared(arena, *plan, sizes);
     mx::Arena counted{nullptr};
     mx::Own(counted, *plan, sizes);
     if (arena.used + counted.used * threads > scratch_bytes) {

@@ -1,8 +1,8 @@
 // The decode step's plan: which weights, which rows, where each row's keys and values lie, where the results go.
 // Made outside (mixtral/kernels/native/step.py mirrors these structures for ctypes, field by field) and only read here.
 //
-// T rows, D model width, F expert hidden width, E experts, K experts a row takes, H query heads, G key/value heads, C
-// head width, V vocabulary, L layers of this call, R rows whose logits are wanted, S sequences.
+// T rows, D model width, F a layer's expert hidden width, E its experts, K the most experts a row takes, H query heads, G
+// key/value heads, C head width, V vocabulary, M sparse layers of this call, R rows whose logits are wanted, S sequences.
 #pragma once
 
 #include <cstdint>
@@ -11,10 +11,11 @@
 
 namespace mx {
 
-enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1 };
+enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };  // the last of an embedding alone
 
-inline int64_t bytes_of(int32_t dtype) { return dtype == kBfloat16 ? 2 : 4; }
+inline int64_t bytes_of(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
 
+// Each matrix has a format of its own; one without data belongs to somebody else (another rank) and adds nothing here.
 struct Expert {
   Matrix gate, up;  // [F, D]
   Matrix down;      // [D, F]
@@ -25,25 +26,29 @@ struct Layer {
   const float *ffn_norm;        // [D]
   Matrix wqkv;                  // [(H + 2 G) C, D]: for each key/value head its H / G queries, its key, its value
   Matrix wo;                    // [D, H C]
-  const float *gate;            // [E, D]; null: dense, one expert that every row takes
+  const float *router;          // [E, D]; null: dense, one expert that every row takes
   const Expert *experts;
+  int32_t n_experts, ffn_dim;   // 1 expert when dense
+  int32_t in_kinds, out_kinds;  // bit 1 << RowKind for each kind of rows that gate and up read, and down
 };
 
 struct Model {
-  int32_t dim, n_heads, n_kv_heads, head_dim, ffn_dim;
-  int32_t n_experts;  // 1 when dense
-  int32_t window;     // positions that a row sees, itself included; 0: all
+  int32_t dim, n_heads, n_kv_heads, head_dim;
+  int32_t ffn_dim, n_experts;  // the most of any layer
+  int32_t most_kinds;          // the most kinds of rows that the experts of one layer read
+  int32_t window;              // positions that a row sees, itself included; 0: all
   int32_t embedding_dtype;
   float norm_eps;
   const Layer *layers;
-  const void *embedding;  // [V, D]
-  const float *norm;      // [D]
-  Matrix output;          // [V, D]
+  const void *embedding;    // [V, D]; null: packed_embedding
+  Matrix packed_embedding;  // [V, D] in a format without scales
+  const float *norm;        // [D]
+  Matrix output;            // [V, D]
 };
 
-// The rows begin .. begin + n - 1, in ascending positions, and the cache of what comes before them. Position p lies in
-// slot p mod (n_blocks * block_size), slot s in block s / block_size. A block holds keys and values of block_size slots
-// for each layer, in any order; the C numbers of one slot and head lie in one piece.
+// The rows begin .. begin + n - 1, in ascending positions, and the pages of their keys and values. Position p lies in slot
+// p % block_size of block p / block_size; a block that no row sees any more may be null. A block holds keys and values of
+// block_size slots for each layer, in any order; the C numbers of one slot and head lie in one piece.
 struct Sequence {
   int32_t begin, n;
   int64_t first;  // position of row `begin`
@@ -59,17 +64,21 @@ struct Plan {
   const Model *model;
   int32_t rows, n_sequences, n_wanted, k;
   int32_t first_layer, last_layer;  // layers first .. last - 1
+  int32_t from_experts;             // begin behind the first layer's router, with the experts and weights given here
+  int32_t to_router;                // end behind the last layer's router
   int32_t cache_dtype;
-  const Sequence *sequences;  // they cover all rows, in order
+  const Sequence *sequences;  // of disjoint rows; a row of none is inactive: it has no keys and takes no experts
+  const int32_t *row_k;       // [T] how many experts each row takes, at most k; null: k
+  const uint8_t *active;      // [T] whether it is a sequence's; null: all
   const int64_t *tokens;      // [T]; null: x holds the rows as the layer before left them
   const float *cosines;       // [positions, C / 2], of every position up to the last
   const float *sines;
   const int64_t *wanted;  // [R] rows
   float *x;               // [T, D] the residual stream, left as the last layer made it
   float *logits;          // [R, V]; null: no output product
-  float *router_logits;   // [L, T, E], null when dense, like the next two
-  int64_t *experts;       // [L, T, K], sorted by logit, ties to the lower index
-  float *weights;         // [L, T, K], the softmax over the chosen logits
+  float *router_logits;   // [M, T, most E], null when dense, like the next two
+  int64_t *experts;       // [M, T, K], sorted by logit, ties to the lower index; -1: unused
+  float *weights;         // [M, T, K], the softmax over the chosen logits; 0: unused
   uint8_t *scratch;       // mx_step_scratch(plan) bytes, aligned to 64
 };
 

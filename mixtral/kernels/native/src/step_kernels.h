@@ -11,15 +11,13 @@ namespace mx {
 // Some rows of one sequence against one key/value head, for some of its query heads.
 struct AttentionTask {
   const Sequence *sequence;
-  int32_t begin, end;     // rows of the sequence, from 0
-  int32_t heads;          // how many query heads
-  int32_t head, n_heads;  // this key/value head, and how many there are
+  int32_t begin, end;  // rows of the sequence, from 0
+  int32_t heads;       // how many query heads
+  int32_t head;        // this key/value head
   int32_t head_dim, window, cache_dtype;
-  int64_t layer_offset;        // bytes from a block's start to this layer's keys
-  const float *queries;        // rotated; row 0's [heads, C], the next row's `stride` floats on
+  int64_t layer_offset;  // bytes from a block's start to this layer's keys
+  const float *queries;  // rotated; row 0's [heads, C], the next row's `stride` floats on
   int64_t stride;
-  const uint8_t *new_keys;     // [n, G, C] of the sequence's rows, in the cache's dtype, rotated
-  const uint8_t *new_values;
   float *out;  // row 0's [heads, C], the next row's `out_stride` floats on
   int64_t out_stride;
 };
@@ -28,8 +26,8 @@ constexpr int kAttentionRows = 16;  // rows that share one reading of keys and v
 
 // x / sqrt(mean(x^2) + eps) * weight, n values.
 MX_EACH_ISA(void, rms_norm, (const float *x, const float *weight, int n, float eps, float *out))
-// out[e] = x . gate[e], gate [n_experts, n].
-MX_EACH_ISA(void, gate, (const float *x, const float *gate, int n, int n_experts, float *out))
+// out[e] = x . router[e], router [n_experts, n].
+MX_EACH_ISA(void, score_experts, (const float *x, const float *router, int n, int n_experts, float *out))
 // gate[i] = silu(gate[i]) * up[i], n a multiple of 16.
 MX_EACH_ISA(void, swiglu, (float *gate, const float *up, int n))
 // log of the sum of e^x[i]; not finite when some x[i] is NaN or +infinity.
@@ -38,9 +36,10 @@ MX_EACH_ISA(float, log_sum_exp, (const float *x, int n))
 MX_EACH_ISA(void, add, (float *to, const float *from, float weight, int n))
 // Rotates the pairs (i, i + C / 2) of n heads by one position's angles.
 MX_EACH_ISA(void, rotate, (float *x, const float *cosines, const float *sines, int head_dim, int n_heads))
-// n floats to a Dtype, and back.
+// n floats to a Dtype, and back; a row of a matrix packed in a format without scales (packed.py) to floats.
 MX_EACH_ISA(void, narrow, (const float *from, int32_t dtype, int n, uint8_t *to))
 MX_EACH_ISA(void, widen, (const uint8_t *from, int32_t dtype, int n, float *to))
+MX_EACH_ISA(void, widen_packed, (const Matrix &w, int64_t row, float *to))
 MX_EACH_ISA(void, attend, (const AttentionTask &task, float *scratch))
 // How many floats of scratch attend needs.
 MX_EACH_ISA(int64_t, attention_scratch, (int heads, int head_dim))

@@ -27,8 +27,7 @@ inline int64_t to_blocks(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock;
 struct Sizes {
   int64_t rows, assignments, most;  // T; T K; the most rows that one product has
   int64_t qkv, heads, hidden;       // floats of one row
-  int64_t kv_bytes;                 // of one row's keys
-  int64_t activations;              // bytes of the rows that a product reads
+  int64_t activations;              // bytes of the rows of one kind that a product reads
 
   explicit Sizes(const Plan &p) {
     const Model &m = *p.model;
@@ -38,7 +37,6 @@ struct Sizes {
     qkv = to_blocks(static_cast<int64_t>(m.n_heads + 2 * m.n_kv_heads) * m.head_dim);
     heads = static_cast<int64_t>(m.n_heads) * m.head_dim;
     hidden = to_blocks(m.ffn_dim);
-    kv_bytes = static_cast<int64_t>(m.n_kv_heads) * m.head_dim * bytes_of(p.cache_dtype);
     activations = 0;
     for (const int64_t d : {static_cast<int64_t>(m.dim), heads, static_cast<int64_t>(m.ffn_dim)})
       for (int kind = 0; kind < kRowKinds; ++kind) {
@@ -52,24 +50,20 @@ struct Shared {
   float *qkv;           // [T, qkv]
   float *heads;         // [T, H C] what attention brings
   float *hidden;        // [T K, hidden], rows grouped by expert
-  uint8_t *keys;        // [T, G, C] of these rows, rotated, in the cache's dtype
-  uint8_t *values;      // [T, G, C]
-  uint8_t *activations;
+  uint8_t *activations;  // [most_kinds, activations]
 
-  Shared(Arena &arena, const Sizes &s)
+  Shared(Arena &arena, const Plan &p, const Sizes &s)
       : qkv(arena.take<float>(s.rows * s.qkv)),
         heads(arena.take<float>(s.rows * s.heads)),
         hidden(arena.take<float>(s.assignments * s.hidden)),
-        keys(arena.take<uint8_t>(s.rows * s.kv_bytes)),
-        values(arena.take<uint8_t>(s.rows * s.kv_bytes)),
-        activations(arena.take<uint8_t>(s.activations)) {}
+        activations(arena.take<uint8_t>(s.activations * p.model->most_kinds)) {}
 };
 
 // The rows of each expert: its assignments (row * K + choice) in the rows' order, one expert after the other.
 struct Groups {
   int32_t *begin;  // [E + 1]
   int32_t *row;    // [T K]
-  int32_t *place;  // [T K] where assignment t K + j has come to lie
+  int32_t *place;  // [T K] where assignment t K + j has come to lie; -1: unused
   int32_t *count;  // [T K] 0, 1, 2, ...: the places themselves
 
   Groups(Arena &arena, const Plan &p)
@@ -96,7 +90,7 @@ struct Own {
         router_logits(arena.take<float>(p.model->n_experts)),
         experts(arena.take<int64_t>(p.k)),
         weights(arena.take<float>(p.k)),
-        activations(arena.take<uint8_t>(s.rows == 1 ? s.activations : 0)),
+        activations(arena.take<uint8_t>(s.rows == 1 ? s.activations * p.model->most_kinds : 0)),
         groups(arena, p) {}
 };
 

@@ -1,4 +1,4 @@
-// Norm, gate, SwiGLU, rotary embedding, rounding and log-sum-exp of one row.
+// Norm, router, SwiGLU, rotary embedding, rounding and log-sum-exp of one row.
 #include <math.h>
 
 #include "step_kernels.h"
@@ -22,8 +22,8 @@ void rms_norm(const float *x, const float *weight, int n, float eps, float *out)
   for (int i = 0; i < n; ++i) out[i] = x[i] * scale * weight[i];
 }
 
-void gate(const float *x, const float *gate, int n, int n_experts, float *out) {
-  for (int e = 0; e < n_experts; ++e) out[e] = dot(x, gate + static_cast<int64_t>(e) * n, n);
+void score_experts(const float *x, const float *router, int n, int n_experts, float *out) {
+  for (int e = 0; e < n_experts; ++e) out[e] = dot(x, router + static_cast<int64_t>(e) * n, n);
 }
 
 // silu(g) = g / (1 + e^-g) (arXiv 2002.05202).
@@ -71,6 +71,16 @@ void narrow(const float *from, int32_t dtype, int n, uint8_t *to) {
   }
 }
 
+static float half_to_float(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, magnitude = half & 0x7fff;
+  // The exponent is 112 too small: put right by a product, exact for subnormal numbers too. Infinity and NaN have none.
+  const uint32_t bits = magnitude >= 0x7c00 ? 0x7f800000 | (magnitude & 0x3ff) << 13 : magnitude << 13;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  if (magnitude < 0x7c00) value *= 0x1p112f;
+  return sign ? -value : value;
+}
+
 void widen(const uint8_t *from, int32_t dtype, int n, float *to) {
   if (dtype == kFloat32) {
     std::memcpy(to, from, 4 * static_cast<size_t>(n));
@@ -79,8 +89,25 @@ void widen(const uint8_t *from, int32_t dtype, int n, float *to) {
   for (int i = 0; i < n; ++i) {
     uint16_t half;
     std::memcpy(&half, from + 2 * i, 2);
+    if (dtype == kFloat16) {
+      to[i] = half_to_float(half);
+      continue;
+    }
     const uint32_t bits = static_cast<uint32_t>(half) << 16;
     std::memcpy(to + i, &bits, 4);
+  }
+}
+
+// Input d of a lane: fp32 and fp16 have their lanes side by side, bf16 has them in pairs of inputs.
+void widen_packed(const Matrix &w, int64_t row, float *to) {
+  const int64_t lane = row % kBlock, first = row / kBlock * w.groups() * kGroup * kBlock;
+  const uint8_t *data = static_cast<const uint8_t *>(w.data);
+  for (int64_t d = 0; d < w.d; ++d) {
+    const int64_t at = first + (w.format == kBf16 ? (d / 2 * kBlock + lane) * 2 + d % 2 : d * kBlock + lane);
+    if (w.format == kFp32)
+      std::memcpy(to + d, data + 4 * at, 4);
+    else
+      widen(data + 2 * at, w.format == kFp16 ? kFloat16 : kBfloat16, 1, to + d);
   }
 }
 
