@@ -88,8 +88,7 @@ def training(threads: int, seconds: float) -> Callable[[], Cost]:
 def decoding(native: bool, threads: int, seconds: float) -> Callable[[], Cost]:
     """A short prompt continued, as `mixtral generate` does it."""
     set_threads(threads)
-    lm = mixtral.load(SHIPPED, dtype="bf16" if native else "fp32")
-    lm.native = native
+    lm = mixtral.load(SHIPPED, dtype="bf16" if native else "fp32", runner="native" if native else "torch")
     text = partial(lm.generate, list(range(300, 332)), max_tokens=32, temperature=0.0, ignore_eos=True)
     return lambda: cost(text, 32, seconds)
 

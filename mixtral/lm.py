@@ -83,10 +83,11 @@ class LM:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights; of a quantised model's, what is not quantised."""
+        """Of the weights; of a quantised model, of its activations."""
         plain = {format.name: dtype for dtype, format in PLAIN.items()}
-        formats = (plain.get(module.format.name) for _, module in packed_modules(self.model))
-        return next((dtype for dtype in formats if dtype is not None), self.model.embedding.dtype)
+        dtypes = {plain.get(module.format.name) for _, module in packed_modules(self.model)}
+        only = dtypes.pop() if len(dtypes) == 1 else None
+        return self.model.embedding.dtype if only is None else only
 
     # -- generating --------------------------------------------------------------------------------------------------
 
@@ -254,8 +255,9 @@ def load(
     if scheme is not None:
         model = load_quantised(path, config, scheme, wanted or _torch_dtype(chosen), chosen)
     elif runner != "torch" and not cannot_pack(chosen):
-        reader = StateReader(path, config)
-        model = pack_state(config, reader, wanted or _file_dtype(reader))
+        reader = StateReader(path, config, opened=opened)
+        reader.wanted_dtype = wanted or _file_dtype(reader)
+        model = pack_state(config, reader, reader.wanted_dtype)
     else:
         state = _one_dtype(load_state(path, config, wanted or _torch_dtype(chosen), chosen, opened=opened))
         with torch.device("meta"):

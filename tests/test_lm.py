@@ -9,6 +9,8 @@ import copy
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 import mixtral
+from mixtral import engine
 from mixtral.config import ModelConfig
 from mixtral.errors import ConfigError, UsageError, WeightsError
 from mixtral.kernels.native import library as native
@@ -199,10 +202,13 @@ def test_logits_and_routing(lm: LM) -> None:
 
 def test_saving_and_loading_again_gives_the_same(lm: LM, tmp_path: Path) -> None:
     lm.save(tmp_path / "new")
-    again = mixtral.load(tmp_path / "new", dtype="fp32", device="cpu")
+    again = mixtral.load(tmp_path / "new", dtype="fp32", device="cpu", runner="torch")
     assert again.config == lm.config
     assert torch.equal(again.logits(tokens(9)), lm.logits(tokens(9)))
     assert again.generate("the cat", **SAMPLED) == lm.generate("the cat", **SAMPLED)
+    packed = mixtral.load(tmp_path / "new", dtype="fp32", device="cpu")
+    assert distance(packed.logits(tokens(9)), lm.logits(tokens(9))) < 1e-5
+    assert packed.generate("the cat", **SAMPLED) == lm.generate("the cat", **SAMPLED)
     assert lm.tokenizer is not None
     ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "new").encode("the cat sat")
     assert ids == lm.tokenizer.encode("the cat sat")
@@ -210,6 +216,7 @@ def test_saving_and_loading_again_gives_the_same(lm: LM, tmp_path: Path) -> None
         lm.save(tmp_path / "new")
 
 
+@pytest.mark.parametrize("runner", ["auto", "torch"])
 @pytest.mark.parametrize(
     ("stored", "fast_bf16", "asked", "wanted"),
     [
@@ -218,18 +225,24 @@ def test_saving_and_loading_again_gives_the_same(lm: LM, tmp_path: Path) -> None
         (torch.bfloat16, False, "auto", torch.float32),
         (torch.float32, True, "auto", torch.float32),  # the file's: nothing is rounded unasked
         (torch.float32, True, "bf16", torch.bfloat16),
+        (torch.float16, True, None, torch.float16),
         (torch.bfloat16, False, torch.bfloat16, torch.bfloat16),
     ],
 )
 def test_the_dtype_of_a_loaded_model(
     lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, fast_bf16: bool,
-    asked: str | torch.dtype | None, wanted: torch.dtype,
+    asked: str | torch.dtype | None, wanted: torch.dtype, runner: str,
 ) -> None:  # fmt: skip
+    """Packed weights have the file's dtype on any processor; torch's fp32 where bf16 is slow."""
     monkeypatch.setattr("mixtral.lm.has_fast_bf16", lambda _device: fast_bf16)
     lm.model.to(stored)
     lm.save(tmp_path / "m")
-    again = load(tmp_path / "m", dtype=asked, device="cpu")
-    assert {p.dtype for p in again.model.parameters()} == {wanted} == {again.dtype}
+    again = load(tmp_path / "m", dtype=asked, device="cpu", runner=runner)
+    if runner == "auto" and asked in (None, "auto"):
+        wanted = stored
+    assert again.dtype == wanted and again.runner.name == ("native" if runner == "auto" else "torch")
+    if runner == "torch":
+        assert {p.dtype for p in again.model.parameters()} == {wanted}
     assert not any(p.requires_grad for p in again.model.parameters()) and not again.model.training
     assert len(again.generate([5, 6], max_tokens=3, ignore_eos=True)) == 3
 
@@ -241,7 +254,8 @@ def test_a_file_of_mixed_dtypes_is_loaded_in_the_one_most_weights_have(
     lm.model.to(torch.bfloat16)
     lm.model.norm.float()
     lm.save(tmp_path / "m")
-    again = load(tmp_path / "m", device="cpu")
+    assert load(tmp_path / "m", device="cpu").dtype == torch.bfloat16
+    again = load(tmp_path / "m", device="cpu", runner="torch")
     assert {p.dtype for p in again.model.parameters()} == {torch.bfloat16}
 
 
@@ -251,10 +265,9 @@ def test_a_gguf_file(lm: LM, tmp_path: Path) -> None:
     lm.save(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "model.gguf", "gguf")
     for dtype in (torch.float32, torch.bfloat16):
-        there, back = load(tmp_path / "hf", torch.bfloat16), load(tmp_path / "model.gguf", dtype)
+        there, back = (load(path, dtype) for path in (tmp_path / "hf", tmp_path / "model.gguf"))
         assert back.dtype == dtype and back.tokenizer is not None and lm.tokenizer is not None
         assert back.tokenizer.fingerprint == lm.tokenizer.fingerprint
-        there.model.to(dtype)
         assert torch.equal(back.logits(tokens()), there.logits(tokens()))
 
 
@@ -314,34 +327,9 @@ def test_the_package_itself_offers_load_and_lm() -> None:
         _ = mixtral.lode
 
 
-# -- the native step ---------------------------------------------------------------------------------------------------
+# -- runners -----------------------------------------------------------------------------------------------------------
 
-
-@pytest.mark.skipif(bool(native.available()), reason=f"no native step: {native.available()}")
-def test_generation_takes_the_native_step_where_it_rounds_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    lm = make_lm(None)
-    assert lm.native_step() is None  # fp32
-    exact = lm.generate(tokens(5), max_tokens=4)
-    lm.native = True
-    assert lm.native_step() is not None and len(lm.generate(tokens(5), max_tokens=4, ignore_eos=True)) == 4
-    lm.native = None
-    assert lm.generate(tokens(5), max_tokens=4) == exact
-
-    lm.model.to(torch.bfloat16)
-    step = lm.native_step()
-    assert step is not None and lm.native_step() is step
-    assert lm.generate(tokens(5), max_tokens=4, ignore_eos=True) == list(
-        lm.stream(tokens(5), max_tokens=4, ignore_eos=True)
-    )
-    lm.model.output_weight[7] = 100 * lm.model.norm(lm.model.embedding.weight[0])
-    assert lm.native_step() is not step  # it holds the weights as they were
-    lm.native = False
-    assert lm.native_step() is None
-
-    monkeypatch.setattr(native, "available", lambda: "not built")
-    assert LM(lm.model).native_step() is None
-    with pytest.raises(UsageError, match="native step: not built"):
-        LM(lm.model, native=True).generate(tokens(5))
+needs_native = pytest.mark.skipif(bool(native.available()), reason=f"no native step: {native.available()}")
 
 
 @pytest.fixture
@@ -353,45 +341,88 @@ def stored(tmp_path: Path) -> Path:
     return tmp_path / "bf16"
 
 
-@pytest.mark.skipif(bool(native.available()), reason=f"no native step: {native.available()}")
-def test_a_loaded_model_is_emptied_while_it_generates_and_whole_when_it_is_asked_for(stored: Path) -> None:
-    want = load(stored, "bf16", "cpu").logits(tokens(9))
-    lm = load(stored, "bf16", "cpu")
-    text = lm.generate(tokens(5), max_tokens=4, ignore_eos=True)
-    step = lm.native_step()
-    assert not lm._model.output_weight.numel()
-    assert lm.config.vocab_size == 300 and (lm.device.type, lm.dtype) == ("cpu", torch.bfloat16)  # leave it emptied
-    pieces = lm.stream(tokens(5), max_tokens=4, ignore_eos=True)
-    assert not lm._model.output_weight.numel()
-    first = next(pieces)
-    assert torch.equal(lm.logits(tokens(9)), want)
-    assert [first, *pieces] == text  # the stream goes on
-    assert lm.native_step() is step  # nothing has changed
-    whole = load(stored, "bf16", "cpu").model.state_dict()
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in lm.model.state_dict().items())
-    lm.model.output_weight[7] += 1
-    assert lm.native_step() is not step
-    assert lm.model.output_weight.numel()  # whoever has asked for the model keeps it
+@needs_native
+def test_the_runner_follows_the_model(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The native step for packed weights; the model itself once a part of it was replaced or hooked."""
+    assert make_lm(None).runner.name == "torch" and "does not know" in make_lm(None).why_runner()
+    lm = load(stored, device="cpu")
+    runner = lm.runner
+    assert runner.name == "native" and lm.runner is runner
+    assert lm.generate(tokens(5), max_tokens=4, ignore_eos=True) == list(
+        lm.stream(tokens(5), max_tokens=4, ignore_eos=True)
+    )
+    handle = lm.model.layers[0].register_forward_hook(lambda *_: None)
+    assert lm.runner.name == "torch" and "hooks" in lm.why_runner()
+    handle.remove()
+    assert lm.runner.name == "native"
+    lm.model.output = LM(make_lm(None).model).model.output
+    assert lm.runner.name == "torch"
+    assert load(stored, device="cpu", runner="torch").runner.name == "torch"
+    with pytest.raises(UsageError, match="native step: it does not know Linear"):
+        _ = LM(make_lm(None).model, runner="native").runner
+    with pytest.raises(UsageError, match="runner: unknown choice 'natve'; did you mean 'native'"):
+        load(stored, runner="natve")
+    monkeypatch.setattr(native, "available", lambda: "not built")
+    assert load(stored, device="cpu").runner.name == "torch"
+    with pytest.raises(UsageError, match="native step: not built"):
+        load(stored, device="cpu", runner="native")
 
 
-@pytest.mark.skipif(bool(native.available()), reason=f"no native step: {native.available()}")
-def test_every_other_road_finds_the_whole_model(stored: Path, tmp_path: Path) -> None:
-    def emptied() -> LM:
-        lm = load(stored, "bf16", "cpu")
-        lm.generate(tokens(5), max_tokens=1)
-        assert not lm._model.output_weight.numel()
-        return lm
+@needs_native
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_packed_model_is_saved_bit_for_bit(tmp_path: Path, dtype: str, tied: bool) -> None:
+    lm = make_lm(None, tie_embeddings=tied)
+    lm.model.to({"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype])
+    lm.save(tmp_path / "plain")
+    packed = load(tmp_path / "plain", device="cpu")
+    packed.generate(tokens(5), max_tokens=1)
+    packed.save(tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "plain/model.safetensors").read_bytes()
 
-    plain = load(stored, "bf16", "cpu")
-    emptied().save(tmp_path / "saved")
-    assert (tmp_path / "saved/model.safetensors").read_bytes() == (stored / "model.safetensors").read_bytes()
-    assert torch.equal(emptied().routing(tokens(9))[1].logits_TE, plain.routing(tokens(9))[1].logits_TE)
-    lm = emptied()
-    lm.native = plain.native = False
-    assert lm.generate(tokens(5), max_tokens=9) == plain.generate(tokens(5), max_tokens=9)
-    mine = LM(plain.model)  # somebody else holds it
-    mine.generate(tokens(5), max_tokens=1)
-    assert plain.model.output_weight.numel()
+
+@needs_native
+def test_complete_gives_log_probabilities_reasons_and_routing(stored: Path) -> None:
+    lm = load(stored, device="cpu")
+    ask: dict[str, Any] = {"max_tokens": 6, "temperature": 1.0, "seed": 3, "ignore_eos": True}
+    done = lm.complete([tokens(5), tokens(3)], n=2, k=1, keep_routing=True, **ask)
+    assert [len(of_prompt) for of_prompt in done] == [2, 2]
+    assert lm.generate([tokens(5), tokens(3)], n=2, k=1, **ask) == [[g.tokens for g in p] for p in done]
+    one = done[0][0]
+    assert one.finish_reason == "length" and len(one.logprobs) == 6 and max(one.logprobs) < 0
+    assert one.routing[0].experts_TK.shape == (10, 1)
+    routing = lm.routing([*tokens(5), *one.tokens[:-1]], k=1)
+    assert torch.equal(one.routing[1].experts_TK, routing[1].experts_TK)
+    assert lm.generate(tokens(5), n=2, k=1, **ask) == [g.tokens for g in done[0]]
+
+
+@needs_native
+@pytest.mark.parametrize("n_threads", [2, 8])
+def test_threads_on_one_lm_get_the_bits_they_get_alone(stored: Path, n_threads: int) -> None:
+    """Freshly loaded; long and short prompts; each thread gets tokens while the others generate."""
+    ask: dict[str, Any] = {"max_tokens": 20, "ignore_eos": True}
+    prompts = [tokens(n, seed=n) for n in (1, 43, 7, 30, 2, 19, 40, 11)][:n_threads]
+    alone = [load(stored, device="cpu").complete([p], **ask)[0][0] for p in prompts]
+    lm, found, stamps = load(stored, device="cpu"), {}, {}  # type: ignore[var-annotated]
+    start = threading.Barrier(n_threads)
+
+    def work(i: int) -> None:
+        start.wait()
+        pieces = engine.stream(lm.runner, [prompts[i]], engine.SamplingParams(**ask))
+        stamps[i] = [time.perf_counter() for _ in pieces]
+        found[i] = pieces.results()[0]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(n_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[i] for i in range(n_threads)] == alone
+    assert max(s[0] for s in stamps.values()) < min(s[-1] for s in stamps.values())  # nobody waited for an answer
+    assert torch.get_num_threads() == THREADS
+
+
+THREADS = torch.get_num_threads()
 
 
 PEAK = """
@@ -405,28 +436,29 @@ def peak():
 torch.ones(256, 256) @ torch.ones(256, 256)  # what torch sets up once
 native.available()
 before = peak()
-lm = load(sys.argv[1], "bf16", "cpu")
+lm = load(sys.argv[1], sys.argv[2], "cpu")
 lm.generate([3, 4, 5], max_tokens=2, ignore_eos=True)
-generated = peak() - before
 lm.logits([3, 4, 5])
-print(generated, peak() - before)
+lm.routing([3, 4, 5])
+lm.save(sys.argv[1] + "-again")
+print(peak() - before)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
-@pytest.mark.skipif(bool(native.available()), reason=f"no native step: {native.available()}")
-def test_peak_memory_of_generating_in_bf16(tmp_path: Path) -> None:
-    """One copy of the weights and a tensor; a second copy when the model itself is asked for as well."""
+@needs_native
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_peak_memory_of_all_that_a_model_does(tmp_path: Path, dtype: str) -> None:
+    """One copy of the weights, one tensor and what it becomes: for generating, looking inside and saving."""
     config = ModelConfig(
         vocab_size=1024, dim=256, n_layers=5, n_heads=4, n_kv_heads=2, head_dim=64, ffn_dim=1536, n_experts=8,
         experts_per_token=2,
     )  # fmt: skip
-    save_hf({n: torch.full(s, 0.01).bfloat16() for n, s in parameter_shapes(config).items()}, config, tmp_path / "m")
+    kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    save_hf({n: torch.full(s, 0.01).to(kind) for n, s in parameter_shapes(config).items()}, config, tmp_path / "m")
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", PEAK, str(tmp_path / "m")]
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "m"), dtype]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    generating, both = map(float, done.stdout.split())
-    model = config.weight_bytes() / 2**20
-    assert model > 90
-    assert generating < 1.5 * model, "the weights, a tensor of 12 MiB and what it becomes, and some slack"
-    assert both > 1.9 * model  # else the figure above would say nothing
+    weights = config.weight_bytes(8 * kind.itemsize) / 2**20
+    assert weights > 90
+    assert float(done.stdout) < weights + 60, "the weights, a tensor of 12 or 24 MiB and what it becomes"

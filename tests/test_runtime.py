@@ -89,6 +89,7 @@ def test_more_threads_than_cores_are_a_warning_said_once(
     monkeypatch.setattr(cores, "_chosen", None)
     monkeypatch.setenv("RAYON_NUM_THREADS", "1")
     monkeypatch.setattr(runtime, "cpu_count", lambda: 2)
+    monkeypatch.setattr(logging.getLogger("mixtral"), "handlers", [])  # pytest's too, once it does not propagate
     monkeypatch.setattr(logging.getLogger("mixtral"), "propagate", True)
     try:
         for _ in range(2):

@@ -81,20 +81,18 @@ class InProcess:
 
 
 def ours(folder: Path, threads: int) -> Engine:
-    return InProcess("mixtral", "bf16 cache", _our_run, str(folder), threads)
+    return InProcess("mixtral", "defaults", _our_run, str(folder), threads)
 
 
 def _our_run(path: str, threads: int) -> Callable[[Task], Run]:
-    """`mixtral.load(path)` as anyone would; bf16 where this processor would otherwise choose fp32."""
+    """`mixtral.load(path)` as anyone would."""
     set_threads(threads)
-    lm = mixtral.load(path, dtype="bf16")
-    lm.native = True  # with the reason, where the native step cannot be used
+    lm = mixtral.load(path)
 
     def run(task: Task) -> Run:
-        model, native = lm.for_engine()
         params = SamplingParams(temperature=0.0, max_tokens=task.tokens + 1, ignore_eos=True)
         started = time.perf_counter()
-        pieces = stream(model, prompts(task, lm.config.vocab_size), params, native=native)
+        pieces = stream(lm.runner, prompts(task, lm.config.vocab_size), params)
         for _ in range(task.batch):
             next(pieces)
         first = time.perf_counter()

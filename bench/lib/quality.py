@@ -18,9 +18,8 @@ from torch import Tensor
 
 import mixtral
 from lib.engines import Task, prompts
-from mixtral.engine.kv_cache import make_cache
 from mixtral.kernels.packing import GROUP, unpack
-from mixtral.model import Mixtral, Ragged
+from mixtral.model import Mixtral
 from mixtral.quant.scheme import PACKED, read_scheme
 from mixtral.runtime import set_threads
 
@@ -58,13 +57,7 @@ def distance(logp_TV: Tensor, plain_TV: Tensor) -> dict[str, float]:
 @torch.inference_mode()
 def _native_logits(path: Path, ids: list[int]) -> Tensor:
     """[T, V] by the native step, as generation runs it."""
-    lm = mixtral.load(path, dtype="bf16")
-    lm.native = True
-    _, native = lm.for_engine()
-    assert native is not None
-    logits_TV = native(Ragged.of([ids]), make_cache(lm.config, 1, torch.bfloat16, torch.device("cpu"))).logits
-    assert logits_TV is not None
-    return logits_TV.clone()
+    return mixtral.load(path, dtype="bf16", runner="native").logits(ids)
 
 
 def _expand_into(model: Mixtral, path: Path) -> None:

@@ -60,7 +60,7 @@ def compare(
     plain: Mixtral, quantised: Mixtral, sequences: Sequence[Sequence[int]], progress: Progress | None = None
 ) -> Comparison:
     """Both models on the same sequences, each of two tokens or more; `progress` is called after each sequence."""
-    device = plain.embedding.weight.device
+    device = plain.embedding.device
     batches = [(Ragged.of([s[:-1]], device=device), torch.tensor(s[1:], device=device)) for s in sequences]
     models = dict(_mixtures(plain, quantised))
     itself, whole, *parts = distances(plain, models, batches, progress)

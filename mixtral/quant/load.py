@@ -38,7 +38,7 @@ def load_quantised(
         mapped = name.endswith(PACKED) or name == "embedding.weight"  # used as it lies in the file
         tensor = _tensor(file, name, raw_bytes if mapped else raw_bytes.clone())
         wanted = tensor.dtype if mapped else fixed_dtype(name) or dtype
-        require_range(name, tensor, wanted)
+        require_range(name, tensor, dtype if name == "embedding.weight" else wanted)
         state[name] = tensor.to(device, wanted)
     embedding = state["embedding.weight"]
     if config.tie_embeddings:

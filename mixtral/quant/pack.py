@@ -105,8 +105,8 @@ class UnpackedState(LazyState):
                          for key in dict(module.named_buffers())}  # fmt: skip
         dtypes = {format.name: dtype for dtype, format in PLAIN.items()}
         if quantised := set(self._formats.values()) - dtypes.keys():
-            raise UsageError(f"this model is quantised ({', '.join(sorted(quantised))}); copy its folder, or save the "
-                             "model it was made from")
+            what = f"save: this model is quantised ({', '.join(sorted(quantised))})"
+            raise UsageError(f"{what}; copy its folder, or save the model it was made from")
         self._dtype = dtypes[max(self._formats.values())]  # all have the same
 
     def dtype(self, ours: str) -> torch.dtype:

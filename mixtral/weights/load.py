@@ -73,21 +73,28 @@ def load_state(
 class StateReader(LazyState):
     """The tensors of a model folder or GGUF file, one at a time and in any order.
 
+    Args:
+        opened: as of `load_state`.
+        wanted_dtype: of what is read; None: the file's. Buffers have their own.
+
     Raises WeightsError as `load_state` does, before anything is read.
     """
 
-    def __init__(self, folder: str | Path, config: ModelConfig) -> None:
+    def __init__(
+        self, folder: str | Path, config: ModelConfig, opened: Opened | None = None,
+        wanted_dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(parameter_shapes(config))
-        self._folder = Path(folder)
-        files, self._headers, self._found, self._output = open_weights(folder, config)
+        self._folder, self.wanted_dtype = Path(folder), wanted_dtype
+        files, self._headers, self._found, self._output = opened or open_weights(folder, config)
         self._file_of = {name: file for file in files for name in file.headers}
         self._sources: dict[str, list[str]] = {}  # ours -> the foreign tensors that it is put together from
         for name, slot in self._found.items():
             self._sources.setdefault(slot.ours, []).append(name)
 
     def dtype(self, ours: str) -> torch.dtype:
-        """The widest of the foreign tensors'."""
-        return fixed_dtype(ours) or _widest([self._headers[name] for name in self._sources[ours]])
+        """The wanted one, or the widest of the foreign tensors'."""
+        return fixed_dtype(ours) or self.wanted_dtype or _widest([self._headers[name] for name in self._sources[ours]])
 
     def read(self, ours: str) -> Tensor:
         tensor = torch.empty(self.shapes[ours], dtype=self.dtype(ours))
@@ -97,6 +104,7 @@ class StateReader(LazyState):
                 _check_tied(tensor, foreign, f"{self._folder}: {name}")
                 continue
             view = self._found[name].view(tensor)
+            require_range(name, foreign, view.dtype)
             view.copy_(foreign.reshape(view.shape))
         return tensor
 

@@ -3,13 +3,14 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mixtral import engine
-from mixtral.engine import Piece, SamplingParams, generate
+from mixtral.engine import Generation, Piece, SamplingParams, generate
 from mixtral.lm import load
 from tests.commands.conftest import Run
 
@@ -22,9 +23,23 @@ def test_greedy_text_is_the_library_s(run: Run, folder: Path) -> None:
     assert err.startswith("[12 tokens; prompt of ") and "tokens/s]" in err
 
 
+class Given:
+    """A stream of these pieces."""
+
+    def __init__(self, pieces: list[Piece]) -> None:
+        self.pieces = pieces
+
+    def __iter__(self) -> Iterator[Piece]:
+        return iter(self.pieces)
+
+    def results(self) -> list[Generation]:
+        text = "".join(p.text for p in self.pieces)
+        return [Generation([p.token for p in self.pieces], [-1.0] * len(self.pieces), text, "length")]
+
+
 def test_on_a_terminal_control_characters_are_escaped(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = [Piece(0, 65, -1.0, "a\x1b[2J", None), Piece(0, 66, -1.0, "b\n", "length")]
-    monkeypatch.setattr("mixtral.engine.stream", lambda *_, **__: iter(pieces))
+    monkeypatch.setattr("mixtral.engine.stream", lambda *_, **__: Given(pieces))
     ask = ("generate", "--model", folder, "--prompt", "To be", "--n")
     assert run(*ask, "1").out == "a\x1b[2Jb\n\n"
     with monkeypatch.context() as patch:
@@ -72,7 +87,7 @@ OPTIONS: dict[str, Any] = {
 def test_every_option_reaches_the_engine(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[SamplingParams] = []
     piece = Piece(0, 65, -1.0, "a", "length")
-    monkeypatch.setattr(engine, "stream", lambda _, __, params, **___: seen.append(params) or iter([piece]))
+    monkeypatch.setattr(engine, "stream", lambda _, __, params, **___: seen.append(params) or Given([piece]))
     for name, value in OPTIONS.items():
         values = value if isinstance(value, list) else [value]
         given = [text for v in values for text in (f"--{name.replace('_', '-')}", str(v))]
@@ -95,7 +110,7 @@ def test_command_line_and_python_follow_the_folder_alike(run: Run, folder: Path,
         assert "".join(lm.stream("To be", **given)) == lm.generate("To be", **given)
     plain = SamplingParams(max_tokens=12, repetition_penalty=1.2, no_repeat_ngram_size=2, stop=(free[6:8],))
     ids = lm.tokenizer.encode("To be")
-    [wanted] = generate(lm.model, [ids], plain, tokenizer=lm.tokenizer)
+    [wanted] = generate(lm.runner, [ids], plain, tokenizer=lm.tokenizer)
     assert lm.generate("To be", temperature=0) == wanted.text
 
 
@@ -143,7 +158,7 @@ def test_k_experts_a_token(run: Run, folder: Path) -> None:
     code, out, _ = run(*asked, "--k", "1")
     lm = load(folder)
     ids = lm.tokenizer.encode("To be")
-    (want,) = generate(lm.model, [ids], SamplingParams(max_tokens=12), tokenizer=lm.tokenizer, k=1, keep_routing=True)
+    (want,) = generate(lm.runner, [ids], SamplingParams(max_tokens=12), tokenizer=lm.tokenizer, k=1, keep_routing=True)
     assert code == 0 and out == want.text + "\n"
     assert all((layer.experts_TK >= 0).sum(-1).eq(1).all() for layer in want.routing)
     told = [json.loads(run(*asked, "--json", "--routing", *k).out) for k in (("--k", "1"), ())]
@@ -240,11 +255,11 @@ def test_more_continuations_than_the_memory_holds(run: Run, folder: Path) -> Non
 
 
 def test_the_memory_that_n_continuations_need(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many caches of the prompt, and as many rows of logits, as fit exactly."""
+    """One cache of the prompt, and as many rows of logits, as fit exactly."""
     lm = load(folder, dtype="fp32")
     assert lm.tokenizer is not None
     a_token = 2 * lm.config.n_layers * lm.config.n_kv_heads * lm.config.head_dim
-    needed = 3 * 4 * (lm.config.vocab_size + len(lm.tokenizer.encode("To be")) * a_token)
+    needed = 4 * (3 * lm.config.vocab_size + len(lm.tokenizer.encode("To be")) * a_token)
     words = ("--model", folder, "--prompt", "To be", "--n", "3", "--max-tokens", "1", "--dtype", "fp32")
     for free, code in ((needed, 0), (needed - 1, 2)):
         monkeypatch.setattr("mixtral.hardware.available_memory_bytes", lambda free=free: free)

@@ -17,7 +17,7 @@ from mixtral.lm import LM, load
 from mixtral.model import Mixtral
 from mixtral.presets import PRESETS, preset
 from mixtral.quant import synth
-from mixtral.quant.formats import FORMATS
+from mixtral.quant.formats import FORMATS, PLAIN
 from mixtral.quant.load import empty_quantised, open_packed
 from mixtral.quant.scheme import QuantScheme, read_scheme, stored_shapes, theoretical_bytes
 from mixtral.quant.synth import _random_packed, write_random
@@ -66,7 +66,7 @@ def test_two_layers_of_a_larger_model(quantised: bool, tmp_path: Path) -> None:
 def _two_quantised_layers(folder: Path, two: ModelConfig) -> Mixtral:
     recipe = read_scheme(folder)
     assert recipe is not None
-    model = empty_quantised(two, recipe)
+    model = empty_quantised(two, recipe, PLAIN[torch.float32], torch.float32)
     raw = (file := open_packed(folder, read_config(folder), recipe)).mapped()
     state = {}
     for name in stored_shapes(two, recipe):
@@ -96,7 +96,7 @@ def test_weights_have_the_spread_and_range(name: str) -> None:
 
 def test_16_bits_have_the_spread(tmp_path: Path) -> None:
     write_random(preset("tiny"), tmp_path / "m", "16")
-    lm = load(tmp_path / "m", dtype="fp32", device="cpu")
+    lm = load(tmp_path / "m", dtype="fp32", device="cpu", runner="torch")
     w = lm.model.state_dict()["layers.0.ffn.experts.w13"]
     assert 0.7 < w.std() / lm.config.init_std < 1.4 and abs(w.mean()) < 0.02 * w.std()
     assert (lm.model.state_dict()["norm.weight"] == 1).all()

@@ -11,7 +11,6 @@ def test_sequences_lie_end_to_end() -> None:
     assert packed.tokens_T.tolist() == [5, 6, 7, 8]
     assert packed.positions_T.tolist() == [0, 1, 2, 0]
     assert packed.cu_seqlens.tolist() == [0, 3, 3, 4] and packed.cu_seqlens.dtype == torch.int32
-    assert packed.max_seqlen == 3
 
 
 def test_starts_move_the_positions() -> None:
@@ -20,7 +19,7 @@ def test_starts_move_the_positions() -> None:
 
 def test_nothing() -> None:
     packed = Ragged.of([])
-    assert packed.tokens_T.shape == (0,) and packed.cu_seqlens.tolist() == [0] and packed.max_seqlen == 0
+    assert packed.tokens_T.shape == (0,) and packed.cu_seqlens.tolist() == [0]
 
 
 def test_a_start_for_each_sequence() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mixtral
-from mixtral.engine import SamplingParams, generate
+from mixtral.engine import SamplingParams, TorchRunner, generate
 from mixtral.errors import UsageError
 from mixtral.lm import LM
 from mixtral.model import Mixtral, initialise, named_state
@@ -57,7 +57,7 @@ def test_trains_generates_saves_and_loads(spec: str, tmp_path: Path) -> None:
         model.k_of_token[::3] = 1
     lm = LM(model)
     lm.save(tmp_path / "model")
-    again = mixtral.load(tmp_path / "model", dtype="fp32")
+    again = mixtral.load(tmp_path / "model", dtype="fp32", runner="torch")
     assert again.config == model.config
     for name, tensor in named_state(model).items():
         assert torch.equal(named_state(again.model)[name], tensor), name
@@ -67,7 +67,7 @@ def test_trains_generates_saves_and_loads(spec: str, tmp_path: Path) -> None:
         return
     assert torch.equal(lm.logits([1, 2, 3]), again.logits([1, 2, 3]))
     params = SamplingParams(max_tokens=5, ignore_eos=True)
-    cached = generate(model, [[1, 2, 3], [4]], params, keep_routing=True)
+    cached = generate(TorchRunner(model), [[1, 2, 3], [4]], params, keep_routing=True)
     for made, prompt in zip(cached, ([1, 2, 3], [4]), strict=True):
         ids = [*prompt, *made.tokens]
         assert lm.logits(ids[:-1]).argmax(-1)[len(prompt) - 1 :].tolist() == made.tokens

@@ -54,7 +54,7 @@ def test_the_means_are_those_of_the_whole_model(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(calibrate, "_BATCH", 50)  # several batches
     folder = make_folder(tmp_path / "model")
     names = {f"layers.{i}.attention.{w}": f"layers.{i}.attention.{w}.weight" for i in (0, 1) for w in ("wqkv", "wo")}
-    seen = seen_by(load(folder, dtype="fp32", device="cpu"), names | {"output": "output.weight"})
+    seen = seen_by(load(folder, dtype="fp32", device="cpu", runner="torch"), names | {"output": "output.weight"})
     found = moments_of(folder)
     assert len(seen) == 5
     for name, x_TD in seen.items():
@@ -64,7 +64,7 @@ def test_the_means_are_those_of_the_whole_model(tmp_path: Path, monkeypatch: pyt
 
 def one_expert_is_never_taken(folder: Path) -> LM:
     """A model whose last layer's router gives expert 3 a logit far below all others."""
-    lm = load(make_folder(folder / "base"), dtype="fp32", device="cpu")
+    lm = load(make_folder(folder / "base"), dtype="fp32", device="cpu", runner="torch")
     router, norm = lm.model.layers[1].ffn.router, lm.model.layers[1].ffn_norm
     norm.weight.fill_(1.0)
     lm.model.embedding.weight[:, 0] += 5  # every token then has a large input 0

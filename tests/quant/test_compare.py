@@ -42,7 +42,7 @@ def test_figures_by_hand(tmp_path: Path) -> None:
 def test_tokens_without_a_target_are_not_counted(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "model")
     quantise_folder(folder, tmp_path / "q", QuantScheme.of("4"))
-    plain, quantised = (load(f, dtype="fp32", device="cpu").model for f in (folder, tmp_path / "q"))
+    plain, quantised = (load(f, dtype="fp32", device="cpu", runner="torch").model for f in (folder, tmp_path / "q"))
     batch, targets_T = Ragged.of([tokens(30), tokens(9, seed=1)]), torch.tensor(tokens(39, seed=2))
     targets_T[::3] = -100
     itself, other = distances(plain, {"q": quantised}, [(batch, targets_T)])
@@ -57,7 +57,7 @@ def test_tokens_without_a_target_are_not_counted(tmp_path: Path) -> None:
 def test_one_part_at_a_time(tmp_path: Path, shape: str) -> None:
     folder = make_folder(tmp_path / "model", **SHAPES[shape])
     quantise_folder(folder, tmp_path / "q", QuantScheme.of("4"))
-    plain, quantised = (load(f, dtype="fp32", device="cpu").model for f in (folder, tmp_path / "q"))
+    plain, quantised = (load(f, dtype="fp32", device="cpu", runner="torch").model for f in (folder, tmp_path / "q"))
     before = dict(plain.state_dict())
     got = compare(plain, quantised, SEQUENCES)
     tied = shape == "tied"

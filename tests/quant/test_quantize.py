@@ -209,7 +209,7 @@ def test_other_roads_refuse_a_quantised_folder(folder: Path, tmp_path: Path) -> 
     ):
         with pytest.raises(UsageError, match="quantised weights, good for running alone"):
             road()
-    with pytest.raises(UsageError, match="save: this model is quantised; copy its folder"):
+    with pytest.raises(UsageError, match=r"save: this model is quantised \(int4\); copy its folder"):
         load(tmp_path / "q", device="cpu").save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -222,7 +222,7 @@ def test_transformers_refuses_it_too(folder: Path, tmp_path: Path) -> None:
 
 
 def test_weights_that_cannot_be_quantised_are_named_and_nothing_is_left(folder: Path, tmp_path: Path) -> None:
-    lm = load(folder, device="cpu")
+    lm = load(folder, device="cpu", runner="torch")
     lm.model.layers[1].ffn.experts.w2[3, 0, 0] = float("inf")
     lm.save(tmp_path / "bad", allow_nonfinite=True)
     with pytest.raises(WeightsError, match=r"^layers\.1\.ffn\.experts\.w2: weights that are not finite"):

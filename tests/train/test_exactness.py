@@ -108,7 +108,7 @@ def router_terms(moe: nn.Module) -> Tensor:
 
 def cut(whole: TrainBatch, n: int) -> list[TrainBatch]:
     """A batch of sequences of one length in `n` equal parts."""
-    length = whole.batch.max_seqlen
+    length = int(whole.batch.cu_seqlens[1])
     pairs = zip(whole.batch.tokens_T.chunk(n), whole.targets_T.chunk(n), strict=True)
     return [TrainBatch(Ragged.of([row.tolist() for row in tokens.split(length)]), targets) for tokens, targets in pairs]
 

@@ -72,7 +72,7 @@ def test_the_files_of_a_run(trained: Trained, corpus: Path) -> None:
 
 
 def test_our_load_gives_the_trained_weights(trained: Trained) -> None:
-    lm = mixtral.load(trained.folder)
+    lm = mixtral.load(trained.folder, runner="torch")
     found = dict(lm.model.named_parameters())
     for name, p in trained.run.optimizer.params.items():
         assert torch.equal(found[name], p.detach()), name
@@ -83,7 +83,7 @@ def test_transformers_agrees(trained: Trained) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(trained.folder, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(trained.folder)
-    lm = mixtral.load(trained.folder, dtype="fp32")
+    lm = mixtral.load(trained.folder, dtype="fp32", runner="torch")
     assert lm.tokenizer is not None
     for text in texts()[:3]:
         ids = lm.tokenizer.encode(text)[:64]
@@ -96,7 +96,7 @@ def test_transformers_agrees(trained: Trained) -> None:
 def test_a_bf16_run_saves_its_fp32_masters(corpus: Path, tmp_path: Path) -> None:
     begin(config_of(corpus, dtype="bf16", steps=1), tmp_path / "run")
     result = pretrain(tmp_path / "run", Watching())
-    lm = mixtral.load(result.folder, dtype="fp32")
+    lm = mixtral.load(result.folder, dtype="fp32", runner="torch")
     masters = result.run.optimizer.masters
     assert masters and all(torch.equal(p, masters[name]) for name, p in lm.model.named_parameters())
 

@@ -84,8 +84,9 @@ def _seen(pool_2GSC: Tensor, table: Tensor, oldest: int, length: int, block_size
     first = oldest // block_size
     blocks = table[first : -(-length // block_size)].tolist()
     skipped, n = oldest - first * block_size, length - oldest
-    if blocks == list(range(blocks[0], blocks[0] + len(blocks))):
-        begin = blocks[0] * block_size + skipped
+    start = blocks[0] if blocks else 0
+    if blocks == list(range(start, start + len(blocks))):
+        begin = start * block_size + skipped
         return pool_2GSC[:, :, begin : begin + n]
     paged = pool_2GSC.unflatten(2, (-1, block_size))[:, :, blocks].flatten(2, 3)
     return paged[:, :, skipped : skipped + n]
