@@ -81,7 +81,7 @@ def our_training(model: Mixtral, dtype: str) -> Step:
 
     def step(ids_BS: Tensor) -> Tensor:
         batch, targets = pack(ids_BS)
-        loss = model(batch, targets=targets).loss
+        loss = model(batch, targets=targets, loss_weights="mean").loss
         loss.backward()
         optimizer.collect_gradients()
         optimizer.step(LR)
@@ -143,7 +143,8 @@ def loss_difference(config: ModelConfig, dtype: str, ids_BS: Tensor) -> float:
     theirs = peer(ours, DTYPES[dtype], "eager")
     batch, targets = pack(ids_BS)
     with torch.no_grad():
-        return (ours(batch, targets=targets).loss - theirs(input_ids=ids_BS, labels=ids_BS).loss).item()
+        loss = ours(batch, targets=targets, loss_weights="mean").loss
+        return (loss - theirs(input_ids=ids_BS, labels=ids_BS).loss).item()
 
 
 def contest(config: ModelConfig, task: str, dtype: str, ids_BS: Tensor, repeats: int) -> Contest:

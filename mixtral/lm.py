@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -279,8 +280,9 @@ def _torch_dtype(device: torch.device) -> torch.dtype | None:
 def _file_dtype(reader: StateReader) -> torch.dtype:
     """The dtype that most weights have, of those that can be packed: a file may mix them, the model does not."""
     sizes: Counter[torch.dtype] = Counter()
-    for tensor in reader.described().values():
-        sizes[tensor.dtype if tensor.dtype in PLAIN else torch.float32] += tensor.numel()
+    for name, shape in reader.shapes.items():
+        dtype = reader.exact_dtype(name)
+        sizes[dtype if dtype in PLAIN else torch.float32] += math.prod(shape)
     return sizes.most_common(1)[0][0]
 
 

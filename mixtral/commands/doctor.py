@@ -107,7 +107,7 @@ def _version(package: str) -> str | None:
 def _kernel(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     from mixtral import kernels
 
-    choice = kernels.choose(op, device, dtype)
+    choice = kernels.choose(op, kernels.Call(device, dtype))
     return {"backend": choice.implementation.backend, "reason": choice.reason}
 
 

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from mixtral import kernels
 from mixtral.config import ModelConfig
 from mixtral.engine.detokenize import TextOutput
 from mixtral.engine.history import apply_history
@@ -283,7 +284,7 @@ class _Run:
 
     def _sample(self, logits_BV: Tensor, ready: list[_Sequence]) -> list[Piece]:
         logits_BV = logits_BV[:, : self.vocab_size]  # ids that the tokenizer lacks are padding of the weights
-        norm_B = self.runner.log_sum_exp(logits_BV)
+        norm_B = kernels.log_sum_exp(logits_BV)
         if not all(map(math.isfinite, norm_B.tolist())):  # some norm is not as soon as one logit is NaN or +inf
             raise MixtralError(
                 "generation: logits are not finite; the weights are damaged, or need a dtype of larger range (bf16 or "

@@ -85,7 +85,7 @@ class NativeRunner:
                 for begin, end, piece in _pieces(batch)
             ]  # fmt: skip
         logits = _logits(parts, rows, self.config)
-        return Output(logits=logits, loss=None, routing=_routing(parts) if keep_routing else ())
+        return Output(logits=logits, routing=_routing(parts) if keep_routing else ())
 
     def read(self, token_ids: list[int], k: int | None = None) -> Output:
         """See Runner."""
@@ -98,10 +98,6 @@ class NativeRunner:
     def cores(self) -> AbstractContextManager[None]:
         """See Runner."""
         return native.cores_for_library()
-
-    def log_sum_exp(self, x_RN: Tensor) -> Tensor:
-        """See Runner."""
-        return native.log_sum_exp(x_RN)
 
     def _angles_to(self, n: int) -> tuple[Tensor, Tensor]:
         """Rotary cos and sin of the positions 0 .. n - 1 at least, kept from call to call."""

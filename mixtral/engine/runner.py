@@ -46,10 +46,6 @@ class Runner(Protocol):
         """Entered by whoever computes with torch between passes: keeps torch's threads out of the runner's way."""
         ...
 
-    def log_sum_exp(self, x_RN: Tensor) -> Tensor:
-        """log of the sum of e^x along each row, fp32; not finite when some number of the row is NaN or +infinity."""
-        ...
-
 
 class TorchRunner:
     """The model itself, on any device and with any parts."""
@@ -78,7 +74,3 @@ class TorchRunner:
     def cores(self) -> AbstractContextManager[None]:
         """See Runner."""
         return nullcontext()
-
-    def log_sum_exp(self, x_RN: Tensor) -> Tensor:
-        """See Runner."""
-        return x_RN.logsumexp(-1)

@@ -1,24 +1,27 @@
 """Every op the model needs, each by name through one table (table.py): the only place where a backend is chosen.
 
-`reference` defines what is correct; `torch` is the fast road, `compiled` one to be asked for. An op's meaning and
-shapes stand in reference.py.
+`reference` defines what is correct: an op's meaning and shapes stand in reference.py. `torch` and `native` are fast;
+ops.py registers each op for the compiler.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from mixtral.kernels import ops as registered
 from mixtral.kernels import reference, table
 from mixtral.kernels.native import library as native
-from mixtral.kernels.table import backends, choose, ops, use_backend
+from mixtral.kernels.table import Call, backends, choose, ops, use_backend
 from mixtral.kernels.torch import attention as sdpa
-from mixtral.kernels.torch import compiled, dense, dequantise, loss, permute
+from mixtral.kernels.torch import dense, dequantise, loss, permute
 from mixtral.kernels.torch import experts as stacked
+from mixtral.kernels.torch import packed_experts as packed_experts_
 
 __all__ = [
-    "attention", "backends", "choose", "combine", "cross_entropy", "experts", "experts_decode",
-    "gather_rows", "linear", "ops", "packed_linear", "paged_attention", "rms_norm", "rotary", "swiglu", "use_backend",
-    "write_kv",
+    "Call", "attention", "backends", "choose", "combine", "cross_entropy", "experts", "experts_decode", "gather_rows",
+    "linear", "log_sum_exp", "ops", "packed_experts", "packed_linear", "packed_swiglu",
+    "paged_attention", "rms_norm", "rotary", "swiglu", "token_nll",
+    "use_backend", "write_kv",
 ]  # fmt: skip
 
 
@@ -29,6 +32,16 @@ def linear(x_TD: Tensor, w_OD: Tensor) -> Tensor:
 def packed_linear(x_TD: Tensor, packed_bytes: Tensor, name: str, n: int) -> Tensor:
     """x W^T -> fp32 [T, n] for a packed W (packed.py) of the format `name`."""
     return table.call("packed_linear", x_TD, x_TD, packed_bytes, name, n)
+
+
+def packed_swiglu(x_TD: Tensor, w13_packed: Tensor, w2_packed: Tensor, name: str, ffn_dim: int) -> Tensor:
+    return table.call("packed_swiglu", x_TD, x_TD, w13_packed, w2_packed, name, ffn_dim)
+
+
+def packed_experts(
+    rows_ND: Tensor, counts_E: Tensor, w13_packed: Tensor, w2_packed: Tensor, name: str, ffn_dim: int
+) -> Tensor:
+    return table.call("packed_experts", rows_ND, rows_ND, counts_E, w13_packed, w2_packed, name, ffn_dim)
 
 
 def swiglu(x_TD: Tensor, w13_2FD: Tensor, w2_DF: Tensor) -> Tensor:
@@ -75,8 +88,16 @@ def combine(y_ND: Tensor, weights_TK: Tensor, order_N: Tensor, place_TK: Tensor)
     return table.call("combine", y_ND, y_ND, weights_TK, order_N, place_TK)
 
 
-def cross_entropy(h_TD: Tensor, w_VD: Tensor, targets_T: Tensor) -> Tensor:
-    return table.call("cross_entropy", h_TD, h_TD, w_VD, targets_T)
+def cross_entropy(h_TD: Tensor, w_VD: Tensor, targets_T: Tensor, weights_T: Tensor | None = None) -> Tensor:
+    return table.call("cross_entropy", h_TD, h_TD, w_VD, targets_T, weights_T)
+
+
+def token_nll(h_TD: Tensor, w_VD: Tensor, targets_T: Tensor) -> Tensor:
+    return table.call("token_nll", h_TD, h_TD, w_VD, targets_T)
+
+
+def log_sum_exp(x_RN: Tensor) -> Tensor:
+    return table.call("log_sum_exp", x_RN, x_RN)
 
 
 def _register_all() -> None:
@@ -87,6 +108,8 @@ def _register_all() -> None:
     table.register("linear", "torch", dense.linear, "F.linear, through fp32 where bf16 is slow")
     table.register("packed_linear", "native", native.packed_linear, "the C++ library", native.supports)
     table.register("packed_linear", "torch", dequantise.packed_linear, "expands a matrix for each product")
+    table.register("packed_swiglu", "torch", packed_experts_.packed_swiglu, "gate and up in one packed product")
+    table.register("packed_experts", "torch", packed_experts_.packed_experts, "two packed products an expert")
     table.register("swiglu", "torch", dense.swiglu, "gate and up in one product")
     table.register("rms_norm", "torch", dense.rms_norm, "backward by formula")
     table.register("rotary", "torch", dense.rotary, "backward is the opposite rotation")
@@ -96,11 +119,12 @@ def _register_all() -> None:
     table.register("gather_rows", "torch", permute.gather_rows, "gathers both ways, deterministic")
     table.register("combine", "torch", permute.combine, "gathers both ways, deterministic")
     table.register("cross_entropy", "torch", loss.cross_entropy, "fused with the output projection, by blocks")
-    why = "element-wise work through torch.compile"
-    for op in ("experts", "rms_norm", "rotary"):
-        table.register(op, "compiled", getattr(compiled, op), why, compiled.supports)
+    table.register("token_nll", "torch", loss.token_nll, "fused with the output projection, by blocks")
+    table.register("log_sum_exp", "native", native.log_sum_exp, "the C++ library", native.supports_log_sum_exp)
+    table.register("log_sum_exp", "torch", loss.log_sum_exp, "torch.logsumexp")
     for op in table.ops():
         table.register(op, "reference", getattr(reference, op), "the definition of correct")
 
 
 _register_all()
+registered.register_all()

@@ -97,6 +97,24 @@ def experts(rows_ND: Tensor, counts_E: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor)
     return torch.cat([*out, torch.zeros_like(rows_ND[begin:])])
 
 
+def packed_swiglu(x_TD: Tensor, w13_packed: Tensor, w2_packed: Tensor, name: str, ffn_dim: int) -> Tensor:
+    """swiglu of packed weights (packing.py): [2, blocks, bytes] and [blocks, bytes]; fp32 up to its output."""
+    gate_TF, up_TF = (packed_linear(x_TD, w, name, ffn_dim) for w in w13_packed)
+    return packed_linear(torch.nn.functional.silu(gate_TF) * up_TF, w2_packed, name, x_TD.shape[1]).to(x_TD.dtype)
+
+
+def packed_experts(
+    rows_ND: Tensor, counts_E: Tensor, w13_packed: Tensor, w2_packed: Tensor, name: str, ffn_dim: int
+) -> Tensor:
+    """experts of packed weights, [E, 2, blocks, bytes] and [E, blocks, bytes] -> [N, D]."""
+    out, begin = [], 0
+    for e, count in enumerate(counts_E.tolist()):
+        rows = rows_ND[begin : begin + count]
+        out.append(packed_swiglu(rows, w13_packed[e], w2_packed[e], name, ffn_dim))
+        begin += count
+    return torch.cat([*out, torch.zeros_like(rows_ND[begin:])])
+
+
 def gather_rows(x_TD: Tensor, order_N: Tensor, place_TK: Tensor) -> Tensor:
     """Row n is the token of flat assignment order[n] (token * K + choice) -> [N, D]."""
     return x_TD[order_N // place_TK.shape[1]]
@@ -111,15 +129,29 @@ def combine(y_ND: Tensor, weights_TK: Tensor, order_N: Tensor, place_TK: Tensor)
     return out_TD.to(y_ND.dtype)
 
 
-def cross_entropy(h_TD: Tensor, w_VD: Tensor, targets_T: Tensor) -> Tensor:
-    """Mean of -log softmax(h W^T)[target] in fp32 over the tokens whose target is not -100; 0 when there are none."""
+def cross_entropy(h_TD: Tensor, w_VD: Tensor, targets_T: Tensor, weights_T: Tensor | None = None) -> Tensor:
+    """The mean of `token_nll` over the tokens that have a target; 0 when there are none. With weights their sum of
+    weight * nll."""
+    nll_T = token_nll(h_TD, w_VD, targets_T)
+    if weights_T is not None:
+        return (nll_T * weights_T).sum()
+    return nll_T.sum() / (targets_T != -100).sum().clamp(min=1)
+
+
+def token_nll(h_TD: Tensor, w_VD: Tensor, targets_T: Tensor) -> Tensor:
+    """-log softmax(h W^T)[target] of each token -> fp32 [T]; 0 where the target is -100, for none."""
     logits_TV = h_TD.float() @ w_VD.float().T
-    total = torch.nn.functional.cross_entropy(logits_TV, targets_T, ignore_index=-100, reduction="sum")
-    return total / (targets_T != -100).sum().clamp(min=1)
+    return torch.nn.functional.cross_entropy(logits_TV, targets_T, ignore_index=-100, reduction="none")
+
+
+def log_sum_exp(x_RN: Tensor) -> Tensor:
+    """log of the sum of e^x along each row -> fp32 [R]; not finite when some number of a row is NaN or +infinity."""
+    most_R1 = x_RN.float().amax(-1, keepdim=True)
+    return (x_RN.float() - most_R1).exp().sum(-1).log() + most_R1[:, 0]
 
 
 def experts_decode(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
-    """The sum over a token's experts of weight * expert(x), token by token; places of expert -1 add nothing."""
+    """The sum over a token's experts of weight * expert(x), token by token; slots of expert -1 add nothing."""
     out = []
     for x_D, weights_K, experts_K in zip(x_TD, weights_TK, experts_TK.tolist(), strict=True):
         y_D = torch.zeros(x_D.shape, dtype=torch.float32, device=x_D.device)

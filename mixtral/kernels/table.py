@@ -1,29 +1,36 @@
-"""The table of ops: which backends implement each, what they support, and which one is used here and why.
+"""The table of ops: which backends implement each, what they support, and which one serves a call and why.
 
-A backend is chosen by device type and dtype alone, never by a race at run time: the same machine always takes the
-same road, so that results repeat. Order of preference is the order of registration, `reference` always last.
+A backend is chosen by what a call looks like, never by a race at run time: the same call on the same machine always
+takes the same one, so that results repeat. Order of preference is the order of registration, `reference` always last.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from mixtral.errors import UsageError, did_you_mean
 
-Supports = Callable[[torch.device, torch.dtype], str]
+
+class Call(NamedTuple):
+    """What a backend may ask about a call before it says whether it can serve it."""
+
+    device: torch.device
+    dtype: torch.dtype  # of the activations
+    shapes: tuple[tuple[int, ...], ...] = ()  # of the tensors among its arguments, in their order
+    needs_grad: bool = False
 
 
 class Implementation(NamedTuple):
-    """One backend's form of an op. `supports` returns "" when it can serve, else the reason why it cannot."""
+    """One backend's form of an op. `supports` returns "" when it can serve, else the reason; None: it always can."""
 
     backend: str
     function: Callable[..., Any]
-    supports: Supports
+    supports: Callable[[Call], str] | None
     why: str
 
 
@@ -35,17 +42,13 @@ class Choice(NamedTuple):
 
 
 _OPS: dict[str, list[Implementation]] = {}
-_FORCED: ContextVar[str | None] = ContextVar("mixtral_backend", default=None)
-_CHOSEN: dict[tuple[str, str, torch.dtype, str | None], Choice] = {}
+COMPILED: dict[str, Callable[..., Any]] = {}  # what serves an op under the compiler and on fake tensors (ops.py)
+forced: str | None = None  # the backend of `use_backend`
 
 
-def everywhere(device: torch.device, dtype: torch.dtype) -> str:
-    """The `supports` of a backend without limits."""
-    del device, dtype
-    return ""
-
-
-def register(op: str, backend: str, function: Callable[..., Any], why: str, supports: Supports = everywhere) -> None:
+def register(
+    op: str, backend: str, function: Callable[..., Any], why: str, supports: Callable[[Call], str] | None = None
+) -> None:
     """Add a backend for `op`, after those already there."""
     _OPS.setdefault(op, []).append(Implementation(backend, function, supports, why))
 
@@ -60,39 +63,48 @@ def backends(op: str) -> list[str]:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Inside the block every op that has backend `name` uses it, and raises where that backend cannot serve."""
+    """Inside the block every op that has backend `name` uses it, in every thread, and raises where it cannot serve."""
+    global forced
     known = {i.backend for implementations in _OPS.values() for i in implementations}
     if name not in known:
         raise UsageError(f"unknown kernel backend {name!r}; {did_you_mean(name, known)}")
-    token = _FORCED.set(name)
+    before, forced = forced, name
     try:
         yield
     finally:
-        _FORCED.reset(token)
+        forced = before
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
-    """The implementation of `op` for this device and dtype, with the reason for it."""
-    forced = _FORCED.get()
-    key = (op, device.type, dtype, forced)
-    if key not in _CHOSEN:
-        _CHOSEN[key] = _choose(op, device, dtype, forced)
-    return _CHOSEN[key]
-
-
-def _choose(op: str, device: torch.device, dtype: torch.dtype, forced: str | None) -> Choice:
+def choose(op: str, call: Call) -> Choice:
+    """The implementation of `op` for such a call, with the reason for it."""
     refused: list[str] = []
-    for implementation in _OPS[op]:
-        wanted = forced in (None, implementation.backend) or forced not in backends(op)
-        if not wanted:
-            continue
-        reason = implementation.supports(device, dtype)
+    for implementation in _candidates(op):
+        reason = implementation.supports(call) if implementation.supports else ""
         if not reason:
             return Choice(implementation, "; ".join([implementation.why, *refused]))
         refused.append(f"not {implementation.backend}: {reason}")
-    raise UsageError(f"op {op!r} on {device.type} in {dtype}: {'; '.join(refused)}")
+    raise UsageError(f"op {op!r} on {call.device.type} in {call.dtype}: {'; '.join(refused)}")
 
 
-def call(op: str, like: torch.Tensor, *args: Any) -> Any:
-    """Run `op` with the backend chosen for the device and dtype of `like`."""
-    return choose(op, like.device, like.dtype).implementation.function(*args)
+def _candidates(op: str) -> list[Implementation]:
+    if forced is None:
+        return _OPS[op]
+    return [i for i in _OPS[op] if i.backend == forced] or _OPS[op]
+
+
+def run(op: str, like: Tensor, *args: Any) -> Any:
+    """Run `op` with the backend that serves this call; `like` has the device and dtype of its activations."""
+    first = _candidates(op)[0]
+    if first.supports is None:
+        return first.function(*args)
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    shapes = tuple(tuple(t.shape) for t in tensors)
+    return choose(op, Call(like.device, like.dtype, shapes, needs_grad)).implementation.function(*args)
+
+
+def call(op: str, like: Tensor, *args: Any) -> Any:
+    """Run `op`: by `run`, or under the compiler and on tensors without data by its form for those."""
+    if torch.compiler.is_compiling() or like.is_meta or hasattr(like, "fake_mode"):
+        return COMPILED[op](*args)
+    return run(op, like, *args)

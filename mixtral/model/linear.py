@@ -1,4 +1,8 @@
-"""Linear: a bias-free projection whose product goes through the kernels table. Adapted, quantised forms replace it."""
+"""Linear: a bias-free projection whose product goes through the kernels table.
+
+Adapted and quantised forms take its place in the model and do not subclass it: `type(module) is Linear` says that its
+weight is all there is, which a loss may then use without a call.
+"""
 
 from __future__ import annotations
 

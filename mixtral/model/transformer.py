@@ -6,10 +6,11 @@ Legend: T tokens, D model width, V vocabulary, K experts a token, L layers, R ro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mixtral import kernels
 from mixtral.config import ModelConfig
@@ -24,13 +25,16 @@ from mixtral.model.rope import rotary_angles
 from mixtral.moe import Experts, FeedForward, MoE, Router, Routing, make_router
 from mixtral.moe.dispatch import added_to
 
+_BLOCK_BYTES = 32 * 2**20  # of fp32 logits that are made at once for a loss
+
 
 class Output(NamedTuple):
     """What a forward pass returns: tensors and named tuples only."""
 
-    logits: Tensor | None  # fp32 [R, V]; None when a loss was asked for
-    loss: Tensor | None  # fp32 scalar, with `targets`
-    routing: tuple[Routing, ...]  # one a layer; empty for a dense model
+    logits: Tensor | None = None  # fp32 [R, V], without `targets`
+    nll_T: Tensor | None = None  # fp32, -log p of each target, 0 where there is none; with `targets` alone
+    loss: Tensor | None = None  # fp32 scalar, with `targets` and `loss_weights`
+    routing: tuple[Routing, ...] = ()  # one a sparse layer
 
 
 class Block(nn.Module):
@@ -85,24 +89,27 @@ class Mixtral(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """[V, D], the embedding itself when tied. Raises UsageError when another form of Linear stands in its place."""
-        if self.output is None:
-            return self.embedding.weight
-        if not isinstance(self.output, Linear):
-            raise UsageError("output_weight: this model's output is quantised and has none; ask for its logits")
-        return self.output.weight
+        """[V, D], the embedding itself when tied. Raises UsageError when a packed module stands in its place."""
+        weight = (self.embedding if self.output is None else self.output)._parameters.get("weight")
+        if weight is None:
+            raise UsageError("output_weight: this model's output is packed and has none; ask for its logits")
+        return weight
 
     def forward(
         self, batch: Ragged, cache: KVCache | None = None, replay: Sequence[Tensor] | None = None,
-        rows: Tensor | None = None, targets: Tensor | None = None, k: int | Tensor | None = None,
+        rows: Tensor | None = None, targets: Tensor | None = None, loss_weights: Tensor | Literal["mean"] | None = None,
+        k: int | Tensor | None = None,
     ) -> Output:  # fmt: skip
-        """Run a packed batch.
+        """Run a ragged batch.
 
         Args:
             cache: keys and values of earlier tokens; the batch holds each sequence's new tokens alone.
             replay: one int64 [T, K] a layer: the experts to take, as an earlier `routing` recorded them.
             rows: int64 [R], the tokens whose logits are wanted; all of them by default.
-            targets: int64 [T], the token to predict at each place, -100 for none; gives a loss instead of logits.
+            targets: int64 [T], the token to predict at each position, -100 for none; gives -log p of each instead of
+                logits. [T, V] is never whole then, nor in the backward pass, which makes the logits again.
+            loss_weights: of the targets, fp32 [T] or "mean", where they are known before the pass: gives the weighted
+                sum alone, and makes gradients in the forward pass, without another product.
             k: how many experts a token takes in this call, in every layer: a number, or int64 [T]. Routers that find
                 the number themselves (top_p, min_p, threshold) raise UsageError, and so does a dense model.
         """
@@ -117,21 +124,42 @@ class Mixtral(nn.Module):
             x_TD, routing = block(x_TD, angles, batch, i, cache, None if replay is None else replay[i], k)
             if routing is not None:
                 routings.append(routing)
-        if targets is not None:
-            return Output(None, self._loss(self.norm(x_TD), targets), tuple(routings))
-        return Output(self._logits(self.norm(x_TD if rows is None else x_TD[rows])), None, tuple(routings))
+        if targets is None:
+            logits = self._logits(self.norm(x_TD if rows is None else x_TD[rows]))
+            return Output(logits=logits, routing=tuple(routings))
+        if loss_weights is None:
+            return Output(nll_T=self._nll(self.norm(x_TD), targets), routing=tuple(routings))
+        return Output(loss=self._loss(self.norm(x_TD), targets, loss_weights), routing=tuple(routings))
 
     def _logits(self, h_RD: Tensor) -> Tensor:
         h_RV = self.embedding.logits(h_RD) if self.output is None else self.output(h_RD)
         return h_RV.float()
 
-    def _loss(self, h_TD: Tensor, targets_T: Tensor) -> Tensor:
-        """See kernels.reference.cross_entropy. It takes the weight: for a plain output as it is alone."""
+    def _plain_output(self) -> bool:
+        """Whether the output is its weight and nothing more, so that an op may take that instead of the module."""
         module, plain = (self.embedding, Embedding) if self.output is None else (self.output, Linear)
-        if type(module) is plain and not added_to(module):
-            return kernels.cross_entropy(h_TD, self.output_weight, targets_T)
-        total = nn.functional.cross_entropy(self._logits(h_TD), targets_T, ignore_index=-100, reduction="sum")
-        return total / (targets_T != -100).sum().clamp(min=1)
+        return type(module) is plain and not added_to(module)
+
+    def _nll(self, h_TD: Tensor, targets_T: Tensor) -> Tensor:
+        """-log p of each target. Another output than a plain one is called as it is, on some rows at a time."""
+        if self._plain_output():
+            return kernels.token_nll(h_TD, self.output_weight, targets_T)
+
+        def block(h_tD: Tensor, targets_t: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(self._logits(h_tD), targets_t, ignore_index=-100, reduction="none")
+
+        size = max(1, _BLOCK_BYTES // (4 * self.config.vocab_size))
+        pairs = zip(h_TD.split(size), targets_T.split(size), strict=True)
+        return torch.cat([checkpoint(block, *pair, use_reentrant=False) for pair in pairs])
+
+    def _loss(self, h_TD: Tensor, targets_T: Tensor, weights: Tensor | Literal["mean"]) -> Tensor:
+        weights_T = weights if isinstance(weights, Tensor) else None
+        if self._plain_output():
+            return kernels.cross_entropy(h_TD, self.output_weight, targets_T, weights_T)
+        nll_T = self._nll(h_TD, targets_T)
+        if weights_T is not None:
+            return (nll_T * weights_T).sum()
+        return nll_T.sum() / (targets_T != -100).sum().clamp(min=1)
 
 
 def named_state(model: Mixtral) -> dict[str, Tensor]:

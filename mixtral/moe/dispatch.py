@@ -91,6 +91,8 @@ class LocalDispatcher(Dispatcher):
 
         Not in a subclass, nor when something was added to the experts or to this: it lies in the steps left out.
         """
+        if torch.compiler.is_compiling():  # which cannot look for what was added
+            return super().apply(experts, x_TD, routing)
         decode = getattr(experts, "decode", None)
         plain = type(self) is LocalDispatcher and not added_to(self) and not added_to(experts)
         if decode is not None and plain:

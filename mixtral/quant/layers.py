@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mixtral import kernels
-from mixtral.kernels.packing import LANES, unpack_rows
+from mixtral.kernels.packing import unpack_rows
 from mixtral.moe import Routing
 from mixtral.quant.formats import Format
 
@@ -73,7 +73,7 @@ class PackedFeedForward(nn.Module):
         self.register_buffer("w2_packed", _empty(format, dim, ffn_dim))
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return _swiglu(x_TD, self.w13_packed, self.w2_packed, self.format, self.ffn_dim)
+        return kernels.packed_swiglu(x_TD, self.w13_packed, self.w2_packed, self.format.name, self.ffn_dim)
 
 
 class PackedExperts(nn.Module):
@@ -90,12 +90,8 @@ class PackedExperts(nn.Module):
 
     def forward(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
         """Rows grouped by expert, and how many each has -> outputs [N, D] in the same order; rows past the last: 0."""
-        y_ND, end = torch.zeros_like(rows_ND), 0
-        for e, count in enumerate(counts_E.tolist()):
-            begin, end = end, end + count
-            if count:
-                y_ND[begin:end] = self._expert(rows_ND[begin:end], e)
-        return y_ND
+        weights = self.w13_packed, self.w2_packed, self.format.name, self.ffn_dim
+        return kernels.packed_experts(rows_ND, counts_E, *weights)
 
     def decode(self, x_TD: Tensor, routing: Routing) -> Tensor | None:
         """One token without dispatch, rounded as with it; None for more, and in a subclass (moe.Experts.decode)."""
@@ -108,15 +104,9 @@ class PackedExperts(nn.Module):
         return y_TD.to(x_TD.dtype)
 
     def _expert(self, x_TD: Tensor, e: int) -> Tensor:
-        return _swiglu(x_TD, self.w13_packed[e], self.w2_packed[e], self.format, self.ffn_dim)
-
-
-def _swiglu(x_TD: Tensor, w13_packed: Tensor, w2_packed: Tensor, format: Format, ffn_dim: int) -> Tensor:
-    """One SwiGLU network, in fp32 up to its output. Gate and up are one product: each is padded to whole blocks."""
-    padded = LANES * w13_packed.shape[1]
-    h_T2F = kernels.packed_linear(x_TD, w13_packed.flatten(0, 1), format.name, 2 * padded)
-    hidden_TF = nn.functional.silu(h_T2F[:, :ffn_dim]) * h_T2F[:, padded : padded + ffn_dim]
-    return kernels.packed_linear(hidden_TF, w2_packed, format.name, x_TD.shape[1]).to(x_TD.dtype)
+        return kernels.packed_swiglu(
+            x_TD, self.w13_packed[e], self.w2_packed[e], self.format.name, self.ffn_dim
+        )
 
 
 def _empty(format: Format, *shape: int) -> Tensor:

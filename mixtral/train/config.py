@@ -52,7 +52,7 @@ class TrainConfig:
     save_every: int = 200  # steps between checkpoints
     keep: int = 2  # checkpoints kept beside the best one
     recompute: bool = False  # compute each layer again in the backward pass instead of keeping its activations
-    compile: bool = False  # element-wise work through torch.compile: for long runs (kernels/torch/compiled.py)
+    compile: bool = False  # each block through torch.compile, for long runs
     stats_every: int = 10  # steps between lines of routing statistics
     trackers: tuple[str, ...] = ()  # of TRACKERS: who is told the metrics besides the JSON lines
 

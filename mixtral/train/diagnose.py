@@ -50,7 +50,7 @@ def first_bad_layer(model: Mixtral, parts: Sequence[TrainBatch]) -> str:
     try:
         for part in parts:
             part = part.to(model.embedding.weight.device)
-            model(part.batch, targets=part.targets_T)
+            model(part.batch, targets=part.targets_T, loss_weights="mean")
     finally:
         for handle in handles:
             handle.remove()

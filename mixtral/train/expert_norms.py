@@ -1,4 +1,4 @@
-"""Watching what routing alone does not tell: how large the outputs of each expert are.
+"""What routing alone does not show: how large the outputs of each expert are.
 
 An expert can receive its share of tokens and still be dead, its outputs having faded to nothing.
 
@@ -35,11 +35,16 @@ def expert_output_norms(model: Mixtral) -> Iterator[list[Tensor]]:
         return hook
 
     handles = [experts.register_forward_hook(watch(layer)) for layer, experts in enumerate(layers)]
+    compiled = [block._compiled_call_impl for block in model.layers]
+    for block in model.layers:
+        block._compiled_call_impl = None  # compiled code does not see hooks that were added after it
     try:
         yield norms
     finally:
         for handle in handles:
             handle.remove()
+        for block, call in zip(model.layers, compiled, strict=True):
+            block._compiled_call_impl = call
 
 
 def mean_row_norms(y_ND: Tensor, counts_E: Tensor) -> Tensor:

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +24,6 @@ from mixtral.data.sources import Source, documents
 from mixtral.data.store import TokenData
 from mixtral.errors import DataError, Interrupted, UsageError, WeightsError
 from mixtral.files import atomic_folder, atomic_write, lock_folder, unlock_folder
-from mixtral.kernels import use_backend
 from mixtral.kernels.allocator import keep_freed_memory
 from mixtral.model import Mixtral, initialise
 from mixtral.runtime import choose_device, choose_dtype, set_threads
@@ -96,8 +94,10 @@ def _pretrain(
         run.resume(start)
     if threads is not None:
         record_threads(out, threads)
-    with use_backend("compiled") if config.compile else contextlib.nullcontext():
-        validation = run.train()
+    if config.compile:
+        for block in run.model.layers:
+            block.compile(fullgraph=True)
+    validation = run.train()
     final = save_final(run, tokenizer)
     assert run.progress.start_loss is not None  # a run validates before its first step
     return Trained(final, run.progress.start_loss, validation, run)

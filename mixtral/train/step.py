@@ -59,7 +59,8 @@ def train_step(
         seed_part(config.seed, step, i)
         with contextlib.ExitStack() as stack:
             norms = stack.enter_context(expert_output_norms(model)) if watched else []
-            output = model(part.batch, targets=part.targets_T, replay=choices[i] if choices else None)
+            replay = choices[i] if choices else None
+            output = model(part.batch, targets=part.targets_T, loss_weights="mean", replay=replay)
         balancer.observe(output.routing)
         terms = objective(output, balancer, part.domains_T, shares)
         terms.total.backward()
@@ -147,7 +148,7 @@ def validate(model: Mixtral, batches: Iterable[TrainBatch], byte_lengths_V: torc
     for part in batches:
         counted = part.targets_T[part.targets_T != NO_TARGET]
         part = part.to(model.embedding.weight.device)
-        output = model(part.batch, targets=part.targets_T)
+        output = model(part.batch, targets=part.targets_T, loss_weights="mean")
         nats += float(output.loss) * len(counted)
         tokens += len(counted)
         n_bytes += int(byte_lengths_V[counted].sum())

@@ -101,7 +101,7 @@ def _training_piece(config: TrainConfig, most_threads: int) -> Callable[[int], i
     def work(tokens: int, threads: int) -> int:
         torch.set_num_threads(threads)
         batch = _batch(config, tokens)
-        loss = model(batch.batch, targets=batch.targets_T).loss
+        loss = model(batch.batch, targets=batch.targets_T, loss_weights="mean").loss
         assert loss is not None
         loss.backward()
         optimizer.collect_gradients()

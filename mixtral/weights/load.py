@@ -21,7 +21,7 @@ from mixtral.weights.finite import require_range
 from mixtral.weights.lazy_state import LazyState
 from mixtral.weights.names import Ffn, Format, Slot, fixed_dtype, layouts, output_name, parameter_shapes, slots
 from mixtral.weights.progress import Progress, counter
-from mixtral.weights.safetensors_file import Header
+from mixtral.weights.safetensors_file import DTYPES, Header
 from mixtral.weights.shards import TensorFile, detect_format, open_files, some
 
 log = logging.getLogger(__name__)
@@ -95,6 +95,13 @@ class StateReader(LazyState):
     def dtype(self, ours: str) -> torch.dtype:
         """The wanted one, or the widest of the foreign tensors'."""
         return fixed_dtype(ours) or self.wanted_dtype or _widest([self._headers[name] for name in self._sources[ours]])
+
+    def exact_dtype(self, ours: str) -> torch.dtype:
+        """One that holds what the file says: fp32 for what is quantised there."""
+        headers = [self._headers[name] for name in self._sources[ours]]
+        if any(header.stored not in DTYPES for header in headers):
+            return torch.float32
+        return _widest(headers)
 
     def read(self, ours: str) -> Tensor:
         tensor = torch.empty(self.shapes[ours], dtype=self.dtype(ours))

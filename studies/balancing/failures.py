@@ -97,7 +97,7 @@ def figures(model: Mixtral, batches: Sequence[Batch], byte_lengths_V: Tensor) ->
     """Loss (nats a token, bits a byte) and, a layer each, entropy of scores, Gini and largest load of the experts."""
     nats, counted, n_bytes, counts, entropies = 0.0, 0, 0, list[Tensor](), list[list[float]]()
     for batch, targets_T in batches:
-        output = model(batch, targets=targets_T)
+        output = model(batch, targets=targets_T, loss_weights="mean")
         here_T = targets_T[targets_T != NO_TARGET]
         nats, counted = nats + float(output.loss) * len(here_T), counted + len(here_T)
         n_bytes += int(byte_lengths_V[here_T].sum())

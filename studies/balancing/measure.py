@@ -108,7 +108,7 @@ def measure(model: Mixtral, batches: HeldOut) -> dict[str, Any]:
     for domain, parts in batches.items():
         nats, targets = 0.0, 0
         for part in parts:
-            output = model(part.batch, targets=part.targets_T)
+            output = model(part.batch, targets=part.targets_T, loss_weights="mean")
             counted = int((part.targets_T != NO_TARGET).sum())
             nats, targets = nats + float(output.loss) * counted, targets + counted
             for layer, routing in zip(layers, output.routing, strict=True):

@@ -87,7 +87,7 @@ def _window_nats(model: Mixtral, batch: Sequence[tuple[Sequence[int], int]]) -> 
     targets_T = torch.cat([
         torch.tensor([NO_TARGET] * (len(ids) - 1 - counted) + list(ids[len(ids) - counted :])) for ids, counted in batch
     ])  # fmt: skip
-    output = model(Ragged.of([ids[:-1] for ids, _ in batch]), targets=targets_T)
+    output = model(Ragged.of([ids[:-1] for ids, _ in batch]), targets=targets_T, loss_weights="mean")
     return float(output.loss) * sum(counted for _, counted in batch)
 
 

@@ -28,7 +28,7 @@ def _checkpointed(model: Mixtral) -> Mixtral:
 
 def _loss(model: Mixtral) -> Tensor:
     batch = small.batch(50, 9, 7)
-    return model(batch, targets=small.targets(batch, 50)).loss
+    return model(batch, targets=small.targets(batch, 50), loss_weights="mean").loss
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -47,7 +47,7 @@ def test_the_choice_is_saved_and_not_made_again() -> None:
     """Routers turned round between forward and backward would choose other experts, if they were asked again."""
     model = _checkpointed(small.model(small.config(n_experts=16, experts_per_token=1)))
     batch = small.batch(50, 6)
-    out = model(batch, targets=small.targets(batch, 50))
+    out = model(batch, targets=small.targets(batch, 50), loss_weights="mean")
     for block in model.layers:
         block.ffn.router.weight.data.neg_()  # `.data`: unseen by autograd's version counter
     out.loss.backward()

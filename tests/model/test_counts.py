@@ -37,13 +37,18 @@ def test_counted_parameters_are_those_built(config: ModelConfig) -> None:
 @pytest.mark.parametrize("shape", ["sparse", "dense", "tied", "one key head, odd widths"])
 @pytest.mark.parametrize("backward", [False, True])
 def test_counted_flops_are_those_of_the_products(shape: str, backward: bool) -> None:
-    """The reference computes the whole [T, T] of attention; the config counts the causal half that must be computed."""
+    """The reference computes the whole [T, T] of attention; the config counts the causal half that must be computed.
+
+    The counter hooks every module, so the loss calls the output as it is, and its backward pass makes the logits again.
+    """
     config, tokens = small.config(**small.SHAPES[shape]), 10
     model, batch = small.model(config), small.batch(config.vocab_size, tokens)
     with kernels.use_backend("reference"), FlopCounterMode(display=False) as counter:
-        loss = model(batch, targets=small.targets(batch, config.vocab_size)).loss
+        loss = model(batch, targets=small.targets(batch, config.vocab_size), loss_weights="mean").loss
         if backward:
             loss.backward()
     not_visible = tokens - (tokens + 1) / 2
     hidden = 4 * config.n_layers * config.n_heads * config.head_dim * tokens * not_visible * (3 if backward else 1)
+    if backward:
+        hidden += 2 * config.dim * config.vocab_size * tokens
     assert counter.get_total_flops() - hidden == config.flops_per_token(tokens, backward) * tokens

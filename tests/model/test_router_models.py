@@ -34,7 +34,7 @@ def _train(model: Mixtral, steps: int = 3) -> list[float]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
     for _ in range(steps):
-        out = model(batch, targets=targets)
+        out = model(batch, targets=targets, loss_weights="mean")
         price = [r.k_T.mean() for r in out.routing if r.k_T is not None]
         optimizer.zero_grad()
         (out.loss + 0.01 * sum(price)).backward()
@@ -87,7 +87,7 @@ def test_equals_the_model_without_dispatch_in_logits_loss_and_gradients(spec: st
     found = []
     for made in (model, naive.without_dispatch(copy.deepcopy(model))):
         torch.manual_seed(3)
-        loss = made(batch, targets=small.targets(batch, 50)).loss
+        loss = made(batch, targets=small.targets(batch, 50), loss_weights="mean").loss
         grads = torch.autograd.grad(loss, list(made.parameters()), materialize_grads=True)
         torch.manual_seed(3)
         found.append([loss.detach(), *grads, made(batch).logits.detach()])
@@ -102,7 +102,7 @@ def test_recomputing_layers_changes_no_bit(spec: str) -> None:
     grads = []
     for model in (plain, recompute_layers(copy.deepcopy(plain))):
         torch.manual_seed(3)
-        loss = model(batch, targets=targets).loss
+        loss = model(batch, targets=targets, loss_weights="mean").loss
         grads.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
@@ -122,9 +122,10 @@ def test_a_call_may_set_k_in_every_layer(spec: str) -> None:
 def test_a_replay_of_a_call_with_a_k_gives_its_loss(spec: str) -> None:
     """Capacity drops the same assignments, though nothing but the width of the choice tells k."""
     model, batch = _model(spec).train(), small.batch(50, 30)
-    first = model(batch, targets=small.targets(batch, 50), k=3)
+    first = model(batch, targets=small.targets(batch, 50), loss_weights="mean", k=3)
     assert any((r.experts_TK != r.chosen_TK).any() for r in first.routing)
-    again = model(batch, targets=small.targets(batch, 50), replay=[r.chosen_TK for r in first.routing])
+    replay = [r.chosen_TK for r in first.routing]
+    again = model(batch, targets=small.targets(batch, 50), loss_weights="mean", replay=replay)
     assert torch.equal(again.loss, first.loss)
 
 

@@ -23,7 +23,7 @@ def config(request: pytest.FixtureRequest) -> ModelConfig:
 def _loss_and_gradients(model: Mixtral, batch: Ragged, backend: str) -> dict[str, Tensor]:
     targets = small.targets(batch, model.config.vocab_size)
     with kernels.use_backend(backend):
-        loss = model(batch, targets=targets).loss
+        loss = model(batch, targets=targets, loss_weights="mean").loss
         grads = torch.autograd.grad(loss, list(model.parameters()))
     return {"loss": loss.detach(), **dict(zip((n for n, _ in model.named_parameters()), grads, strict=True))}
 
@@ -45,7 +45,7 @@ def test_a_fresh_model_has_the_loss_of_a_uniform_guess(size: tuple[int, int, int
     model = initialise(Mixtral(shape), torch.Generator().manual_seed(0))
     batch = small.batch(vocab, 100, 100)
     with torch.no_grad():
-        loss = model(batch, targets=small.targets(batch, vocab)).loss
+        loss = model(batch, targets=small.targets(batch, vocab), loss_weights="mean").loss
     assert loss.item() == pytest.approx(math.log(vocab), rel=0.02)
 
 
@@ -109,7 +109,7 @@ def test_another_generator_gives_other_weights_and_none_takes_torch_s_own() -> N
 def test_targets_give_the_cross_entropy_of_the_logits(config: ModelConfig) -> None:
     model, batch = small.model(config), small.batch(config.vocab_size, 4, 1, 9)
     targets = small.targets(batch, config.vocab_size)
-    with_targets, without = model(batch, targets=targets), model(batch)
+    with_targets, without = model(batch, targets=targets, loss_weights="mean"), model(batch)
     assert with_targets.logits is None and without.loss is None
     assert without.logits.dtype == torch.float32
     torch.testing.assert_close(with_targets.loss, torch.nn.functional.cross_entropy(without.logits, targets))
@@ -176,7 +176,7 @@ def test_empty_batches_and_sequences(config: ModelConfig, lengths: tuple[int, ..
     model, batch = small.model(config), small.batch(config.vocab_size, *lengths)
     out = model(batch)
     assert out.logits.shape == (sum(lengths), config.vocab_size)
-    model(batch, targets=small.targets(batch, config.vocab_size)).loss.backward()
+    model(batch, targets=small.targets(batch, config.vocab_size), loss_weights="mean").loss.backward()
     if sum(lengths):
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
@@ -185,8 +185,8 @@ def test_replaying_a_model_repeats_loss_and_gradients() -> None:
     shape = small.config()
     model, batch = small.model(shape), small.batch(50, 6, 8)
     targets = small.targets(batch, 50)
-    first = model(batch, targets=targets)
-    again = model(batch, targets=targets, replay=[layer.experts_TK for layer in first.routing])
+    first = model(batch, targets=targets, loss_weights="mean")
+    again = model(batch, targets=targets, loss_weights="mean", replay=[layer.experts_TK for layer in first.routing])
     assert torch.equal(first.loss, again.loss)
     grads = [torch.autograd.grad(out.loss, list(model.parameters())) for out in (first, again)]
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
@@ -202,7 +202,8 @@ def test_replay_takes_the_choice_it_is_given() -> None:
 def test_forward_leaves_no_state_behind(config: ModelConfig) -> None:
     model = small.model(config)
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
-    model(small.batch(config.vocab_size, 5), targets=torch.zeros(5, dtype=torch.int64)).loss.backward()
+    targets = torch.zeros(5, dtype=torch.int64)
+    model(small.batch(config.vocab_size, 5), targets=targets, loss_weights="mean").loss.backward()
     assert not list(model.buffers())
     assert attributes == {name: set(vars(module)) for name, module in model.named_modules()}
 
@@ -213,8 +214,8 @@ def test_bf16_is_close_to_fp32_on_the_same_choice(config: ModelConfig) -> None:
     low = small.model(config, std=0.2).bfloat16()
     high = small.model(config, std=0.2)
     high.load_state_dict(low.state_dict())  # the same, already rounded, weights
-    exact = high(batch, targets=targets)
-    out = low(batch, targets=targets, replay=[layer.experts_TK for layer in exact.routing] or None)
+    exact = high(batch, targets=targets, loss_weights="mean")
+    out = low(batch, targets=targets, loss_weights="mean", replay=[layer.experts_TK for layer in exact.routing] or None)
     assert out.loss.dtype == low(batch).logits.dtype == torch.float32
     assert out.loss.item() == pytest.approx(exact.loss.item(), rel=0.01)
     grads = [torch.autograd.grad(o.loss, list(m.parameters())) for o, m in ((out, low), (exact, high))]
@@ -240,8 +241,8 @@ def test_an_output_that_does_more_than_its_weight_says_is_respected_in_the_loss(
     given.output.forward = lambda x: 3 * own(x)
     want = torch.nn.functional.cross_entropy(3 * small.model(small.config())(batch).logits, targets)
     for model in (adapted, hooked, given):
-        torch.testing.assert_close(model(batch, targets=targets).loss, want)
-    adapted(batch, targets=targets).loss.backward()
+        torch.testing.assert_close(model(batch, targets=targets, loss_weights="mean").loss, want)
+    adapted(batch, targets=targets, loss_weights="mean").loss.backward()
     assert adapted.output.scale.grad.abs() > 0
 
 
@@ -258,12 +259,12 @@ def test_other_parts_are_respected(config: ModelConfig) -> None:
 
     model, batch = small.model(config), small.batch(config.vocab_size, 7, 5)
     targets = small.targets(batch, config.vocab_size)
-    logits, loss = model(batch).logits, model(batch, targets=targets).loss
+    logits, loss = model(batch).logits, model(batch, targets=targets, loss_weights="mean").loss
     if model.output is not None:
         model.output = Other(model.output)
-        with pytest.raises(UsageError, match="this model's output is quantised and has none; ask for its logits"):
+        with pytest.raises(UsageError, match="this model's output is packed and has none; ask for its logits"):
             _ = model.output_weight
     if not config.is_sparse:
         model.layers[0].ffn = Other(model.layers[0].ffn)
     assert torch.equal(model(batch).logits, logits)
-    assert model(batch, targets=targets).loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    assert model(batch, targets=targets, loss_weights="mean").loss.item() == pytest.approx(loss.item(), rel=1e-6)

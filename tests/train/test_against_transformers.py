@@ -109,6 +109,6 @@ def test_the_pooled_form_is_load_balance_hf(data: TokenData) -> None:
     config = settings({"n_layers": 3})
     model, _ = fresh_optimizer(config)
     part = Loader(data, config.rows, config.context).batch(0)
-    routing = model(part.batch, targets=part.targets_T).routing
+    routing = model(part.batch, targets=part.targets_T, loss_weights="mean").routing
     _, balance, _ = Theirs(model, config, 0.0).step(part, 0)
     assert float(load_balance_hf(routing).detach()) == pytest.approx(balance, rel=1e-5)

@@ -48,7 +48,7 @@ def gradients_in(
     """The gradients that the fp32 masters receive, and the experts taken."""
     model = fresh_model(config.model)
     optimizer = Optimizer(model, config, dtype)
-    output = model(part.batch, replay=replay, targets=part.targets_T)
+    output = model(part.batch, replay=replay, targets=part.targets_T, loss_weights="mean")
     assert output.loss is not None
     output.loss.backward()
     optimizer.collect_gradients()

@@ -21,7 +21,7 @@ Gradients = dict[str, torch.Tensor]
 def output_and_model(loader: Loader, **model_changes: Any) -> tuple[Output, Mixtral]:
     model = fresh_model(model_config(init_std=0.3, **model_changes))
     part = loader.batch(0)
-    return model(part.batch, targets=part.targets_T), model
+    return model(part.batch, targets=part.targets_T, loss_weights="mean"), model
 
 
 def objective_of(output: Output, model: Mixtral, config: TrainConfig, step: int = 0) -> Objective:

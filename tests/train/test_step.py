@@ -70,7 +70,7 @@ def test_what_is_reported(loader: Loader) -> None:
     config = train_config(balance=("micro_batch?weight=0.5", "z_loss?weight=0.25"), lr=1e-2, warmup=0.2)
     model, optimizer = fresh_optimizer(config)
     part = loader.batch(0)
-    output = model(part.batch, targets=part.targets_T)
+    output = model(part.batch, targets=part.targets_T, loss_weights="mean")
     result = train_step(model, optimizer, [part], config, 0, True)
     assert output.loss is not None and result.cross_entropy == float(output.loss.detach())  # no router loss in it
     assert 0.9 < result.aux["micro_batch"] < 4

@@ -23,6 +23,8 @@ from torch import Tensor
 from mixtral.cores import cpu_count
 from mixtral.errors import UsageError
 from mixtral.kernels.packing import LANES, check_packed
+from mixtral.kernels.table import Call
+from mixtral.kernels.torch.dequantise import with_gradient
 
 FOLDER = Path(__file__).parent
 REMEDY = "install a C++17 compiler (g++ or clang++), then run `make native` in a checkout, or reinstall the package"
@@ -53,11 +55,20 @@ def available() -> str:
     return "" if isinstance(_load(), ctypes.CDLL) else str(_load())
 
 
-def supports(device: torch.device, dtype: torch.dtype) -> str:
+def supports(call: Call) -> str:
     """For the table of ops: "" or why not."""
-    if device.type != "cpu":
+    if call.device.type != "cpu":
         return "the library computes on the CPU"
-    return available() if dtype in (torch.float32, torch.bfloat16) else "the library takes fp32 and bf16"
+    return available() if call.dtype in (torch.float32, torch.bfloat16) else "the library takes fp32 and bf16"
+
+
+def supports_log_sum_exp(call: Call) -> str:
+    """For the table of ops: "" or why not."""
+    if call.needs_grad:
+        return "the library has no gradient for it"
+    if call.dtype != torch.float32 or (call.shapes and (len(call.shapes[0]) != 2 or not call.shapes[0][1])):
+        return "the library takes fp32 rows of one number or more"
+    return supports(call)
 
 
 def library() -> ctypes.CDLL:
@@ -112,15 +123,18 @@ def packed_linear(x_TD: Tensor, packed: Tensor, name: str, n: int) -> Tensor:
     """x W^T -> fp32 [T, n], as packed.packed_linear defines it: equal bits for int8 and int4, and for bf16 too but for
     AVX-512's, which takes numbers below 2^-126 for zero.
 
-    Raises UsageError for inputs that the library cannot read, and where a gradient would be wanted.
+    Its gradient is that of the product with the expanded weight, as if inputs were not rounded; the weight has none.
+    Raises UsageError for inputs that the library cannot read.
     """
     if x_TD.dim() != 2 or x_TD.device.type != "cpu" or x_TD.dtype not in (torch.float32, torch.bfloat16):
         raise UsageError(f"native product: x must be fp32 or bf16 [T, D] on the CPU, not {_told(x_TD)}")
     if packed.dim() != 2 or packed.device.type != "cpu" or not packed.is_contiguous():
         raise UsageError(f"native product: the weight must be one contiguous matrix on the CPU, not {_told(packed)}")
     check_packed(packed, name, n, x_TD.shape[1])
-    if x_TD.requires_grad and torch.is_grad_enabled():
-        raise UsageError("native product: it has no gradient; call it under torch.no_grad()")
+    return with_gradient(_packed_linear, x_TD, packed, name, n)
+
+
+def _packed_linear(x_TD: Tensor, packed: Tensor, name: str, n: int) -> Tensor:
     blocks = packed.shape[0]
     out = torch.empty(len(x_TD), blocks * LANES)
     if out.numel():

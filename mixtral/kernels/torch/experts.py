@@ -1,7 +1,7 @@
 """The experts op on torch: stacked SwiGLU networks over rows grouped by expert, forward and backward.
 
-Two roads to the same numbers. `loop`: one product an expert over its run of rows, gradients written straight into their
-place in the stacked gradient. `grouped`: one grouped GEMM for all experts. The measurements that choose between them
+Two implementations. `loop`: one product an expert over its run of rows, gradients written straight into the stacked
+gradient. `grouped`: one grouped GEMM for all experts. The measurements that choose between them
 are in docs/log.md; kernels/__init__.py holds the rule.
 
 Legend: N routed rows, D model width, F expert hidden width, E experts, n rows of one expert.
@@ -9,33 +9,34 @@ Legend: N routed rows, D model width, F expert hidden width, E experts, n rows o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mixtral.kernels.table import Call
 from mixtral.kernels.torch.matmul import matmul, matmul_into
 
 
-def _runs(counts_E: Tensor) -> Iterator[tuple[int, int, int]]:
-    """(expert, first row, one past its last row) of each expert that has rows. The one host synchronisation here."""
+def _runs(counts: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(expert, first row, one past its last row) of each expert that has rows."""
     begin = 0
-    for e, count in enumerate(counts_E.tolist()):
+    for e, count in enumerate(counts):
         if count:
             yield e, begin, begin + count
         begin += count
 
 
-def _zero_unused(counts_E: Tensor, rows_ND: Tensor | None, *stacked: Tensor | None) -> None:
+def _zero_unused(counts: list[int], rows_ND: Tensor | None, *stacked: Tensor | None) -> None:
     """Zero what no product will write: rows past the last run, and the gradients of experts without rows."""
     if rows_ND is not None:
-        rows_ND[int(counts_E.sum()) :] = 0
-    for e in (counts_E == 0).nonzero().flatten().tolist():
+        rows_ND[sum(counts) :] = 0
+    for e, count in enumerate(counts):
         for gradient in stacked:
-            if gradient is not None:
+            if count == 0 and gradient is not None:
                 gradient[e] = 0
 
 
@@ -54,50 +55,39 @@ def _hidden_backward(grad_nF: Tensor, h_n2F: Tensor) -> tuple[Tensor, Tensor]:
     return silu_nF.mul_(up_nF), grad_n2F
 
 
-class Pointwise(NamedTuple):
-    """The element-wise work between the products of an expert's rows n; `h_n2F` holds [gate, up]."""
-
-    hidden: Callable[[Tensor], Tensor]  # h_n2F -> silu(gate) * up
-    hidden_backward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # its gradient, h_n2F -> (it, h's gradient)
-
-
-EAGER = Pointwise(_hidden, _hidden_backward)
-
-
 class _ExpertsLoop(torch.autograd.Function):
     """One product an expert. Autograd through `w13[e]` would build a full-size gradient for every expert selected."""
 
     @staticmethod
-    def forward(
-        ctx: Any, rows_ND: Tensor, counts_E: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, pointwise: Pointwise
-    ) -> Tensor:
+    def forward(ctx: Any, rows_ND: Tensor, counts_E: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
+        counts = counts_E.tolist()  # the one host synchronisation, of the backward pass too
         w13_EHD = w13_E2FD.flatten(1, 2)
         h_N2F = rows_ND.new_empty(len(rows_ND), w13_EHD.shape[1])
         y_ND = torch.empty_like(rows_ND)
         end = 0
-        for e, begin, end in _runs(counts_E):
+        for e, begin, end in _runs(counts):
             matmul_into(h_N2F[begin:end], rows_ND[begin:end], w13_EHD[e].T)
-            matmul_into(y_ND[begin:end], pointwise.hidden(h_N2F[begin:end]), w2_EDF[e].T)
+            matmul_into(y_ND[begin:end], _hidden(h_N2F[begin:end]), w2_EDF[e].T)
         y_ND[end:] = 0
-        ctx.save_for_backward(rows_ND, counts_E, w13_E2FD, w2_EDF, h_N2F)
-        ctx.pointwise = pointwise
+        ctx.save_for_backward(rows_ND, w13_E2FD, w2_EDF, h_N2F)
+        ctx.counts = counts
         return y_ND
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y_ND: Tensor) -> tuple[Tensor | None, ...]:
-        rows_ND, counts_E, w13_E2FD, w2_EDF, h_N2F = ctx.saved_tensors
+        rows_ND, w13_E2FD, w2_EDF, h_N2F = ctx.saved_tensors
         w13_EHD = w13_E2FD.flatten(1, 2)
-        need_rows, _, need_w13, need_w2, _ = ctx.needs_input_grad
+        need_rows, _, need_w13, need_w2 = ctx.needs_input_grad
         grad_rows_ND = torch.empty_like(rows_ND) if need_rows else None
         grad_w13_EHD = torch.empty_like(w13_EHD) if need_w13 else None
         grad_w2_EDF = torch.empty_like(w2_EDF) if need_w2 else None
-        _zero_unused(counts_E, grad_rows_ND, grad_w13_EHD, grad_w2_EDF)
+        _zero_unused(ctx.counts, grad_rows_ND, grad_w13_EHD, grad_w2_EDF)
         grad_y_ND = grad_y_ND.contiguous()
-        for e, begin, end in _runs(counts_E):
+        for e, begin, end in _runs(ctx.counts):
             grad_y_nD = grad_y_ND[begin:end]
             grad_nF = matmul(grad_y_nD, w2_EDF[e])
-            hidden_nF, grad_h_n2F = ctx.pointwise.hidden_backward(grad_nF, h_N2F[begin:end])
+            hidden_nF, grad_h_n2F = _hidden_backward(grad_nF, h_N2F[begin:end])
             if grad_w2_EDF is not None:
                 matmul_into(grad_w2_EDF[e], grad_y_nD.T, hidden_nF)
             if grad_w13_EHD is not None:
@@ -105,14 +95,12 @@ class _ExpertsLoop(torch.autograd.Function):
             if grad_rows_ND is not None:
                 matmul_into(grad_rows_ND[begin:end], grad_h_n2F, w13_EHD[e])
         grad_w13 = None if grad_w13_EHD is None else grad_w13_EHD.view_as(w13_E2FD)
-        return grad_rows_ND, None, grad_w13, grad_w2_EDF, None
+        return grad_rows_ND, None, grad_w13, grad_w2_EDF
 
 
-def experts_loop(
-    rows_ND: Tensor, counts_E: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, pointwise: Pointwise = EAGER
-) -> Tensor:
+def experts_loop(rows_ND: Tensor, counts_E: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
     """See reference.experts."""
-    return _ExpertsLoop.apply(rows_ND, counts_E, w13_E2FD, w2_EDF, pointwise)
+    return _ExpertsLoop.apply(rows_ND, counts_E, w13_E2FD, w2_EDF)
 
 
 def experts_grouped(rows_ND: Tensor, counts_E: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
@@ -141,10 +129,10 @@ def experts_decode(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, w13_E2F
     return torch.stack(out) if out else x_TD
 
 
-def grouped_supports(device: torch.device, dtype: torch.dtype) -> str:
+def grouped_supports(call: Call) -> str:
     """The measured rule (docs/log.md, 2026-11-21): on a CPU the loop was as fast, at the one size tried."""
     if not hasattr(torch.nn.functional, "grouped_mm"):
         return "this torch has no grouped_mm"
-    if device.type != "cuda":
+    if call.device.type != "cuda":
         return "measured no faster than the loop off CUDA"
-    return "" if dtype == torch.bfloat16 else "CUDA's grouped GEMM takes bf16 alone"
+    return "" if call.dtype == torch.bfloat16 else "CUDA's grouped GEMM takes bf16 alone"

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from mixtral import kernels
 from mixtral.errors import UsageError
-from mixtral.kernels import packing
+from mixtral.kernels import Call, packing
 from mixtral.kernels.native import library as native
 from mixtral.kernels.packing import GROUP, pack
+from mixtral.kernels.torch import dequantise
 from tests.kernels.native_oracle import assert_same_bits, oracle
 
 pytestmark = pytest.mark.skipif(bool(native.available()), reason=native.available())
@@ -144,9 +145,13 @@ def test_rows_of_bf16_and_rows_apart(name: str) -> None:
 
 
 def test_the_table_of_ops_takes_it_first() -> None:
-    assert kernels.choose("packed_linear", torch.device("cpu"), torch.bfloat16).implementation.backend == "native"
-    assert native.supports(torch.device("cuda"), torch.float32) == "the library computes on the CPU"
-    assert native.supports(torch.device("cpu"), torch.float16) == "the library takes fp32 and bf16"
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert kernels.choose("packed_linear", Call(cpu, torch.bfloat16)).implementation.backend == "native"
+    assert native.supports(Call(cuda, torch.float32)) == "the library computes on the CPU"
+    assert native.supports(Call(cpu, torch.float16)) == "the library takes fp32 and bf16"
+    assert kernels.choose("log_sum_exp", Call(cpu, torch.float32, ((3, 4),))).implementation.backend == "native"
+    assert "no gradient" in native.supports_log_sum_exp(Call(cpu, torch.float32, ((3, 4),), needs_grad=True))
+    assert "one number or more" in native.supports_log_sum_exp(Call(cpu, torch.float32, ((3, 0),)))
 
 
 # -- threads -----------------------------------------------------------------------------------------------------------
@@ -215,12 +220,14 @@ def test_weights_that_cannot_be_read() -> None:
             native.packed_linear(torch.zeros(1, 32), bad, "int8", 32)
 
 
-def test_a_gradient_is_refused() -> None:
-    x = torch.zeros(1, 32, requires_grad=True)
-    with pytest.raises(UsageError, match="no gradient"):
-        native.packed_linear(x, weight("int8", 16, 32), "int8", 16)
-    with torch.no_grad():
-        native.packed_linear(x, weight("int8", 16, 32), "int8", 16)
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_gradient_is_that_of_the_expanded_weight(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dequantise, "_BLOCK_BYTES", 1)  # a block of outputs at a time
+    w, x = weight(name, 33, 40), torch.randn(3, 40, requires_grad=True)
+    cotangent = torch.randn(3, 33)
+    (grad,) = torch.autograd.grad(native.packed_linear(x, w, name, 33), x, cotangent)
+    want = cotangent @ dequantise.expand(w, name, 33, 40)
+    torch.testing.assert_close(grad, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:
@@ -232,7 +239,7 @@ def test_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reason = native.load(tmp_path)
     assert reason == "the library was not built when this package was installed"
     monkeypatch.setattr(native, "_load", lambda: reason)
-    assert native.available() == reason and native.supports(torch.device("cpu"), torch.float32) == reason
+    assert native.available() == reason and native.supports(Call(torch.device("cpu"), torch.float32)) == reason
     with pytest.raises(UsageError, match=r"not built when this package was installed; install a C\+\+17 compiler"):
         native.packed_linear(torch.zeros(1, 32), weight("int8", 16, 32), "int8", 16)
 

@@ -30,6 +30,28 @@ def test_large_logits_stay_finite() -> None:
     compare(loss.cross_entropy, reference.cross_entropy, [torch.randn(6, 5) * 1e3, torch.randn(7, 5), torch.arange(6)])
 
 
+@pytest.mark.parametrize("block_bytes", [1, 4 * 37 * 3, 32 * 2**20], ids=["a token a block", "3 tokens", "one block"])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 10])
+def test_token_nll(tokens: int, block_bytes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "_BLOCK_BYTES", block_bytes)
+    targets = torch.randint(0, 37, (tokens,))
+    targets[::3] = -100
+    inputs = [torch.randn(tokens, 13), torch.randn(37, 13), targets]
+    compare(loss.token_nll, reference.token_nll, inputs, dtype)
+    assert not loss.token_nll(*inputs)[::3].any()
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 10])
+def test_weighted_cross_entropy(tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the weighted sum of each token's, gradients too; the weights themselves have none."""
+    monkeypatch.setattr(loss, "_BLOCK_BYTES", 4 * 37 * 3)
+    targets, weights = torch.randint(0, 37, (tokens,)), torch.rand(tokens)
+    targets[1::3] = -100
+    inputs = [torch.randn(tokens, 13), torch.randn(37, 13), targets]
+    compare(lambda *a: loss.cross_entropy(*a, weights), lambda *a: reference.cross_entropy(*a, weights), inputs, dtype)
+    compare(lambda *a: loss.cross_entropy(*a, weights), lambda *a: (loss.token_nll(*a) * weights).sum(), inputs)
+
+
 def test_value_by_hand() -> None:
     h, w = torch.eye(2), torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0]])
     want = (torch.tensor([0.0, 1.0, 2.0]).exp().sum().log() - 1.0 + torch.tensor(3.0).log()) / 2
@@ -57,7 +79,7 @@ def test_only_the_gradients_asked_for_are_made(needs: tuple[bool, bool]) -> None
 def test_no_gradients_are_made_without_grad_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     block = loss._block
-    monkeypatch.setattr(loss, "_block", lambda *a: asked.append(a[2]) or block(*a))
+    monkeypatch.setattr(loss, "_block", lambda *a, **k: asked.append(a[2]) or block(*a, **k))
     h, w = torch.randn(4, 5, requires_grad=True), torch.randn(7, 5, requires_grad=True)
     with torch.no_grad():
         loss.cross_entropy(h, w, torch.arange(4))

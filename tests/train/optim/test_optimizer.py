@@ -18,7 +18,7 @@ ROUTERS = {f"layers.{i}.ffn.router.weight" for i in range(2)}
 
 def backward(model: Mixtral, loader: Loader, step: int) -> None:
     part = loader.batch(step)
-    loss = model(part.batch, targets=part.targets_T).loss
+    loss = model(part.batch, targets=part.targets_T, loss_weights="mean").loss
     assert loss is not None
     loss.backward()
 
