@@ -1,5 +1,5 @@
 .NOTPARALLEL:
-.PHONY: help core setup native demo test check soak bench
+.PHONY: help core setup native demo test check soak sanitize bench
 
 help:
 	@echo 'make setup  install the package and all that its tests need into .venv'
@@ -8,6 +8,7 @@ help:
 	@echo 'make test   run the tests'
 	@echo 'make check  lint and type-check'
 	@echo 'make soak   load 10,000 damaged files, and check tokenizers: some ten minutes'
+	@echo 'make sanitize  the native library under address and thread sanitizers: some fifteen minutes'
 	@echo 'make bench  run every benchmark in turn'
 
 core:
@@ -39,6 +40,12 @@ check: setup
 soak: setup
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.fuzz --files 10000 --seed 0
 	OMP_NUM_THREADS=1 .venv/bin/python tools/check_tokenizers.py
+
+# The native library under the compiler's sanitizers: its tests, and threads that share a pool, a step and a model. Some
+# fifteen minutes; the figures are seconds of driving threads.
+sanitize: setup
+	.venv/bin/python tools/sanitize/run.py thread --seconds 60
+	.venv/bin/python tools/sanitize/run.py address --seconds 600
 
 bench: setup
 	set -e; for script in bench/*.py; do echo "== $$script"; .venv/bin/python $$script; done

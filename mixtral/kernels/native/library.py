@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import os
 import statistics
 import threading
 import time
@@ -26,7 +27,7 @@ from mixtral.kernels.packing import LANES, check_packed
 from mixtral.kernels.table import Call
 from mixtral.kernels.torch.dequantise import with_gradient
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(os.environ.get("MIXTRAL_NATIVE", Path(__file__).parent))  # another one: tools/sanitize
 REMEDY = "install a C++17 compiler (g++ or clang++), then run `make native` in a checkout, or reinstall the package"
 SPIN_MICROSECONDS = 50  # spin time before a worker of the pool sleeps; none where threads outnumber cores
 
