@@ -146,8 +146,8 @@ def sampling_params(model: str, otherwise: dict[str, Any] | None = None, **asked
 
 def check_k(k: int | None, config: ModelConfig) -> None:
     """Raise UsageError unless a token can take as many experts as --k says."""
-    if k is not None and not 1 <= k <= config.n_experts:
-        raise UsageError(f"--k must lie in 1..{config.n_experts} (the model's experts), not {k}")
+    if k is not None and not 1 <= k <= config.fewest_experts:
+        raise UsageError(f"--k must lie in 1..{config.fewest_experts} (the model's experts), not {k}")
 
 
 def _option(field: re.Match[str]) -> str:

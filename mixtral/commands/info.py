@@ -82,7 +82,7 @@ def describe(name: str, config: ModelConfig, context: int | None, k: int | None)
         "active_parameters": config.n_active_params(taken),
         "active_share": config.n_active_params(taken) / config.n_params(),
         "experts_per_token": taken,
-        "expert_parameters": config.n_layers * config.n_experts * config.expert_params,
+        "expert_parameters": config.routed_params(),
         "context": context,  # what the FLOPs are counted at
         "flops_per_token": {
             "forward": config.flops_per_token(context, k=taken),
@@ -98,7 +98,7 @@ def describe(name: str, config: ModelConfig, context: int | None, k: int | None)
 
 def _ks(config: ModelConfig) -> list[int]:
     """The K worth a line: all of them up to 8 experts; beyond that powers of two, the configured K, and all experts."""
-    most = config.n_experts
+    most = config.fewest_experts
     if most <= 8:
         return list(range(1, most + 1))
     return sorted({1 << n for n in range(most.bit_length()) if 1 << n <= most} | {config.experts_per_token, most})
@@ -132,7 +132,7 @@ def machine_memory() -> dict[str, int]:
 
 def _print(figures: dict[str, Any], config: ModelConfig) -> None:
     out = console()
-    kind = f"sparse, {config.n_experts} experts a layer" if config.is_sparse else "dense"
+    kind = f"sparse, {_experts(config)} experts a layer" if config.is_sparse else "dense"
     out.print(f"{figures['name']}: {kind}\n", style="bold")
     out.print(_summary(figures, config))
     tokens = figures["context"]
@@ -144,6 +144,12 @@ def _print(figures: dict[str, Any], config: ModelConfig) -> None:
         out.print("\nAll experts must be in memory, whichever a token takes.")
 
 
+def _experts(config: ModelConfig) -> str:
+    """Of a layer, such as 8, or 4 to 8 where they differ."""
+    most, fewest = config.n_experts, config.fewest_experts
+    return f"{most}" if most == fewest else f"{fewest} to {most}"
+
+
 def _summary(figures: dict[str, Any], config: ModelConfig) -> Table:
     from rich.table import Table
 
@@ -152,10 +158,12 @@ def _summary(figures: dict[str, Any], config: ModelConfig) -> Table:
     table.add_row("parameters", f"{total:,}")
     if config.is_sparse:
         k, experts = figures["experts_per_token"], figures["expert_parameters"]
-        share = f"{figures['active_share']:.1%} ({k} of {config.n_experts} experts)"
+        share = f"{figures['active_share']:.1%} ({k} of {_experts(config)} experts)"
         table.add_row("active per token", f"{figures['active_parameters']:,}  {share}")
         table.add_row("in the experts", f"{experts:,}  {experts / total:.1%}")
-    table.add_row("layers, width", f"{config.n_layers}, {config.dim:,}; feed-forward {config.ffn_dim:,}")
+    dense = config.n_layers - len(config.sparse_layers) if config.is_sparse else 0
+    layers = f"{config.n_layers}" + (f" ({dense} of them dense)" if dense else "")
+    table.add_row("layers, width", f"{layers}, {config.dim:,}; feed-forward {config.ffn_dim:,}")
     heads = f"{config.n_heads} of width {config.head_dim}, {config.n_kv_heads} for keys and values"
     table.add_row("attention heads", heads)
     table.add_row("vocabulary", f"{config.vocab_size:,}")

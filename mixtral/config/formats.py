@@ -315,8 +315,8 @@ def _model_of_run(run: Path) -> str:
 def to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """The content of a `config.json`; `dtype` as in "bfloat16".
 
-    transformers 4 and 5 both read it, unless the model has a router or shared experts that they do not know: its
-    model_type is then our own, so that they refuse it instead of computing something else.
+    transformers 4 and 5 both read it, unless the model has a router, shared experts or layers that they do not know:
+    its model_type is then our own, so that they refuse it instead of computing something else.
     """
     kind = "mixtral" if config.is_sparse else "mistral"
     architecture = kind.capitalize()
@@ -342,7 +342,7 @@ def to_mistral(config: ModelConfig) -> dict[str, Any]:
     Raises ConfigError for a model that is not plain Mistral or Mixtral.
     """
     if not config.is_plain:
-        what = f"router {config.router!r} and {config.shared_experts} shared experts"
+        what = config.not_plain()
         raise ConfigError(f"Mistral's format holds plain Mixtral models alone, not {what}; write it as 'hf'")
     flat = {key: getattr(config, ours) for ours, key in written(config, _MISTRAL)}
     moe = {key.removeprefix("moe."): flat.pop(key) for key in list(flat) if key.startswith("moe.")}

@@ -114,7 +114,7 @@ def to_gguf(config: ModelConfig, text_end: int | None = None) -> dict[str, Any]:
     Raises ConfigError for a model that is not plain Mistral or Mixtral.
     """
     if not config.is_plain:
-        what = f"router {config.router!r} and {config.shared_experts} shared experts"
+        what = config.not_plain()
         raise ConfigError(f"GGUF holds plain Mixtral models alone, not {what}; write it as 'hf'")
     if config.sliding_window is not None:
         warn_once(f"llama.cpp will not apply the sliding window of {config.sliding_window} tokens")

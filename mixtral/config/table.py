@@ -35,7 +35,8 @@ class FileFormat:
     repeated: dict[str, str]  # key -> the field of ModelConfig that it must equal, where it is there
 
 
-RESEARCH = {"router": "router", "shared_experts": "shared_experts"}  # ours alone; not in files of plain models
+# Ours alone; not in files of plain models.
+RESEARCH = {name: name for name in ("router", "shared_experts", "experts_by_layer", "dense_ffn_dim")}
 
 _REQUIRED = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "norm_eps")
 EXPERTS = ("n_experts", "experts_per_token")
@@ -164,6 +165,8 @@ def _check_type(key: str, ours: str, value: object) -> None:
         want, name = bool, "true or false"
     elif ours == "router":
         want, name = str, "a text"
+    elif ours == "experts_by_layer":
+        want, name = list, "a list of integers"
     if value is not None and (not isinstance(value, want) or (isinstance(value, bool) and ours not in _BOOLS)):
         raise ConfigError(f"{key} must be {name}, not {shown(value)}")
 
@@ -192,4 +195,5 @@ def warn_once(message: str) -> None:
 def written(config: ModelConfig, kind: FileFormat) -> Iterable[tuple[str, str]]:
     """(field, key) of what a file of this model says."""
     left_out = (() if config.is_sparse else EXPERTS) + (tuple(RESEARCH) if config.is_plain else ())
+    left_out += ("experts_by_layer",) * config.is_uniform + ("dense_ffn_dim",) * (config.dense_ffn_dim is None)
     return ((ours, key) for ours, key in kind.fields.items() if ours not in left_out)

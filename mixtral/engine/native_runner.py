@@ -40,7 +40,7 @@ def why_not(model: Mixtral) -> str:
     """Why the native step cannot run this model as it is; "" when it can."""
     if reason := native.available():
         return reason
-    if not model.config.is_plain:
+    if model.config.router != "topk" or model.config.shared_experts:
         return "it knows Mixtral's own router alone, and no shared experts"
     if model.embedding.device.type != "cpu":
         return "it runs on the CPU alone"
@@ -85,7 +85,7 @@ class NativeRunner:
                 for begin, end, piece in _pieces(batch)
             ]  # fmt: skip
         logits = _logits(parts, rows, self.config)
-        return Output(logits=logits, routing=_routing(parts) if keep_routing else ())
+        return Output(logits=logits, routing=_routing(parts, self.config) if keep_routing else ())
 
     def read(self, token_ids: list[int], k: int | None = None) -> Output:
         """See Runner."""
@@ -161,14 +161,17 @@ def _logits(parts: list[Result], rows: Tensor | None, config: ModelConfig) -> Te
     return logits[(rows // MOST_ROWS).argsort(stable=True).argsort()]
 
 
-def _routing(parts: list[Result]) -> tuple[Routing, ...]:
+def _routing(parts: list[Result], config: ModelConfig) -> tuple[Routing, ...]:
     if not parts:
         return ()
     logits_MTE = torch.cat([part.router_logits_MTE for part in parts], dim=1)
     weights_MTK = torch.cat([part.weights_MTK for part in parts], dim=1)
     experts_MTK = torch.cat([part.experts_MTK for part in parts], dim=1)
-    layers = zip(logits_MTE, logits_MTE.softmax(-1), weights_MTK, experts_MTK, experts_MTK, strict=True)
-    return tuple(Routing(*layer) for layer in layers)
+    layers = []
+    for i, number in enumerate(config.sparse_layers):
+        logits_TE = logits_MTE[i, :, : config.layer(number).n_experts]
+        layers.append(Routing(logits_TE, logits_TE.softmax(-1), weights_MTK[i], experts_MTK[i], experts_MTK[i]))
+    return tuple(layers)
 
 
 # -- a model's weights as the step wants them --------------------------------------------------------------------------

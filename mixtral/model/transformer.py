@@ -40,12 +40,12 @@ class Output(NamedTuple):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x))."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ffn: MoE | FeedForward = _feed_forward(config)
+        self.ffn: MoE | FeedForward = _feed_forward(config, layer)
 
     def forward(
         self, x_TD: Tensor, angles: tuple[Tensor, Tensor], batch: Ragged, layer: int,
@@ -60,12 +60,13 @@ class Block(nn.Module):
         return x_TD + y_TD, routing
 
 
-def _feed_forward(config: ModelConfig) -> MoE | FeedForward:
-    if not config.is_sparse:
-        return FeedForward(config.dim, config.ffn_dim)
-    n_shared = config.shared_experts
+def _feed_forward(config: ModelConfig, layer: int) -> MoE | FeedForward:
+    shape, n_shared = config.layer(layer), config.shared_experts
+    if not shape.is_sparse:
+        return FeedForward(config.dim, shape.ffn_dim)
     shared = FeedForward(config.dim, n_shared * config.ffn_dim) if n_shared else None
-    return MoE(make_router(config), Experts(config.n_experts, config.dim, config.ffn_dim), shared=shared)
+    experts = Experts(shape.n_experts, config.dim, shape.ffn_dim)
+    return MoE(make_router(config, shape.n_experts), experts, shared=shared)
 
 
 class Mixtral(nn.Module):
@@ -83,7 +84,7 @@ class Mixtral(nn.Module):
         k_V = torch.full((config.vocab_size,), config.experts_per_token) if by_token else None
         self.register_buffer("k_of_token", k_V)
         self.embedding = Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output: nn.Module | None = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
 
@@ -104,7 +105,7 @@ class Mixtral(nn.Module):
 
         Args:
             cache: keys and values of earlier tokens; the batch holds each sequence's new tokens alone.
-            replay: one int64 [T, K] a layer: the experts to take, as an earlier `routing` recorded them.
+            replay: one int64 [T, K] a sparse layer: the experts to take, as an earlier `routing` recorded them.
             rows: int64 [R], the tokens whose logits are wanted; all of them by default.
             targets: int64 [T], the token to predict at each position, -100 for none; gives -log p of each instead of
                 logits. [T, V] is never whole then, nor in the backward pass, which makes the logits again.
@@ -119,9 +120,10 @@ class Mixtral(nn.Module):
             raise UsageError("k: this model is dense (one expert); only sparse models choose how many a token takes")
         x_TD = self.embedding(batch.tokens_T)
         angles = rotary_angles(batch.positions_T, self.config.head_dim, self.config.rope_theta)
-        routings = []
+        routings: list[Routing] = []
         for i, block in enumerate(self.layers):
-            x_TD, routing = block(x_TD, angles, batch, i, cache, None if replay is None else replay[i], k)
+            choice = replay[len(routings)] if replay is not None and len(routings) < len(replay) else None
+            x_TD, routing = block(x_TD, angles, batch, i, cache, choice, k)
             if routing is not None:
                 routings.append(routing)
         if targets is None:

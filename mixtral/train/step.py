@@ -111,7 +111,7 @@ def _choose_first(
         batch = part.batch.to(model.embedding.weight.device)
         routing = model(batch, rows=batch.tokens_T.new_zeros(1)).routing  # one row of logits, which nobody reads
         choices.append([layer.chosen_TK for layer in routing])
-        counts.append([counts_of(chosen_TK, model.config.n_experts) for chosen_TK in choices[-1]])
+        counts.append([counts_of(layer.chosen_TK, layer.logits_TE.shape[1]) for layer in routing])
     optimizer.balancer.begin(step, [torch.stack(layer).sum(0) for layer in zip(*counts, strict=True)])
     return choices
 
@@ -152,7 +152,7 @@ def validate(model: Mixtral, batches: Iterable[TrainBatch], byte_lengths_V: torc
         nats += float(output.loss) * len(counted)
         tokens += len(counted)
         n_bytes += int(byte_lengths_V[counted].sum())
-        taken = [counts_of(r.chosen_TK, model.config.n_experts) for r in output.routing]
+        taken = [counts_of(r.chosen_TK, r.logits_TE.shape[1]) for r in output.routing]
         counts = taken if not counts else [a + b for a, b in zip(counts, taken, strict=True)]
     model.train(training)
     loads = [share_of(c).tolist() for c in counts]

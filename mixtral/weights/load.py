@@ -193,7 +193,10 @@ def _possible(headers: dict[str, Header], config: ModelConfig, format: Format, f
     held against that of the files.
     """
     least = {
-        ffn: config.n_layers * (3 * config.n_experts if ffn == "per-expert" else 6) for ffn in layouts(config, format)
+        ffn: 3 * sum(config.experts_by_layer or (config.n_layers * config.n_experts,))
+        if ffn == "per-expert"
+        else 6 * config.n_layers
+        for ffn in layouts(config, format)
     }
     there = sum(header.nbytes > 0 for header in headers.values())  # a header alone may list any number of empty ones
     possible = [ffn for ffn, count in least.items() if count <= max(_LISTED, there)]

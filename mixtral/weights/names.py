@@ -39,18 +39,19 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes[block + "attention.wqkv.weight"] = (qkv_rows, c.dim)
         shapes[block + "attention.wo.weight"] = (c.dim, c.n_heads * c.head_dim)
         shapes[block + "ffn_norm.weight"] = (c.dim,)
-        if c.is_sparse:
+        n_experts, ffn_dim = c.layer(layer)
+        if n_experts > 1:
             router = f"{block}ffn.router."
-            shapes |= {router + name: shape for name, shape in options.parameters(c.dim, c.n_experts).items()}
-            shapes |= {router + name: (c.n_experts,) for name in options.buffers(c.n_experts)}
-            shapes[block + "ffn.experts.w13"] = (c.n_experts, 2, c.ffn_dim, c.dim)
-            shapes[block + "ffn.experts.w2"] = (c.n_experts, c.dim, c.ffn_dim)
+            shapes |= {router + name: shape for name, shape in options.parameters(c.dim, n_experts).items()}
+            shapes |= {router + name: (n_experts,) for name in options.buffers(n_experts)}
+            shapes[block + "ffn.experts.w13"] = (n_experts, 2, ffn_dim, c.dim)
+            shapes[block + "ffn.experts.w2"] = (n_experts, c.dim, ffn_dim)
             if c.shared_experts:
                 shapes[block + "ffn.shared.w13"] = (2, c.shared_experts * c.ffn_dim, c.dim)
                 shapes[block + "ffn.shared.w2"] = (c.dim, c.shared_experts * c.ffn_dim)
         else:
-            shapes[block + "ffn.w13"] = (2, c.ffn_dim, c.dim)
-            shapes[block + "ffn.w2"] = (c.dim, c.ffn_dim)
+            shapes[block + "ffn.w13"] = (2, ffn_dim, c.dim)
+            shapes[block + "ffn.w2"] = (c.dim, ffn_dim)
     shapes["norm.weight"] = (c.dim,)
     if not c.tie_embeddings:
         shapes["output.weight"] = (c.vocab_size, c.dim)
@@ -236,23 +237,26 @@ def layouts(config: ModelConfig, format: Format) -> tuple[Ffn, ...]:
 
 
 def slots(config: ModelConfig, format: Format, ffn: Ffn) -> dict[str, Slot]:
-    """Every tensor that a file of this format and layout holds: its name -> its slot.
+    """Every tensor that a file of this format holds, its sparse layers in this layout: its name -> its slot.
 
     With tied embeddings the output matrix is among them, as a second name of the embedding: files may hold it or not.
     """
     found: dict[str, Slot] = {}
     shapes = parameter_shapes(config)
-    rules = [rule for rule in RULES if getattr(rule, format) and rule.ffn in (None, ffn)]
+    rules = [rule for rule in RULES if getattr(rule, format)]
     for layer, block in _blocks(rules, config.n_layers):
+        own = ffn if config.layer(layer).is_sparse else "dense"
         for rule in block:
+            if rule.ffn not in (None, own):
+                continue
             name: str = getattr(rule, format)
             ours = rule.ours.format(l=layer)
             if ours == "output.weight" and config.tie_embeddings:
                 ours = "embedding.weight"
             if ours not in shapes:  # a router's own tensors
                 continue
-            shape = _file_shape(rule.shape, config, shapes[ours])
-            for expert in range(config.n_experts if "{e}" in name else 1):
+            shape = _file_shape(rule.shape, config, layer, shapes[ours])
+            for expert in range(config.layer(layer).n_experts if "{e}" in name else 1):
                 found[name.format(l=layer, e=expert)] = Slot(ours, shape, partial(_bound, rule.view, config, expert))
     return found
 
@@ -274,11 +278,11 @@ def _blocks(rules: list[Rule], n_layers: int) -> list[tuple[int, list[Rule]]]:
     return [(0, rules[:first]), *((layer, per_layer) for layer in range(n_layers)), (0, rules[last:])]
 
 
-def _file_shape(shape: str, config: ModelConfig, ours: tuple[int, ...]) -> tuple[int, ...]:
-    c = config
+def _file_shape(shape: str, config: ModelConfig, layer: int, ours: tuple[int, ...]) -> tuple[int, ...]:
+    c, (n_experts, ffn_dim) = config, config.layer(layer)
     sizes = {
-        "V": c.vocab_size, "D": c.dim, "E": c.n_experts, "F": c.ffn_dim, "2F": 2 * c.ffn_dim,
-        "EF": c.n_experts * c.ffn_dim, "SF": c.shared_experts * c.ffn_dim, "K": ours[0],
+        "V": c.vocab_size, "D": c.dim, "E": n_experts, "F": ffn_dim, "2F": 2 * ffn_dim,
+        "EF": n_experts * ffn_dim, "SF": c.shared_experts * c.ffn_dim, "K": ours[0],
         "HC": c.n_heads * c.head_dim, "GC": c.n_kv_heads * c.head_dim,
     }  # fmt: skip
     return tuple(sizes[size] for size in shape.split())

@@ -82,7 +82,8 @@ class Step:
         ]
         embedding, packed, dtype = _embedding(config, weights.embedding)
         self._model = plan.Model(
-            config.dim, config.n_heads, config.n_kv_heads, config.head_dim, config.ffn_dim, config.n_experts, 1,
+            config.dim, config.n_heads, config.n_kv_heads, config.head_dim,
+            max(layer.ffn_dim for layer in self._layers), config.n_experts, 1,
             config.sliding_window or 0, dtype, config.norm_eps, self._layers, embedding, packed,
             pointer(weights.norm, "norm", (config.dim,), torch.float32),
             matrix(weights.output, "output", config.vocab_size, config.dim),
@@ -175,7 +176,7 @@ class Step:
         layer.ffn_norm = pointer(weights.ffn_norm, "ffn norm", (config.dim,), torch.float32)
         layer.wqkv = matrix(weights.wqkv, "wqkv", heads_dim + 2 * config.n_kv_heads * config.head_dim, config.dim)
         layer.wo = matrix(weights.wo, "wo", config.dim, heads_dim)
-        layer.n_experts, layer.ffn_dim = config.n_experts, config.ffn_dim
+        layer.n_experts, layer.ffn_dim = config.layer(number)
         if len(weights.experts) != layer.n_experts or (weights.router is None) == (layer.n_experts > 1):
             router = "without" if weights.router is None else "with"
             raise UsageError(f"native step: layer {number} has {len(weights.experts)} experts {router} a router; the "

@@ -40,10 +40,10 @@ _ROUTERS: dict[type[RouterOptions], type[Router]] = {
 }
 
 
-def make_router(config: ModelConfig) -> Router:
-    """One layer's router, uninitialised, as `config.router` names it."""
-    options = config.router_options
-    return _ROUTERS[type(options)](config.dim, config.n_experts, config.experts_per_token, options)
+def make_router(config: ModelConfig, n_experts: int | None = None) -> Router:
+    """The router of a layer with `n_experts` (the model's by default), uninitialised, as `config.router` names it."""
+    options, n_experts = config.router_options, n_experts or config.n_experts
+    return _ROUTERS[type(options)](config.dim, n_experts, config.experts_per_token, options)
 
 
 __all__ = ["make_router"]

@@ -165,23 +165,24 @@ class Balancer:
 
     def __init__(self, routers: Sequence[Router], config: TrainConfig, domains: Sequence[str] = ()) -> None:
         self.steps = config.steps
-        self.n_experts, k = config.model.n_experts, config.model.experts_per_token
-        entries = parse_balance(config.balance, len(routers)) if routers else []
+        k, self.layers = config.model.experts_per_token, config.model.sparse_layers[: len(routers)]
+        entries = parse_balance(config.balance, config.model.n_layers) if routers else []
         self.losses = [entry for entry in entries if entry.buffer is None]
         self.rules = [
             RULES[type(entry)](entry, layer, router, k)
             for entry in entries
             if entry.buffer
             for layer, router in enumerate(routers)
-            if entry.covers(layer)
+            if entry.covers(self.layers[layer])
         ]
         learns_k = all(isinstance(router.options, LearnedK) for router in routers)
         if not learns_k and any(isinstance(entry, KPrice) for entry in entries):
             raise ConfigError("balance k_price: the router learns no k; choose model.router=learned_k")
         device = routers[0].weight.device if routers else torch.device("cpu")
-        self.groups = {
-            entry: _groups(entry, domains, self.n_experts).to(device) for entry in entries if isinstance(entry, Guided)
-        }
+        guided = [entry for entry in entries if isinstance(entry, Guided)]
+        if guided and not config.model.is_uniform:
+            raise ConfigError("balance guided: its groups name experts of every layer, and experts_by_layer differs")
+        self.groups = {entry: _groups(entry, domains, config.model.n_experts).to(device) for entry in guided}
 
     def counts_first(self, step: int) -> bool:
         """Whether the step's assignments must be known before its first loss: an exact global_batch is at work."""
@@ -201,7 +202,7 @@ class Balancer:
     def observe(self, routings: Sequence[Routing]) -> None:
         """Watch a part's routing."""
         if self.live or any(isinstance(entry, GlobalBatch) for entry in self.losses):
-            taken = [counts_of(routing.chosen_TK, self.n_experts) for routing in routings]
+            taken = [counts_of(routing.chosen_TK, routing.logits_TE.shape[1]) for routing in routings]
             self.counts = [a + b for a, b in zip(self.counts, taken, strict=True)] if self.counts else taken
         for rule in self.live:
             rule.observe(routings[rule.layer])
@@ -210,7 +211,7 @@ class Balancer:
         """The losses of a part that was observed; those whose weight is 0 at this step are not computed."""
         for entry in self.losses:
             coefficient = entry.coefficient(self.step, self.steps)
-            covered = [layer for layer in range(len(routings)) if entry.covers(layer)]
+            covered = [layer for layer, number in enumerate(self.layers) if entry.covers(number)]
             if coefficient > 0 and covered:
                 values = [self._value(entry, layer, routings[layer], domains_T) for layer in covered]
                 yield Term(entry.name, coefficient * (len(covered) / len(routings)), values)
