@@ -16,13 +16,41 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from mixtral.errors import MixtralError, UsageError
 
+T = TypeVar("T")
 _locked: dict[Path, int | None] = {}  # folders that this process holds, and the descriptor that holds the lock
+_kept: ContextVar[dict[Any, Any] | None] = ContextVar("mixtral_read_once", default=None)
+
+
+@contextmanager
+def read_once() -> Iterator[None]:
+    """Inside the block a small file that several readers want is read once (`once`): its content is kept until the end.
+
+    For the files of one model, which configuration, tokenizer and generation defaults share.
+    """
+    token = _kept.set({} if _kept.get() is None else _kept.get())
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def once(key: Any, make: Callable[[], T]) -> T:
+    """What `make` returns; inside `read_once` what it returned for that key before. The value must not be changed."""
+    kept = _kept.get()
+    if kept is None:
+        return make()
+    if key not in kept:
+        kept[key] = make()
+    found: T = kept[key]
+    return found
 
 
 def atomic_write(path: Path | str, data: bytes | str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral.errors import ConfigError, MixtralError, shown
-from mixtral.files import open_regular
+from mixtral.files import once, open_regular
 
 SMALL = 4 << 20  # bytes: configurations
 LARGE = 64 << 20  # bytes: vocabularies, and lists of tensors or shards
@@ -61,6 +61,10 @@ def parse(data: bytes) -> Any:
 
 def read_regular(path: str | Path, error: type[MixtralError], most_bytes: int) -> bytes:
     """The content of a regular file (no folder, pipe or device) of at most `most_bytes`; else raises `error`."""
+    return once(("bytes", str(path), most_bytes), lambda: _read_regular(path, error, most_bytes))
+
+
+def _read_regular(path: str | Path, error: type[MixtralError], most_bytes: int) -> bytes:
     try:
         with open_regular(path) as file:
             data = file.read(most_bytes + 1)  # its size may change meanwhile, or say nothing, as in /proc

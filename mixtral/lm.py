@@ -13,15 +13,12 @@ import torch
 from torch import Tensor
 
 from mixtral.config import ModelConfig
-from mixtral.config.formats import read_config
 from mixtral.engine import (
     Generation,
     SamplingParams,
     generate,
-    recommended,
     stream,
     with_recommended,
-    within_vocabulary,
 )
 from mixtral.engine.generate import check_prompt
 from mixtral.engine.native_runner import NativeRunner, why_not
@@ -31,19 +28,17 @@ from mixtral.files import atomic_folder
 from mixtral.hardware import has_fast_bf16
 from mixtral.kernels.native import library as native
 from mixtral.model import Mixtral, Output, named_state
+from mixtral.model_folder import ModelFolder
 from mixtral.moe import Routing
 from mixtral.quant.formats import PLAIN
 from mixtral.quant.load import load_quantised
 from mixtral.quant.pack import UnpackedState, pack_state, packed_modules
-from mixtral.quant.scheme import read_scheme
 from mixtral.runtime import choose_device, choose_dtype
-from mixtral.shipped import model_folder
 from mixtral.tokenizer import Tokenizer
 from mixtral.weights import load_state
-from mixtral.weights.convert import with_token_ids, write_tokenizer
+from mixtral.weights.convert import write_tokenizer
 from mixtral.weights.finite import require_range
-from mixtral.weights.gguf_tokenizer import read_tokenizer, side_files
-from mixtral.weights.load import StateReader, open_weights
+from mixtral.weights.load import StateReader
 from mixtral.weights.names import fixed_dtype
 from mixtral.weights.save import check_free, write_hf
 
@@ -244,27 +239,29 @@ def load(
         runner: as of LM. For "auto" and "native" on a CPU the weights are packed as they are read, which is what the
             native step runs; "torch" keeps plain parameters, to be trained, hooked or changed.
     """
-    path, chosen = model_folder(path), choose_device(device)
+    chosen = choose_device(device)
     wanted = None if dtype in (None, "auto") else choose_dtype(dtype, chosen)
-    config, scheme = read_config(path), read_scheme(path)
-    opened = open_weights(path, config) if scheme is None else None  # a vocabulary takes far longer to read
-    tokenizer, sampling, files = read_tokenizer(path), recommended(path), side_files(path)
-    config = with_token_ids(config, path, tokenizer)
-    sampling = within_vocabulary(sampling, config.vocab_size)
     if runner == "native" and (reason := cannot_pack(chosen)):
         raise UsageError(f"native step: {reason}")
-    if scheme is not None:
-        model = load_quantised(path, config, scheme, wanted or _torch_dtype(chosen), chosen)
-    elif runner != "torch" and not cannot_pack(chosen):
-        reader = StateReader(path, config, opened=opened)
-        reader.wanted_dtype = wanted or _file_dtype(reader)
-        model = pack_state(config, reader, reader.wanted_dtype)
-    else:
-        state = _one_dtype(load_state(path, config, wanted or _torch_dtype(chosen), chosen, opened=opened))
-        with torch.device("meta"):
-            model = Mixtral(config)
-        model.load_state_dict(state, assign=True)
-    return LM(model, tokenizer, runner, sampling, files)
+    folder = ModelFolder(path)
+    model = _load_model(folder, wanted, chosen, packed=runner != "torch" and not cannot_pack(chosen))
+    return LM(model, folder.tokenizer, runner, folder.sampling_defaults, folder.side_files)
+
+
+def _load_model(folder: ModelFolder, dtype: torch.dtype | None, device: torch.device, packed: bool) -> Mixtral:
+    """The model of a folder: quantised as it is, packed as it is read, or with plain parameters."""
+    config = folder.config
+    if folder.quant_scheme is not None:
+        return load_quantised(folder.path, config, folder.quant_scheme, dtype or _torch_dtype(device), device)
+    if packed:
+        reader = StateReader(folder.path, config, opened=folder.weights)
+        reader.wanted_dtype = dtype or _file_dtype(reader)
+        return pack_state(config, reader, reader.wanted_dtype)
+    state = load_state(folder.path, config, dtype or _torch_dtype(device), device, opened=folder.weights)
+    with torch.device("meta"):
+        model = Mixtral(config)
+    model.load_state_dict(_one_dtype(state), assign=True)
+    return model
 
 
 def cannot_pack(device: torch.device) -> str:

@@ -24,12 +24,13 @@ ROWS = {
     "model quant/layers": 3,
     "presets weights data distributed": 4,
     "engine quant": 5,
-    "lm analysis surgery": 6,
-    "train eval": 7,
-    "recipes server": 8,
-    "commands": 9,
-    "cli": 10,
-    "__init__ __main__": 11,
+    "model_folder": 6,
+    "lm analysis surgery": 7,
+    "train eval": 8,
+    "recipes server": 9,
+    "commands": 10,
+    "cli": 11,
+    "__init__ __main__": 12,
 }
 ROW_OF = {name: row for names, row in ROWS.items() for name in names.split()}
 

@@ -76,10 +76,10 @@ def _sequences(source: str, text: str, tokens: int) -> list[list[int]]:
     from mixtral.config.formats import read_config
     from mixtral.errors import UsageError
     from mixtral.quant.text import read_sequences
-    from mixtral.weights.gguf_tokenizer import read_tokenizer
+    from mixtral.tokenizer.load import find_tokenizer
 
     context = read_config(source).context
-    if (tokenizer := read_tokenizer(source)) is None:
+    if (tokenizer := find_tokenizer(source)) is None:
         raise UsageError(f"{source}: no tokenizer; --calibrate and --text need one")
     return read_sequences(text, tokenizer, tokens, context)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from mixtral.errors import WeightsError, shown
-from mixtral.files import open_regular
+from mixtral.files import once, open_regular
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)  # they differ in what a big-endian file would look like
@@ -63,6 +63,10 @@ class GgufHeader(NamedTuple):
 
 def read_gguf_header(path: Path) -> GgufHeader:
     """Raises WeightsError, one line, for what is no GGUF file, is cut off, damaged, or holds types that we lack."""
+    return once(("gguf", str(path)), lambda: _read_header(path))
+
+
+def _read_header(path: Path) -> GgufHeader:
     try:
         with open_regular(path) as file:
             return _read(_Reader(file, os.fstat(file.fileno()).st_size))

@@ -1,4 +1,4 @@
-"""Finds and reads the tokenizer of a model folder."""
+"""The door to every tokenizer: of a model folder, of one tokenizer file, of a GGUF file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from mixtral.errors import MixtralError, UsageError
 from mixtral.json_files import LARGE, read_regular
 from mixtral.tokenizer.base import Tokenizer
+from mixtral.tokenizer.gguf import gguf_tokenizer
 from mixtral.tokenizer.mistral import SentencePieceTokenizer, TekkenTokenizer
 from mixtral.tokenizer.side_files import Beside, read_side_files
 from mixtral.tokenizer.spm_model import Kind
@@ -21,7 +22,8 @@ _PATTERNS = ("tekken.json", "*.model", "*.model.v*", "tokenizer.json")
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """The tokenizer of a model folder, or of one tokenizer file, with the files beside it (tokenizer/side_files.py).
+    """The tokenizer of a model folder, of a GGUF file, or of one tokenizer file, with the files beside it
+    (tokenizer/side_files.py).
 
     Of several files in a folder the first of these decides the ids, as in transformers: tekken.json, tokenizer.json, a
     sentencepiece model that tells its version (own.model.v3), one that does not (tokenizer.model). A sentencepiece
@@ -30,6 +32,10 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     file is damaged.
     """
     path = Path(path)
+    if path.suffix == ".gguf":
+        if (tokenizer := gguf_tokenizer(path)) is None:
+            raise UsageError(f"{path}: no tokenizer that is read from GGUF; a sentencepiece vocabulary is")
+        return tokenizer
     folder, spm = path.parent, None
     if os.path.isdir(path):  # not Path's, which raises for names that are too long
         folder, path, spm = path, *_choose(path)
@@ -44,9 +50,14 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         raise MixtralError(f"{path}: damaged: {type(error).__name__}: {error}") from error
 
 
-def has_tokenizer(folder: Path | str) -> bool:
-    """Whether a model folder holds a tokenizer file."""
-    return any(not path.is_dir() for pattern in _PATTERNS for path in Path(folder).glob(pattern))
+def find_tokenizer(path: Path | str) -> Tokenizer | None:
+    """The tokenizer of a model folder or GGUF file; None when it holds none that is read. Raises as `load_tokenizer`
+    does for one that is damaged."""
+    path = Path(path)
+    if path.suffix == ".gguf":
+        return gguf_tokenizer(path)
+    there = any(not file.is_dir() for pattern in _PATTERNS for file in path.glob(pattern))
+    return load_tokenizer(path) if there else None
 
 
 def _choose(folder: Path) -> tuple[Path, Path | None]:

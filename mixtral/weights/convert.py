@@ -15,9 +15,10 @@ from mixtral.config.model import DEFAULT_EOS, ModelConfig
 from mixtral.errors import MixtralError, UsageError, did_you_mean
 from mixtral.files import atomic_folder, atomic_write, open_regular
 from mixtral.tokenizer import Tokenizer
+from mixtral.tokenizer.gguf import side_files
+from mixtral.tokenizer.load import find_tokenizer
 from mixtral.tokenizer.mistral import SentencePieceTokenizer
 from mixtral.tokenizer.tokenizer_json import JsonTokenizer
-from mixtral.weights.gguf_tokenizer import read_tokenizer, side_files
 from mixtral.weights.gguf_write import check_target, write_gguf
 from mixtral.weights.load import StateReader
 from mixtral.weights.progress import Progress
@@ -63,7 +64,7 @@ def convert(
     state = StateReader(src, config)
     if to == "gguf":
         write_gguf(
-            state, config, dst, type or "bf16", read_tokenizer(src), side_files(src), progress, allow_nonfinite
+            state, config, dst, type or "bf16", find_tokenizer(src), side_files(src), progress, allow_nonfinite
         )
         return
     with atomic_folder(dst) as new:
@@ -90,7 +91,7 @@ def _add_tokenizer_json(folder: Path) -> None:
 def _tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer of a folder, unless it has none that is read: its files are copied all the same."""
     try:
-        return read_tokenizer(folder)
+        return find_tokenizer(folder)
     except MixtralError as error:
         log.warning("its tokenizer is copied without being read: %s", error)
         return None
@@ -113,7 +114,7 @@ def copy_tokenizer(src: str | Path, dst: Path) -> None:
     """Write what a model holds besides configuration and weights: tokenizer, templates, generation defaults."""
     src = Path(src)
     if src.suffix == ".gguf":
-        write_tokenizer(read_tokenizer(src), side_files(src), dst)
+        write_tokenizer(find_tokenizer(src), side_files(src), dst)
         return
     write_tokenizer(None, side_files(src), dst)
     for pattern in _VOCABULARIES:

@@ -26,9 +26,9 @@ from mixtral.files import atomic_file, check_writable
 from mixtral.gguf.header import TYPES
 from mixtral.json_files import parse_object
 from mixtral.tokenizer import Tokenizer
+from mixtral.tokenizer.gguf import tokenizer_metadata
 from mixtral.weights.finite import require_finite
 from mixtral.weights.gguf_file import gguf_package
-from mixtral.weights.gguf_tokenizer import tokenizer_metadata
 from mixtral.weights.names import Slot, layouts, output_name, slots
 from mixtral.weights.progress import Progress, counter
 from mixtral.weights.save import State, check_state, described, taken

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from mixtral.tokenizer import Tokenizer, load_tokenizer
-from mixtral.weights.gguf_tokenizer import _rebuilt, side_files, tokenizer_metadata
+from mixtral.tokenizer.gguf import _rebuilt, side_files, tokenizer_metadata
 from tests.tokenizer.conftest import FILES, NAMES, STDLIB, tokenizer_named
 
 MODEL = {"model_type": "mixtral"}  # beside it, transformers takes the classes that it has for Mixtral

@@ -13,9 +13,9 @@ from mixtral.lm import LM
 from mixtral.model import Mixtral, initialise
 from mixtral.presets import preset
 from mixtral.tokenizer import load_tokenizer
+from mixtral.tokenizer.gguf import tokenizer_metadata
 from mixtral.tokenizer.mistral import SentencePieceTokenizer
 from mixtral.tokenizer.tokenizer_json import JsonTokenizer
-from mixtral.weights.gguf_tokenizer import tokenizer_metadata
 from tests.tokenizer.conftest import tokenizer_named
 from tests.tokenizer.kinds import write
 

@@ -20,9 +20,10 @@ from mixtral.gguf.header import read_gguf_header
 from mixtral.quant.quantize import quantise_folder
 from mixtral.quant.scheme import QuantScheme
 from mixtral.tokenizer import Tokenizer, load_tokenizer
+from mixtral.tokenizer.chat_templates import folder_templates
+from mixtral.tokenizer.gguf import _files, _rebuilt, side_files, tokenizer_metadata
+from mixtral.tokenizer.load import find_tokenizer
 from mixtral.weights import convert, save_hf
-from mixtral.weights.chat_templates import folder_templates
-from mixtral.weights.gguf_tokenizer import _files, _rebuilt, read_tokenizer, side_files, tokenizer_metadata
 from mixtral.weights.gguf_write import write_gguf
 from tests.tokenizer.conftest import tokenizer_named
 from tests.tokenizer.kinds import KINDS
@@ -110,10 +111,10 @@ def _told(tokenizer: Tokenizer | None, files: dict[str, bytes]) -> dict[str, Any
 
 @pytest.mark.parametrize("way", WAYS)
 def test_everything_survives(way: str, source: Path, tmp_path: Path) -> None:
-    wanted = _told(read_tokenizer(source), side_files(source))
+    wanted = _told(find_tokenizer(source), side_files(source))
     assert wanted["control"][1000] == "<|im_end|>" and wanted["begin and end"][1] == 1000 and wanted["size"] == 1002
     written = WAYS[way](source, tmp_path)
-    assert _told(read_tokenizer(written), side_files(written)) == wanted
+    assert _told(find_tokenizer(written), side_files(written)) == wanted
     if way in ("mistral", "gguf to mistral"):
         assert "eos_id" not in (written / "params.json").read_text()
     if way != "training":
@@ -188,7 +189,7 @@ def test_what_a_folder_without_a_tokenizer_says(way: str, tmp_path: Path) -> Non
     for name, content in files.items():
         (tmp_path / "source" / name).write_bytes(content)
     written = WAYS[way](tmp_path / "source", tmp_path / "target")
-    assert side_files(written) == files and read_tokenizer(written) is None
+    assert side_files(written) == files and find_tokenizer(written) is None
 
 
 def test_params_json_gets_begin_and_end_from_the_tokenizer(source: Path, tmp_path: Path) -> None:

@@ -16,14 +16,8 @@ from mixtral.config.gguf import named_end_tokens
 from mixtral.config.model import is_token_id
 from mixtral.errors import MixtralError, UsageError, WeightsError, shown
 from mixtral.gguf.header import TensorInfo, read_gguf_header
-from mixtral.tokenizer import Tokenizer, load_tokenizer
-from mixtral.tokenizer.base import MOST_TOKENS
-from mixtral.tokenizer.load import has_tokenizer
-from mixtral.tokenizer.mistral import SentencePieceTokenizer
-from mixtral.tokenizer.side_files import Beside, is_side_file, read_side_files
-from mixtral.tokenizer.spm_model import Kind, Piece, SpmModel, write_spm_model
-from mixtral.tokenizer.tokenizer_json import JsonTokenizer
-from mixtral.weights.chat_templates import (
+from mixtral.tokenizer.base import MOST_TOKENS, Tokenizer
+from mixtral.tokenizer.chat_templates import (
     TEMPLATES,
     file_text,
     folder_templates,
@@ -31,6 +25,10 @@ from mixtral.weights.chat_templates import (
     metadata_templates,
     template_files,
 )
+from mixtral.tokenizer.mistral import SentencePieceTokenizer
+from mixtral.tokenizer.side_files import Beside, is_side_file, read_side_files
+from mixtral.tokenizer.spm_model import Kind, Piece, SpmModel, write_spm_model
+from mixtral.tokenizer.tokenizer_json import JsonTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -106,14 +104,11 @@ def _unused(token_id: int) -> Piece:
     return Piece(f"[PAD{token_id}]", _UNUSED_SCORE, Kind.UNUSED)
 
 
-def read_tokenizer(path: str | Path) -> Tokenizer | None:
-    """The tokenizer of a model folder or a GGUF file; None when it has none, or one that is not read from GGUF.
+def gguf_tokenizer(path: Path) -> Tokenizer | None:
+    """The tokenizer of a GGUF file; None when it has none, or one that is not read from GGUF.
 
     Raises MixtralError when it is damaged, WeightsError when the GGUF file is.
     """
-    path = Path(path)
-    if path.suffix != ".gguf":
-        return load_tokenizer(path) if has_tokenizer(path) else None
     header = read_gguf_header(path)
     metadata = header.metadata
     kind = metadata.get(_PREFIX + "model", "none")

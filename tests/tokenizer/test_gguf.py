@@ -15,9 +15,10 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mixtral.config.formats import read_config
 from mixtral.errors import MixtralError, UsageError
 from mixtral.tokenizer import Tokenizer, load_tokenizer
+from mixtral.tokenizer.chat_templates import TEMPLATES, folder_templates
+from mixtral.tokenizer.gguf import _rebuilt, side_files, tokenizer_metadata
+from mixtral.tokenizer.load import find_tokenizer
 from mixtral.weights import convert, save_hf
-from mixtral.weights.chat_templates import TEMPLATES, folder_templates
-from mixtral.weights.gguf_tokenizer import _rebuilt, read_tokenizer, side_files, tokenizer_metadata
 from mixtral.weights.gguf_write import _add_metadata, write_gguf
 from tests.tokenizer.conftest import tokenizer_named
 from tests.tokenizer.kinds import KINDS
@@ -44,7 +45,7 @@ def test_files_by_way_of_gguf(tmp_path: Path) -> None:
     save_hf(random_state(config), config, tmp_path / "src")
     own.save(tmp_path / "src")
     convert(tmp_path / "src", tmp_path / "a.gguf", "gguf")
-    back = read_tokenizer(tmp_path / "a.gguf")
+    back = find_tokenizer(tmp_path / "a.gguf")
     assert back is not None and back.fingerprint == own.fingerprint
     convert(tmp_path / "a.gguf", tmp_path / "dst", "hf")
     assert load_tokenizer(tmp_path / "dst").fingerprint == own.fingerprint
@@ -71,20 +72,20 @@ def test_a_template_goes_along(holder: str, tmp_path: Path) -> None:
 
 def test_no_tokenizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_gguf(random_state(SPARSE), SPARSE, tmp_path / "a.gguf")
-    assert read_tokenizer(tmp_path / "a.gguf") is None and not caplog.text
-    assert read_tokenizer(tmp_path) is None and side_files(tmp_path) == {}
+    assert find_tokenizer(tmp_path / "a.gguf") is None and not caplog.text
+    assert find_tokenizer(tmp_path) is None and side_files(tmp_path) == {}
 
 
 def test_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     metadata = {KEY + "model": "gpt2"}
     monkeypatch.setattr("mixtral.weights.gguf_write.tokenizer_metadata", lambda *_: metadata)
     write_gguf(random_state(SPARSE), SPARSE, tmp_path / "a.gguf")
-    assert read_tokenizer(tmp_path / "a.gguf") is None
+    assert find_tokenizer(tmp_path / "a.gguf") is None
     assert "its tokenizer is of kind 'gpt2', which is not read from GGUF; only 'llama' is" in caplog.text
     metadata[KEY + "model"] = "llama"
     write_gguf(random_state(SPARSE), SPARSE, tmp_path / "b.gguf")
     with pytest.raises(MixtralError, match=r"b\.gguf: its vocabulary cannot be used: tokenizer\.ggml\.tokens, "):
-        read_tokenizer(tmp_path / "b.gguf")
+        find_tokenizer(tmp_path / "b.gguf")
 
 
 def test_what_cannot_be_written() -> None:
@@ -220,7 +221,7 @@ def test_a_damaged_tokenizer_json_inside(document: dict[str, Any], message: str,
     whole = json.loads(tokenizer_named("own").to_json()) | document  # type: ignore[attr-defined]
     path = _file(tmp_path, metadata | {"tokenizer.huggingface.json": json.dumps(whole)})
     with pytest.raises(MixtralError, match=message) as caught:
-        read_tokenizer(path)
+        find_tokenizer(path)
     assert str(caught.value).startswith(f"{path}: its vocabulary ")
 
 
@@ -228,9 +229,9 @@ def test_a_library_that_fails_inside(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def fail(*_: Any) -> None:
         raise KeyError("type")
 
-    monkeypatch.setattr("mixtral.weights.gguf_tokenizer._rebuilt", fail)
+    monkeypatch.setattr("mixtral.tokenizer.gguf._rebuilt", fail)
     with pytest.raises(MixtralError, match="its vocabulary is damaged: KeyError: 'type'"):
-        read_tokenizer(_file(tmp_path, tokenizer_metadata(tokenizer_named("own"), 1000)))
+        find_tokenizer(_file(tmp_path, tokenizer_metadata(tokenizer_named("own"), 1000)))
 
 
 @pytest.mark.parametrize(("count", "rows", "message"), [
@@ -241,11 +242,11 @@ def test_more_tokens_than_the_model_has_rows(
     count: int, rows: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Refused before anything is built of them."""
-    monkeypatch.setattr("mixtral.weights.gguf_tokenizer.MOST_TOKENS", 1000)
-    monkeypatch.setattr("mixtral.weights.gguf_tokenizer._rebuilt", None)
+    monkeypatch.setattr("mixtral.tokenizer.gguf.MOST_TOKENS", 1000)
+    monkeypatch.setattr("mixtral.tokenizer.gguf._rebuilt", None)
     tokens = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": [f"t{i}" for i in range(count)]}
     with pytest.raises(MixtralError, match=message):
-        read_tokenizer(_file(tmp_path, tokens, rows))
+        find_tokenizer(_file(tmp_path, tokens, rows))
 
 
 def _file(folder: Path, metadata: dict[str, Any], rows: int = 1000) -> Path:
