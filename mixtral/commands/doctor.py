@@ -27,6 +27,10 @@ EXTRAS = {  # as pyproject.toml has them; a test compares
         "tensorboard", "gguf",
     ),
 }
+GENERATES = (
+    "by the native step, on a CPU: models of Mixtral's own router, in fp32, fp16 or bf16 as their files are, and "
+    "quantised ones; others by torch, on packed weights"
+)
 COST = (  # of a missing native library, as measured on two cores (docs/kernels.md)
     "products with packed weights expand the matrix each time, and decoding goes op by op through torch, which reads "
     "weights at a third to a half of the memory's speed"
@@ -117,7 +121,7 @@ def _native() -> dict[str, Any]:
 
     if reason := native.available():
         return {"available": False, "reason": reason, "cost": COST, "remedy": native.REMEDY}
-    return {"available": True, "instruction_set": native.instruction_set()}
+    return {"available": True, "instruction_set": native.instruction_set(), "generates": GENERATES}
 
 
 # -- for people --------------------------------------------------------------------------------------------------------
@@ -177,6 +181,7 @@ def _native_table(native: dict[str, Any]) -> Table:
     table = Table.grid(padding=(0, 3, 0, 0))
     if native["available"]:
         table.add_row("in use", f"instruction set {native['instruction_set']}")
+        table.add_row("generates", native["generates"])
         return table
     for name in ("reason", "cost", "remedy"):
         table.add_row("missing" if name == "reason" else name, native[name])

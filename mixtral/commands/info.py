@@ -43,11 +43,21 @@ def info(
     """
     config = find_config(name)
     check_k(k, config)
-    figures = describe(name, config, context, k) | {"machine": machine_memory()}
+    figures = describe(name, config, context, k) | {"machine": machine_memory(), "runner": runner_here(config)}
     if as_json:
         print(json.dumps(figures, indent=2))
     else:
         _print(figures, config)
+
+
+def runner_here(config: ModelConfig) -> dict[str, str]:
+    """What would generate with such a model on this machine, and why."""
+    from mixtral.engine.native_runner import cannot_run
+    from mixtral.runtime import choose_device
+
+    reason = cannot_run(config, choose_device())
+    why = f"not the native step: {reason}" if reason else "the native step on packed weights, exact in the file's dtype"
+    return {"name": "torch" if reason else "native", "why": why}
 
 
 def find_config(name: str) -> ModelConfig:
@@ -142,6 +152,7 @@ def _print(figures: dict[str, Any], config: ModelConfig) -> None:
     out.print(_memory(figures))
     if config.is_sparse:
         out.print("\nAll experts must be in memory, whichever a token takes.")
+    out.print(f"\nGenerates here by {figures['runner']['name']}: {figures['runner']['why']}.")
 
 
 def _experts(config: ModelConfig) -> str:

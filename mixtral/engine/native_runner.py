@@ -36,14 +36,19 @@ _KNOWN = {
 }  # fmt: skip
 
 
-def why_not(model: Mixtral) -> str:
-    """Why the native step cannot run this model as it is; "" when it can."""
+def cannot_run(config: ModelConfig, device: torch.device) -> str:
+    """Why the native step cannot run a model of this configuration there; "" when it can."""
     if reason := native.available():
         return reason
-    if model.config.router != "topk" or model.config.shared_experts:
+    if config.router != "topk" or config.shared_experts:
         return "it knows Mixtral's own router alone, and no shared experts"
-    if model.embedding.device.type != "cpu":
-        return "it runs on the CPU alone"
+    return "" if device.type == "cpu" else "it runs on the CPU alone"
+
+
+def why_not(model: Mixtral) -> str:
+    """Why the native step cannot run this model as it is; "" when it can."""
+    if reason := cannot_run(model.config, model.embedding.device):
+        return reason
     for module in _modules(model):
         if type(module) not in _KNOWN:
             return f"it does not know {type(module).__name__} in the model"

@@ -42,6 +42,7 @@ def test_memory_and_cache(run: Run) -> None:
     assert told["kv_bytes"] == {"1000": 1000 * 128 * 1024, "32768": 4 * 2**30}
     assert told["context"] == 1000
     assert told["machine"]["cpu"] > 0
+    assert told["runner"]["name"] in ("native", "torch") and "native step" in told["runner"]["why"]
 
 
 def test_for_people(run: Run) -> None:
