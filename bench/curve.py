@@ -47,8 +47,8 @@ from mixtral.train.config import TrainConfig
 from mixtral.train.display import Display
 from mixtral.train.loop import Run
 from mixtral.train.metrics import read_lines
-from mixtral.train.optim.optimizer import Optimizer
 from mixtral.train.optim.schedule import learning_rate
+from mixtral.train.state import TrainState
 
 SIDES = ("mixtral", "transformers")
 
@@ -69,7 +69,7 @@ def our_curve(config: TrainConfig, data: TokenData, tokenizer: Tokenizer, folder
     model = fresh_model(config)
     loader = Loader(data, config.rows, config.context, config.seed)
     Run(
-        folder=folder, config=config, model=model, optimizer=Optimizer(model, config, torch.float32), loader=loader,
+        folder=folder, config=config, model=model, optimizer=TrainState.of(model, config, torch.float32), loader=loader,
         val_batches=loader.val_batches(config.val_tokens),
         byte_lengths_V=torch.from_numpy(tokenizer.byte_lengths()), display=Display(),
     ).train()  # fmt: skip

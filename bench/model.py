@@ -29,7 +29,7 @@ from mixtral.model import Mixtral, Ragged, initialise
 from mixtral.presets import small
 from mixtral.runtime import set_threads
 from mixtral.train.config import TrainConfig
-from mixtral.train.optim.optimizer import Optimizer
+from mixtral.train.state import TrainState
 
 LENGTH = 512
 LR = 1e-5
@@ -77,14 +77,14 @@ def our_forward(model: Mixtral) -> Step:
 
 def our_training(model: Mixtral, dtype: str) -> Step:
     """`model` holds fp32 weights; the optimiser gives it bf16 copies of them where `dtype` says so."""
-    optimizer = Optimizer(model, TrainConfig(model=model.config, lr=LR), DTYPES[dtype])
+    train_state = TrainState.of(model, TrainConfig(model=model.config, lr=LR), DTYPES[dtype])
 
     def step(ids_BS: Tensor) -> Tensor:
         batch, targets = pack(ids_BS)
         loss = model(batch, targets=targets, loss_weights="mean").loss
         loss.backward()
-        optimizer.collect_gradients()
-        optimizer.step(LR)
+        train_state.optimizer.collect_gradients()
+        train_state.optimizer.step(LR)
         return loss.detach()
 
     return step

@@ -32,7 +32,8 @@ from mixtral.model import Mixtral, Ragged, initialise
 from mixtral.recipes import recipe
 from mixtral.runtime import set_threads
 from mixtral.shipped import SHIPPED
-from mixtral.train.optim.optimizer import Optimizer
+from mixtral.train.objective import next_token
+from mixtral.train.state import TrainState
 from mixtral.train.step import train_step
 
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # what libgomp, torch's OpenMP, reads when it is loaded
@@ -77,11 +78,11 @@ def training(threads: int, seconds: float) -> Callable[[], Cost]:
     set_threads(threads)
     keep_freed_memory()
     model = initialise(Mixtral(config.model), torch.Generator().manual_seed(0))
-    optimizer = Optimizer(model, config, torch.float32)
+    train_state = TrainState.of(model, config, torch.float32)
     ids_BS = torch.randint(config.model.vocab_size, (config.rows, config.context))
     batch = TrainBatch(Ragged.of(ids_BS.tolist()), ids_BS.roll(-1, 1).flatten(), torch.zeros(ids_BS.numel()).long())
 
-    step = partial(train_step, model, optimizer, [batch], config, 0, stats=False)
+    step = partial(train_step, train_state, [batch], next_token, config, 0, stats=False)
     return lambda: cost(step, config.tokens_per_step, seconds)
 
 

@@ -27,7 +27,8 @@ from mixtral.kernels.allocator import keep_freed_memory
 from mixtral.presets import small
 from mixtral.runtime import set_threads
 from mixtral.train.config import TrainConfig
-from mixtral.train.optim.optimizer import Optimizer
+from mixtral.train.objective import next_token
+from mixtral.train.state import TrainState
 from mixtral.train.step import train_step
 
 LENGTH = 512
@@ -45,12 +46,12 @@ def our_step(config: TrainConfig, dtype: str) -> Callable[[], None]:
     set_threads()
     keep_freed_memory()
     model = make_ours(config.model, "fp32")
-    optimizer = Optimizer(model, config, DTYPES[dtype])
+    train_state = TrainState.of(model, config, DTYPES[dtype])
     batch = TrainBatch(*pack(sequences(config, config.rows)))
 
 
     def step() -> None:
-        train_step(model, optimizer, [batch], config, 0, stats=False)
+        train_step(train_state, [batch], next_token, config, 0, stats=False)
 
     return step
 

@@ -167,12 +167,12 @@ def aftermath(run: Path, older: set[Path]) -> Kill:
     from mixtral.model import Mixtral
     from mixtral.runtime import choose_dtype
     from mixtral.train.checkpoint import checkpoints, load_checkpoint
-    from mixtral.train.optim.optimizer import Optimizer
     from mixtral.train.run_folder import recorded_config
+    from mixtral.train.state import TrainState
 
     config = recorded_config(run)
     for path in checkpoints(run):
-        state = load_checkpoint(path, Optimizer(Mixtral(config.model), config, choose_dtype(config.dtype, "cpu")))
+        state = load_checkpoint(path, TrainState.of(Mixtral(config.model), config, choose_dtype(config.dtype, "cpu")))
         if state["step"] != int(path.name.removeprefix("step_")):
             raise Failed(f"{path} holds step {state['step']}")
     step = logged_step(run)

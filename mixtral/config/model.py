@@ -308,7 +308,9 @@ class ModelConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """By our own field names, without those of single layers where all are alike."""
+        values = dataclasses.asdict(self)
+        return {k: v for k, v in values.items() if v is not None or k not in ("experts_by_layer", "dense_ffn_dim")}
 
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed."""

@@ -30,7 +30,7 @@ from mixtral.config.specs import check_value
 from mixtral.errors import MixtralError, WeightsError
 from mixtral.files import atomic_folder, clear_leftovers, remove_folder, sync
 from mixtral.json_files import LARGE, read_object
-from mixtral.train.optim.optimizer import Optimizer
+from mixtral.train.state import BALANCE, TrainState
 from mixtral.weights.safetensors_file import SafetensorsFile
 
 _NAME = re.compile(r"step_(\d+)")
@@ -50,13 +50,13 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
 
-    def save(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    def save(self, trained: TrainState, state: dict[str, Any]) -> None:
         """Copy everything, and write it as `checkpoints/step_N`; then drop all but the last `keep` and the best.
 
         `state` is JSON with at least `step` and `best_step` (None before the first validation).
         """
         self.wait()
-        tensors = {"model": _copies(optimizer.weights), "optimizer": _copies(optimizer.state())}
+        tensors = {part: _copies(found) for part, found in trained.state_dict().items()}
         self._thread = threading.Thread(target=self._write, args=(tensors, state))
         self._thread.start()
 
@@ -103,7 +103,7 @@ def write_checkpoint(path: Path, tensors: dict[str, dict[str, Tensor]], state: d
         (temporary / "state.json").write_text(json.dumps({**state, "sizes": sizes}, indent=1))
 
 
-def load_checkpoint(path: Path, optimizer: Optimizer) -> dict[str, Any]:
+def load_checkpoint(path: Path, trained: TrainState) -> dict[str, Any]:
     """Put a checkpoint's weights and optimiser state in place; -> its `state`.
 
     Raises MixtralError when it is not whole, or of another model.
@@ -114,7 +114,7 @@ def load_checkpoint(path: Path, optimizer: Optimizer) -> dict[str, Any]:
             found = (path / name).stat().st_size
             if found != size:
                 raise MixtralError(f"checkpoint {path}: {name} has {found} bytes, not {size}; {_REMEDY}")
-        optimizer.load(_read(path / "model"), _read(path / "optimizer"))
+        trained.load_state_dict(_read(path, trained))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError,
             AssertionError, WeightsError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -162,22 +162,48 @@ def _step(path: Path) -> int:
 
 
 def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, sharded as they are."""
     return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
 
 
-def _read(folder: Path) -> dict[str, Tensor]:
-    """All tensors of one part; none when it was never written."""
+def _read(path: Path, trained: TrainState) -> dict[str, dict[str, Tensor]]:
+    """A checkpoint's tensors, each sharded as the state's own; nothing of a part that was never written."""
+    stored = {part: _stored(path / part) for part in _PARTS}
+    moments = [name for name in stored["optimizer"] if not name.startswith(BALANCE)]
+    found = trained.empty_state_dict(moments)
+    for name, entry in stored["optimizer"].items():
+        if name.startswith(BALANCE):
+            found["optimizer"][name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    for part, entries in stored.items():
+        for name in entries.keys() ^ found[part].keys():
+            what = "is missing" if name in found[part] else "is not part of this model"
+            raise WeightsError(f"{part}: {name} {what}")
+        for name, entry in entries.items():
+            wanted = found[part][name]
+            if entry.size != wanted.shape or entry.properties.dtype != wanted.dtype:
+                have, want = _shown(entry.properties.dtype, entry.size), _shown(wanted.dtype, wanted.shape)
+                raise WeightsError(f"{part}: {name} is {have}, the model has {want}")
+        if entries:
+            reader = HuggingFaceStorageReader(str(path / part))
+            _quietly(dcp.load, found[part], storage_reader=reader)
+    return found
+
+
+def _shown(dtype: torch.dtype, shape: torch.Size) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+
+
+def _stored(folder: Path) -> dict[str, TensorStorageMetadata]:
+    """What lies in the files of one part, by name."""
     if not folder.exists():
         return {}
     for file in folder.glob("*.safetensors"):
         SafetensorsFile(file)  # raises for a header that claims what the file has not: the reader would allocate it
-    reader = HuggingFaceStorageReader(str(folder))
-    tensors = {}
-    for name, entry in reader.read_metadata().state_dict_metadata.items():
+    found: dict[str, TensorStorageMetadata] = {}
+    for name, entry in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
         assert isinstance(entry, TensorStorageMetadata), name
-        tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    _quietly(dcp.load, tensors, storage_reader=reader)
-    return tensors
+        found[name] = entry
+    return found
 
 
 def _quietly(function: Any, tensors: dict[str, Tensor], **options: Any) -> None:

@@ -49,7 +49,7 @@ def first_bad_layer(model: Mixtral, parts: Sequence[TrainBatch]) -> str:
     handles = [module.register_forward_hook(watch(name)) for name, module in watched]
     try:
         for part in parts:
-            part = part.to(model.embedding.weight.device)
+            part = part.to(model.embedding.device)
             model(part.batch, targets=part.targets_T, loss_weights="mean")
     finally:
         for handle in handles:

@@ -31,8 +31,9 @@ from mixtral.train.diagnose import first_bad_layer, keep_batch
 from mixtral.train.display import Display
 from mixtral.train.finished import logged_validations
 from mixtral.train.metrics import MatrixRate, MetricsLog, Speed, bits_per_byte
-from mixtral.train.optim.optimizer import Optimizer
+from mixtral.train.objective import LossFn, next_token
 from mixtral.train.sinks import Trackers
+from mixtral.train.state import TrainState
 from mixtral.train.step import NonFiniteLoss, StepResult, Validation, train_step, validate
 from mixtral.train.threads import ThreadWatch
 
@@ -63,8 +64,7 @@ class Run:
 
     folder: Path
     config: TrainConfig
-    model: Mixtral
-    optimizer: Optimizer
+    state: TrainState
     loader: Loader
     val_batches: list[TrainBatch]
     byte_lengths_V: torch.Tensor
@@ -72,13 +72,18 @@ class Run:
     matrix_rate: MatrixRate | None = None  # None: steps are not told as a share of it
     watch: ThreadWatch | None = None  # None: nobody looks whether the run becomes slow
     progress: Progress = field(default_factory=Progress)
+    loss_fn: LossFn = next_token
+
+    @property
+    def model(self) -> Mixtral:
+        return self.state.model
 
     def __post_init__(self) -> None:
         self.writer = CheckpointWriter(self.folder, self.config.keep)
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint; later ones are removed."""
-        state = load_checkpoint(checkpoint, self.optimizer)
+        state = load_checkpoint(checkpoint, self.state)
         try:
             self.progress = Progress.from_dict(state)
         except ConfigError as error:
@@ -132,16 +137,17 @@ class Run:
     def _step(self, log: MetricsLog) -> None:
         begin = time.perf_counter()
         config, step = self.config, self.progress.step
-        parts = [self.loader.batch(step, i, config.accumulation) for i in range(config.accumulation)]
+        micro_batches = [self.loader.batch(step, i, config.accumulation) for i in range(config.accumulation)]
         stats = (step + 1) % config.stats_every == 0 or step + 1 == config.steps
         try:
-            result = train_step(self.model, self.optimizer, parts, config, step, stats)
+            result = train_step(self.state, micro_batches, self.loss_fn, config, step, stats)
         except NonFiniteLoss as error:
-            kept, where = keep_batch(parts, self.folder, step + 1), first_bad_layer(self.model, parts)
+            kept = keep_batch(micro_batches, self.folder, step + 1)
+            where = first_bad_layer(self.model, micro_batches)
             raise NonFiniteLoss(f"{error}; first seen in {where}; batch: {kept}") from error
         seconds = time.perf_counter() - begin
-        speed = Speed.of(seconds, config, self.matrix_rate, self.model.embedding.weight.device)
-        bits = bits_per_byte(result.cross_entropy, parts, self.byte_lengths_V)
+        speed = Speed.of(seconds, config, self.matrix_rate, self.model.embedding.device)
+        bits = bits_per_byte(result.cross_entropy, micro_batches, self.byte_lengths_V)
         self.progress.step += 1
         log.write("metrics", {**_metrics_line(self.progress.step, result, config), "bits_per_byte": bits})
         log.write("timings", {"step": self.progress.step, **speed.line()})
@@ -177,10 +183,10 @@ class Run:
 
     def _save(self) -> None:
         """Raises NonFiniteLoss rather than write weights that no run goes on from, and remove others for them."""
-        if bad := next((name for name, w in self.optimizer.weights.items() if not w.isfinite().all()), None):
+        if bad := next((name for name, w in self.state.weights.items() if not w.isfinite().all()), None):
             step = self.progress.step
             raise NonFiniteLoss(f"step {step}: {bad} is not finite, and not saved; lower the learning rate")
-        self.writer.save(self.optimizer, dict(self.progress.to_dict()))
+        self.writer.save(self.state, dict(self.progress.to_dict()))
 
     def _finish_saving(self) -> None:
         self.writer.wait()

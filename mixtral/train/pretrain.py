@@ -35,10 +35,10 @@ from mixtral.train.display import Display
 from mixtral.train.loop import Run
 from mixtral.train.memory import check_memory
 from mixtral.train.metrics import MatrixRate
-from mixtral.train.optim.optimizer import Optimizer
 from mixtral.train.recompute import recompute_layers
 from mixtral.train.run_folder import record_threads, recorded_config, recorded_threads, split_checkpoint
 from mixtral.train.sinks import require_packages
+from mixtral.train.state import TrainState
 from mixtral.train.step import Validation
 from mixtral.train.threads import ThreadWatch, counts_to_try, measure_training
 from mixtral.weights.save import write_hf
@@ -128,7 +128,7 @@ def save_final(run: Run, tokenizer: Tokenizer) -> Path:
     final = run.folder / "final"
     with atomic_folder(final, replace=True) as folder:
         try:
-            write_hf({n: p.detach() for n, p in run.optimizer.weights.items()}, run.model.config, folder)
+            write_hf({n: p.detach() for n, p in run.state.weights.items()}, run.model.config, folder)
         except WeightsError as error:
             raise WeightsError(f"{final}: not written; the run's checkpoints are as they were. {error}") from None
         tokenizer.save(folder)
@@ -192,7 +192,7 @@ def _run(config: TrainConfig, tokenizer: Tokenizer, data: TokenData, out: Path, 
         rate = MatrixRate.measure(dtype, device)
     watch = _watch(config, out, display) if device.type == "cpu" else None
     return Run(
-        folder=out, config=config, model=model, optimizer=Optimizer(model, config, dtype, data.domains), loader=loader,
+        folder=out, config=config, state=TrainState.of(model, config, dtype, data.domains), loader=loader,
         val_batches=loader.val_batches(config.val_tokens),
         byte_lengths_V=torch.from_numpy(tokenizer.byte_lengths()), display=display, matrix_rate=rate, watch=watch,
     )  # fmt: skip

@@ -21,9 +21,10 @@ from mixtral.moe.losses import share_of
 from mixtral.moe.stats import LayerStats, layer_stats
 from mixtral.train.config import TrainConfig
 from mixtral.train.expert_norms import expert_output_norms
-from mixtral.train.objective import Shares, objective
+from mixtral.train.objective import LossFn, Shares, objective
 from mixtral.train.optim.optimizer import Optimizer
 from mixtral.train.optim.schedule import learning_rate
+from mixtral.train.state import TrainState
 
 
 class NonFiniteLoss(MixtralError):
@@ -37,40 +38,39 @@ class StepResult(NamedTuple):
     aux: dict[str, float]  # by objective: router losses, and the load violation of objectives without a loss
     grad_norm: float  # before clipping
     lr: float
-    layers: list[LayerStats] | None  # of the step's last part, when asked for
+    layers: list[LayerStats] | None  # of the step's last micro-batch, when asked for
 
 
 def train_step(
-    model: Mixtral, optimizer: Optimizer, parts: Sequence[TrainBatch], config: TrainConfig, step: int, stats: bool
+    state: TrainState, micro_batches: Sequence[TrainBatch], loss_fn: LossFn, config: TrainConfig, step: int, stats: bool
 ) -> StepResult:
-    """Forward and backward over each part of a global batch, clip, update, balance.
+    """Forward and backward over each micro-batch of a global batch, clip, update, balance.
 
-    A part's share in the loss is its share of the targets, and in router losses its share of the tokens, so that one
-    batch of B and two of B/2 have the same losses and the same gradients (but for micro_batch, which is each part's
-    own). Torch's global generator is seeded before each part: noise hangs on seed, step and part alone.
+    A micro-batch's share in the loss is its share of the targets, and in router losses its share of the tokens, so that
+    one batch of B and two of B/2 have the same losses and the same gradients (but for micro_batch, which is each one's
+    own). Torch's global generator is seeded before each: noise depends on seed, step and micro-batch alone.
     """
+    model, balancer, optimizer = state.model, state.balancer, state.optimizer
     model.train()
-    balancer = optimizer.balancer
-    choices = _choose_first(model, optimizer, parts, config, step)
+    choices = _choose_first(state, micro_batches, config, step)
     cross_entropy, aux, layers = 0.0, dict[str, float](), None
-    for i, (part, shares) in enumerate(zip(parts, _shares(parts), strict=True)):
-        watched = stats and i == len(parts) - 1
-        part = part.to(model.embedding.weight.device)
-        seed_part(config.seed, step, i)
+    for i, (batch, shares) in enumerate(zip(micro_batches, Shares.of(micro_batches), strict=True)):
+        watched = stats and i == len(micro_batches) - 1
+        batch = batch.to(model.embedding.device)
+        seed_micro_batch(config.seed, step, i)
         with contextlib.ExitStack() as stack:
             norms = stack.enter_context(expert_output_norms(model)) if watched else []
-            replay = choices[i] if choices else None
-            output = model(part.batch, targets=part.targets_T, loss_weights="mean", replay=replay)
-        balancer.observe(output.routing)
-        terms = objective(output, balancer, part.domains_T, shares)
-        terms.total.backward()
+            terms = loss_fn(model, batch, choices[i] if choices else None)
+        balancer.observe(terms.routing)
+        found = objective(terms, balancer, batch.domains_T, shares)
+        found.total.backward()
         optimizer.collect_gradients()
-        cross_entropy += float(terms.cross_entropy.detach()) * shares.targets
-        for name, value in terms.aux.items():
+        cross_entropy += float(found.cross_entropy.detach()) * shares.targets
+        for name, value in found.aux.items():
             aux[name] = aux.get(name, 0.0) + float(value.detach()) * shares.tokens
         if watched:
-            pairs = zip(output.routing, norms, strict=True)
-            layers = [layer_stats(routing, part.batch.cu_seqlens, norms_E) for routing, norms_E in pairs]
+            pairs = zip(terms.routing, norms, strict=True)
+            layers = [layer_stats(routing, batch.batch.cu_seqlens, norms_E) for routing, norms_E in pairs]
     norm = optimizer.grad_norm()
     grad_norm = float(norm)
     losses = {"cross_entropy": cross_entropy, **aux}
@@ -81,38 +81,33 @@ def train_step(
     return StepResult(cross_entropy, aux | balancer.update(), grad_norm, lr, layers)
 
 
-def seed_part(seed: int, step: int, part: int) -> None:
-    """Seed torch's global generator, from which routers draw their noise."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)[0]))
-
-
-def _shares(parts: Sequence[TrainBatch]) -> list[Shares]:
-    targets = [int((part.targets_T != NO_TARGET).sum()) for part in parts]
-    tokens = [len(part.targets_T) for part in parts]
-    return [Shares(a / max(1, sum(targets)), b / sum(tokens)) for a, b in zip(targets, tokens, strict=True)]
+def seed_micro_batch(seed: int, step: int, micro_batch: int) -> None:
+    """Seed torch's global generator, from which routers sample their noise."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, micro_batch]).generate_state(1, np.uint64)[0]))
 
 
 @torch.no_grad()
 def _choose_first(
-    model: Mixtral, optimizer: Optimizer, parts: Sequence[TrainBatch], config: TrainConfig, step: int
+    state: TrainState, micro_batches: Sequence[TrainBatch], config: TrainConfig, step: int
 ) -> list[list[Tensor]]:
-    """Begin the balancer's step. -> for each part the choice of experts of each layer, to be replayed; or nothing.
+    """Begin the balancer's step. -> for each micro-batch the experts chosen in each layer, to be replayed; or nothing.
 
-    The exact form of global_batch must know the assignments of all parts before its first loss. So they are counted in
+    The exact form of global_batch must know all assignments of the step before its first loss. So they are counted in
     a pass of their own, without gradients, and the choices are kept: made again, one near a tie could fall otherwise.
-    One part alone needs no such pass.
+    One micro-batch alone needs no such pass.
     """
-    if len(parts) == 1 or not model.config.is_sparse or not optimizer.balancer.counts_first(step):
-        optimizer.balancer.begin(step)
+    model, balancer = state.model, state.balancer
+    if len(micro_batches) == 1 or not model.config.is_sparse or not balancer.counts_first(step):
+        balancer.begin(step)
         return []
     choices, counts = [], []
-    for i, part in enumerate(parts):
-        seed_part(config.seed, step, i)
-        batch = part.batch.to(model.embedding.weight.device)
-        routing = model(batch, rows=batch.tokens_T.new_zeros(1)).routing  # one row of logits, which nobody reads
+    for i, batch in enumerate(micro_batches):
+        seed_micro_batch(config.seed, step, i)
+        ragged = batch.batch.to(model.embedding.device)
+        routing = model(ragged, rows=ragged.tokens_T.new_zeros(1)).routing  # one row of logits, which nobody reads
         choices.append([layer.chosen_TK for layer in routing])
         counts.append([counts_of(layer.chosen_TK, layer.logits_TE.shape[1]) for layer in routing])
-    optimizer.balancer.begin(step, [torch.stack(layer).sum(0) for layer in zip(*counts, strict=True)])
+    balancer.begin(step, [torch.stack(layer).sum(0) for layer in zip(*counts, strict=True)])
     return choices
 
 
@@ -147,7 +142,7 @@ def validate(model: Mixtral, batches: Iterable[TrainBatch], byte_lengths_V: torc
     model.train(isinstance(model.config.router_options, ExpertChoice))
     for part in batches:
         counted = part.targets_T[part.targets_T != NO_TARGET]
-        part = part.to(model.embedding.weight.device)
+        part = part.to(model.embedding.device)
         output = model(part.batch, targets=part.targets_T, loss_weights="mean")
         nats += float(output.loss) * len(counted)
         tokens += len(counted)

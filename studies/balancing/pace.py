@@ -20,7 +20,8 @@ from mixtral.files import atomic_write
 from mixtral.model import Mixtral, initialise
 from mixtral.runtime import set_threads
 from mixtral.tokenizer import load_tokenizer
-from mixtral.train.optim.optimizer import Optimizer
+from mixtral.train.objective import next_token
+from mixtral.train.state import TrainState
 from mixtral.train.step import train_step
 
 ROUNDS, STEPS = 5, 6  # of steps in turn; the first step of each is not counted
@@ -49,7 +50,7 @@ class Stepper:
         tokenizer = load_tokenizer(folder / "tokenizer")
         self.loader = Loader(TokenData(folder / "data", tokenizer), run.config.rows, run.config.context)
         self.model = initialise(Mixtral(run.config.model), torch.Generator().manual_seed(0))
-        self.optimizer = Optimizer(self.model, run.config, torch.float32)
+        self.train_state = TrainState.of(self.model, run.config, torch.float32)
         self.step = 0
 
     def run(self, steps: int) -> list[float]:
@@ -60,6 +61,6 @@ class Stepper:
         parts = self.config.accumulation
         started = time.perf_counter()
         batch = [self.loader.batch(self.step, part, parts) for part in range(parts)]
-        train_step(self.model, self.optimizer, batch, self.config, self.step, stats=False)
+        train_step(self.train_state, batch, next_token, self.config, self.step, stats=False)
         self.step += 1
         return time.perf_counter() - started

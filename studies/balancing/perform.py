@@ -22,9 +22,9 @@ from mixtral.tokenizer import Tokenizer, load_tokenizer
 from mixtral.train.checkpoint import checkpoints, load_checkpoint
 from mixtral.train.display import Display
 from mixtral.train.metrics import read_lines
-from mixtral.train.optim.optimizer import Optimizer
 from mixtral.train.pretrain import pretrain
 from mixtral.train.run_folder import begin, recorded_config
+from mixtral.train.state import TrainState
 
 
 def finished(folder: Path, run: Run) -> dict[str, Any] | None:
@@ -77,10 +77,10 @@ def _described(run: Run, folder: Path) -> dict[str, Any]:
 def _trajectory(run: Run, folder: Path, batches: HeldOut) -> list[dict[str, Any]]:
     """The figures of each checkpoint, from the untrained model on."""
     model = Mixtral(run.config.model)
-    optimizer = Optimizer(model, run.config.replace(balance=()), torch.float32)
+    train_state = TrainState.of(model, run.config.replace(balance=()), torch.float32)
     found = []
     for checkpoint in checkpoints(folder):
-        step = load_checkpoint(checkpoint, optimizer)["step"]
+        step = load_checkpoint(checkpoint, train_state)["step"]
         found.append({"step": step, "tokens": step * run.config.tokens_per_step, **measure(model, batches)})
     return found
 

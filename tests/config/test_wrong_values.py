@@ -269,7 +269,7 @@ def test_tensors_of_a_checkpoint_that_its_file_has_not(tmp_path: Path) -> None:
     header = dumped({"w": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 4]}})
     (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     with pytest.raises(WeightsError, match="the byte range of w does not fit its shape"):
-        checkpoint._read(tmp_path)
+        checkpoint._stored(tmp_path)
 
 
 @pytest.mark.parametrize("key", [f.name for f in dataclasses.fields(Index)])

@@ -32,7 +32,7 @@ from mixtral.train.loop import Progress
 from mixtral.train.run_folder import begin
 from mixtral.weights import convert, save_hf, save_mistral
 from mixtral.weights.gguf_write import write_gguf
-from tests.train.tiny_run import fresh_optimizer, texts, train_config
+from tests.train.tiny_run import fresh_state, texts, train_config
 from tests.weights.test_gguf import EVEN
 from tests.weights.weight_states import random_state
 
@@ -245,13 +245,13 @@ def _runs(root: Path) -> dict[str, Sample]:
     (root / "run/metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     times = {"step": 1, "seconds": 1.0, "tokens_per_second": 100.0, "matrix_share": 0.2, "memory_bytes": 10**9}
     (root / "run/timings.jsonl").write_text(f"{json.dumps(times)}\n")
-    _, optimizer = fresh_optimizer(config)
-    tensors = {"model": dict(optimizer.weights), "optimizer": dict(optimizer.state())}
+    _, train_state = fresh_state(config)
+    tensors = {"model": dict(train_state.weights), "optimizer": dict(train_state.state_dict()["optimizer"])}
     write_checkpoint(root / "step_000000", tensors, dict(Progress().to_dict()))
     weights = next((root / "step_000000/model").glob("*.safetensors")).name
 
     def resume(folder: Path) -> None:
-        Progress.from_dict(load_checkpoint(folder, fresh_optimizer(config)[1]))
+        Progress.from_dict(load_checkpoint(folder, fresh_state(config)[1]))
 
     return {
         "run config": Sample(root / "run", "config.json", "json", runs),

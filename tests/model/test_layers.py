@@ -19,7 +19,8 @@ from mixtral.lm import LM, load
 from mixtral.model import Mixtral, Ragged, named_state
 from mixtral.quant.quantize import quantise_folder
 from mixtral.quant.scheme import QuantScheme
-from mixtral.train.optim.optimizer import Optimizer
+from mixtral.train.objective import next_token
+from mixtral.train.state import TrainState
 from mixtral.train.step import train_step
 from mixtral.weights import convert, parameter_shapes
 from tests.engine.models import CONFIG, make_model, random_tokens
@@ -106,8 +107,8 @@ def test_trains_with_balancing_and_statistics(balance: str) -> None:
         p.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(p.numel()))
     ids = torch.randint(config.model.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
     batch = TrainBatch(Ragged.of(ids.tolist()), ids.roll(-1, 1).flatten(), None)
-    optimizer = Optimizer(model, config, torch.float32)
-    results = [train_step(model, optimizer, [batch, batch], config, step, stats=True) for step in range(4)]
+    train_state = TrainState.of(model, config, torch.float32)
+    results = [train_step(train_state, [batch, batch], next_token, config, step, stats=True) for step in range(4)]
     assert results[-1].cross_entropy < results[0].cross_entropy
     assert results[-1].layers and [len(layer.load) for layer in results[-1].layers] == [6, 3]
 

@@ -21,7 +21,8 @@ from mixtral.moe import Routing
 from mixtral.moe.dispatch import LocalDispatcher
 from mixtral.quant.formats import INT8, quantise
 from mixtral.quant.layers import PackedLinear
-from mixtral.train.optim.optimizer import Optimizer
+from mixtral.train.objective import next_token
+from mixtral.train.state import TrainState
 from mixtral.train.step import train_step
 from tests.engine.models import make_model, random_tokens
 from tests.kernels.step_models import pack_parts
@@ -158,8 +159,8 @@ def test_training_and_statistics(replace: Callable[[Mixtral], None]) -> None:
     batch = TrainBatch(Ragged.of(ids.tolist()), ids.roll(-1, 1).flatten(), None)
     results, norms = [], []
     for each in (model, want):
-        optimizer = Optimizer(each, config, torch.float32)
-        results.append(train_step(each, optimizer, [batch], config, 0, stats=True))
+        train_state = TrainState.of(each, config, torch.float32)
+        results.append(train_step(train_state, [batch], next_token, config, 0, stats=True))
         norms.append([layer.output_norms for layer in results[-1].layers])
     assert results[0].cross_entropy == pytest.approx(results[1].cross_entropy, rel=1e-4)
     factor = 0.5 if replace is doubled else 1.0  # the dispatcher doubles behind the experts

@@ -17,11 +17,12 @@ from mixtral.data.store import TokenData
 from mixtral.model import Mixtral
 from mixtral.moe.losses import load_balance_hf
 from mixtral.train.config import TrainConfig
-from mixtral.train.optim.optimizer import Optimizer
+from mixtral.train.objective import next_token
 from mixtral.train.optim.schedule import learning_rate
+from mixtral.train.state import TrainState
 from mixtral.train.step import train_step
 from mixtral.weights.names import slots
-from tests.train.tiny_run import fresh_optimizer, train_config
+from tests.train.tiny_run import fresh_state, train_config
 
 STEPS = 10
 LARGE = {"init_std": 0.2}  # weights large enough for routing and attention to matter from the first step
@@ -64,24 +65,25 @@ class Theirs:
         return float(output.loss.detach()) - self.coefficient * balance, balance, float(norm)
 
 
-def gradients_of(optimizer: Optimizer, config: TrainConfig) -> dict[str, Tensor]:
+def gradients_of(train_state: TrainState, config: TrainConfig) -> dict[str, Tensor]:
     """Our gradients, named and laid out as transformers has its parameters."""
     found = slots(config.model, "hf", "fused").items()
-    return {name: slot.view(optimizer.params[slot.ours].grad).reshape(slot.shape).clone() for name, slot in found}
+    params = train_state.optimizer.params
+    return {name: slot.view(params[slot.ours].grad).reshape(slot.shape).clone() for name, slot in found}
 
 
 def compare(data: TokenData, config: TrainConfig, coefficient: float) -> None:
     """Losses and gradient norms of every step to 1e-5, the first step's gradients to 1e-5 of each one's norm."""
     loader = Loader(data, config.rows, config.context)
-    model, optimizer = fresh_optimizer(config)
+    model, train_state = fresh_state(config)
     theirs = Theirs(model, config, coefficient)
     ours: list[dict[str, Tensor]] = []
-    update = optimizer.step
-    optimizer.step = lambda lr: (ours.append(gradients_of(optimizer, config)), update(lr))[1]  # type: ignore
+    update = train_state.optimizer.step
+    train_state.optimizer.step = lambda lr: (ours.append(gradients_of(train_state, config)), update(lr))[1]  # type: ignore
     for step in range(STEPS):
         part = loader.batch(step)
         assert len(part.batch.cu_seqlens) > config.rows + 1  # documents begin inside rows
-        result = train_step(model, optimizer, [part], config, step, False)
+        result = train_step(train_state, [part], next_token, config, step, False)
         loss, balance, norm = theirs.step(part, step)
         assert norm > config.clip  # so clipping acts
         assert result.cross_entropy == pytest.approx(loss, rel=1e-5), step
@@ -107,7 +109,7 @@ def test_with_the_balancing_loss_of_one_layer(data: TokenData) -> None:
 def test_the_pooled_form_is_load_balance_hf(data: TokenData) -> None:
     """On several layers theirs multiplies pooled shares with pooled scores; only our form of that name equals it."""
     config = settings({"n_layers": 3})
-    model, _ = fresh_optimizer(config)
+    model, _ = fresh_state(config)
     part = Loader(data, config.rows, config.context).batch(0)
     routing = model(part.batch, targets=part.targets_T, loss_weights="mean").routing
     _, balance, _ = Theirs(model, config, 0.0).step(part, 0)

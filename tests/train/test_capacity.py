@@ -13,10 +13,11 @@ from torch import Tensor
 
 from mixtral.data.loader import Loader
 from mixtral.train.config import TrainConfig
-from mixtral.train.optim.optimizer import Optimizer
+from mixtral.train.objective import next_token
+from mixtral.train.state import TrainState
 from mixtral.train.step import StepResult, train_step
 from tests.moe import naive
-from tests.train.tiny_run import fresh_model, fresh_optimizer, model_config, train_config
+from tests.train.tiny_run import fresh_model, fresh_state, model_config, train_config
 
 ROUTERS = {
     "topk": "topk?capacity_factor=0.6",
@@ -45,11 +46,12 @@ def _step(
     Not the weights after it: AdamW divides a gradient by its own size, and so the rounding of one that is 0.
     """
     model = fresh_model(config.model)
-    optimizer = Optimizer(model if dispatch else naive.without_dispatch(model), config, torch.float32)
+    train_state = TrainState.of(model if dispatch else naive.without_dispatch(model), config, torch.float32)
     grads: dict[str, Tensor] = {}
+    optimizer = train_state.optimizer
     optimizer.step = lambda _: grads.update({n: p.grad.clone() for n, p in optimizer.params.items()})  # type: ignore
     batches = [loader.batch(0, i, parts) for i in range(parts)]
-    return train_step(model, optimizer, batches, config, 0, False), grads, optimizer.buffers
+    return train_step(train_state, batches, next_token, config, 0, False), grads, train_state.buffers
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -69,14 +71,14 @@ def test_a_step_is_the_one_without_dispatch(loader: Loader, router: str, balance
 def test_the_statistics_tell_what_was_computed_from_what_was_chosen(loader: Loader) -> None:
     """Loads by choice, norms by the rows that were computed, each expert's outputs computed one row at a time."""
     config = _config("topk")
-    model, optimizer = fresh_optimizer(config)
+    model, train_state = fresh_state(config)
     inputs: list[Tensor] = []
     for block in model.layers:
         block.ffn.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
     batch = loader.batch(0)
     with torch.no_grad():
         routings = model.train()(batch.batch).routing
-    layers = train_step(model, optimizer, [batch], config, 0, True).layers
+    layers = train_step(train_state, [batch], next_token, config, 0, True).layers
     assert layers is not None
     before = fresh_model(config.model)
     for i, (stats, routing) in enumerate(zip(layers, routings, strict=True)):

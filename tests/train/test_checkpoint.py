@@ -16,22 +16,23 @@ from mixtral.errors import MixtralError
 from mixtral.model import Mixtral
 from mixtral.train.checkpoint import CheckpointWriter, checkpoints, drop_later, latest_checkpoint, load_checkpoint
 from mixtral.train.config import TrainConfig
-from mixtral.train.optim.optimizer import Optimizer
+from mixtral.train.objective import next_token
+from mixtral.train.state import TrainState
 from mixtral.train.step import train_step
-from tests.train.tiny_run import fresh_optimizer, same, train_config, weights
+from tests.train.tiny_run import fresh_state, same, train_config, weights
 
 
-def trained(loader: Loader, config: TrainConfig, steps: int = 2) -> tuple[Mixtral, Optimizer]:
-    model, optimizer = fresh_optimizer(config)
+def trained(loader: Loader, config: TrainConfig, steps: int = 2) -> tuple[Mixtral, TrainState]:
+    model, train_state = fresh_state(config)
     for step in range(steps):
-        train_step(model, optimizer, [loader.batch(step)], config, step, False)
-    return model, optimizer
+        train_step(train_state, [loader.batch(step)], next_token, config, step, False)
+    return model, train_state
 
 
-def save(folder: Path, optimizer: Optimizer, step: int, best_step: int | None = None, keep: int = 2) -> str | None:
+def save(folder: Path, train_state: TrainState, step: int, best_step: int | None = None, keep: int = 2) -> str | None:
     """-> the failure, if any."""
     writer = CheckpointWriter(folder, keep)
-    writer.save(optimizer, {"step": step, "best_step": best_step})
+    writer.save(train_state, {"step": step, "best_step": best_step})
     writer.wait()
     return writer.failure()
 
@@ -47,56 +48,56 @@ def test_a_checkpoint_comes_back_exactly(loader: Loader, tmp_path: Path, dtype: 
     config = train_config(dtype=dtype, optimizer=optimizer)
     model, saved = trained(loader, config)
     assert save(tmp_path, saved, 2) is None
-    other_model, other = fresh_optimizer(config)
+    other_model, other = fresh_state(config)
     assert load_checkpoint(tmp_path / "checkpoints/step_000002", other) == {"step": 2, "best_step": None}
     assert same(weights(other_model), weights(model))
-    assert same({n: p.detach() for n, p in other.params.items()}, {n: p.detach() for n, p in saved.params.items()})
-    assert same(other.state(), saved.state())
+    for part, found in saved.state_dict().items():
+        assert same(*({n: t.detach() for n, t in state.items()} for state in (other.state_dict()[part], found)))
 
 
 def test_before_the_first_step_there_is_no_optimiser_state(tmp_path: Path) -> None:
-    model, optimizer = fresh_optimizer(train_config())
-    assert save(tmp_path, optimizer, 0) is None
-    other_model, other = fresh_optimizer(train_config(seed=1))
+    model, train_state = fresh_state(train_config())
+    assert save(tmp_path, train_state, 0) is None
+    other_model, other = fresh_state(train_config(seed=1))
     load_checkpoint(tmp_path / "checkpoints/step_000000", other)
-    assert other.state() == {} and same(weights(other_model), weights(model))
+    assert other.optimizer.state() == {} and same(weights(other_model), weights(model))
 
 
 def test_training_may_go_on_while_it_is_written(loader: Loader, tmp_path: Path) -> None:
     config = train_config()
-    model, optimizer = trained(loader, config)
+    model, train_state = trained(loader, config)
     before = weights(model)
     writer = CheckpointWriter(tmp_path, 2)
-    writer.save(optimizer, {"step": 2, "best_step": None})
-    train_step(model, optimizer, [loader.batch(2)], config, 2, False)
+    writer.save(train_state, {"step": 2, "best_step": None})
+    train_step(train_state, [loader.batch(2)], next_token, config, 2, False)
     writer.wait()
-    other_model, other = fresh_optimizer(config)
+    other_model, other = fresh_state(config)
     load_checkpoint(tmp_path / "checkpoints/step_000002", other)
     assert same(weights(other_model), before)
 
 
 def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
-    _, optimizer = fresh_optimizer(train_config())
+    _, train_state = fresh_state(train_config())
     for step, best in [(0, None), (4, 4), (8, 4), (12, 4), (16, 4)]:
-        save(tmp_path, optimizer, step, best)
+        save(tmp_path, train_state, step, best)
     assert names(tmp_path) == ["step_000004", "step_000012", "step_000016"]
-    save(tmp_path, optimizer, 1000000, 12)
+    save(tmp_path, train_state, 1000000, 12)
     assert names(tmp_path) == ["step_000012", "step_000016", "step_1000000"]
     assert [path.name for path in checkpoints(tmp_path)] == names(tmp_path)  # by number: 16 comes before a million
-    save(tmp_path, optimizer, 1000001, 1000001, keep=1)
+    save(tmp_path, train_state, 1000001, 1000001, keep=1)
     assert names(tmp_path) == ["step_1000001"]
 
 
 def test_the_best_one_stays_when_the_save_of_a_better_one_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    optimizer = fresh_optimizer(train_config())[1]
-    save(tmp_path, optimizer, 1, 1, keep=1)
+    train_state = fresh_state(train_config())[1]
+    save(tmp_path, train_state, 1, 1, keep=1)
     with monkeypatch.context() as patch:
         patch.setattr("mixtral.train.checkpoint.write_checkpoint", lambda *_: 1 / 0)
-        assert save(tmp_path, optimizer, 2, 2, keep=1) == "division by zero"
+        assert save(tmp_path, train_state, 2, 2, keep=1) == "division by zero"
     for step in (3, 4):
-        save(tmp_path, optimizer, step, 2, keep=1)
+        save(tmp_path, train_state, step, 2, keep=1)
     assert [path.name for path in checkpoints(tmp_path)] == ["step_000001", "step_000004"]
 
 
@@ -109,9 +110,9 @@ def test_only_finished_checkpoints_are_found(tmp_path: Path) -> None:
 
 
 def test_the_latest_and_those_after_a_step(tmp_path: Path) -> None:
-    _, optimizer = fresh_optimizer(train_config())
+    _, train_state = fresh_state(train_config())
     for step in (0, 4, 8):
-        save(tmp_path, optimizer, step, keep=9)
+        save(tmp_path, train_state, step, keep=9)
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints/step_000008"
     drop_later(tmp_path, 4)
     assert names(tmp_path) == ["step_000000", "step_000004"]
@@ -122,8 +123,8 @@ def test_the_latest_and_those_after_a_step(tmp_path: Path) -> None:
 
 def test_what_kills_left_goes_when_a_run_goes_on(tmp_path: Path) -> None:
     """Also of steps that it will not save again, such as one at which Ctrl-C came."""
-    _, optimizer = fresh_optimizer(train_config())
-    save(tmp_path, optimizer, 4)
+    _, train_state = fresh_state(train_config())
+    save(tmp_path, train_state, 4)
     for name in (".step_000007.mixtral-0123abcd.tmp", ".step_000004.mixtral-4567cdef.tmp"):
         (tmp_path / "checkpoints" / name / "model").mkdir(parents=True)
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints/step_000004"
@@ -132,9 +133,9 @@ def test_what_kills_left_goes_when_a_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_kill_while_later_ones_are_dropped_leaves_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, optimizer = fresh_optimizer(train_config())
+    _, train_state = fresh_state(train_config())
     for step in (0, 4, 8):
-        save(tmp_path, optimizer, step, keep=9)
+        save(tmp_path, train_state, step, keep=9)
 
     def killed(path: Path, **_: object) -> None:
         (path / "state.json").unlink()
@@ -145,7 +146,7 @@ def test_a_kill_while_later_ones_are_dropped_leaves_no_half(tmp_path: Path, monk
         with pytest.raises(KeyboardInterrupt):
             drop_later(tmp_path, 0)
     for path in checkpoints(tmp_path):
-        load_checkpoint(path, fresh_optimizer(train_config())[1])
+        load_checkpoint(path, fresh_state(train_config())[1])
     assert [path.name for path in checkpoints(tmp_path)] == ["step_000000", "step_000008"]
 
 
@@ -164,7 +165,7 @@ def test_the_disk_has_files_and_logs_before_the_checkpoint_has_its_name(
 
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
     monkeypatch.setattr(os, "replace", record)
-    assert save(tmp_path, fresh_optimizer(train_config())[1], 0) is None
+    assert save(tmp_path, fresh_state(train_config())[1], 0) is None
     whole = [tmp_path / "metrics.jsonl", *(tmp_path / "checkpoints/step_000000").rglob("*")]
     assert len(whole) > 3 and at_rename and {path.stat().st_ino for path in whole} <= at_rename[0]
 
@@ -180,7 +181,7 @@ def saved(loader: Loader, tmp_path: Path) -> Path:
 
 def refused(path: Path, config: TrainConfig | None = None) -> str:
     with pytest.raises(MixtralError) as caught:
-        load_checkpoint(path, fresh_optimizer(config or train_config())[1])
+        load_checkpoint(path, fresh_state(config or train_config())[1])
     message = str(caught.value)
     assert message.startswith(f"checkpoint {path}") and "\n" not in message
     assert message.endswith("resume from an earlier one")
@@ -245,15 +246,15 @@ def disk_for(n_bytes: int) -> Iterator[None]:
 
 def test_a_failure_in_the_middle_leaves_the_one_before(saved: Path, loader: Loader) -> None:
     folder = saved.parent.parent
-    _, optimizer = trained(loader, train_config(), steps=4)
+    _, train_state = trained(loader, train_config(), steps=4)
     size = tensor_file(saved, "model").stat().st_size
     with disk_for(size + 100):  # the weights fit, the optimiser's state does not
-        failure = save(folder, optimizer, 4)
+        failure = save(folder, train_state, 4)
     path = folder / "checkpoints/step_000004"
     assert failure == f"cannot write {path}: File too large"
     assert names(folder) == ["step_000002"]
-    assert load_checkpoint(saved, fresh_optimizer(train_config())[1])["step"] == 2
-    assert save(folder, optimizer, 4) is None  # and with room again the next one works
+    assert load_checkpoint(saved, fresh_state(train_config())[1])["step"] == 2
+    assert save(folder, train_state, 4) is None  # and with room again the next one works
     assert names(folder) == ["step_000002", "step_000004"]
 
 
@@ -262,7 +263,7 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("torch.distributed.checkpoint.save", full)
-    failure = save(tmp_path, fresh_optimizer(train_config())[1], 0)
+    failure = save(tmp_path, fresh_state(train_config())[1], 0)
     assert failure == f"cannot write {tmp_path}/checkpoints/step_000000: No space left on device"
     assert names(tmp_path) == []
 
@@ -270,7 +271,7 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_failure_is_told_once(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file, where a folder is wanted")
     writer = CheckpointWriter(tmp_path, 1)
-    writer.save(fresh_optimizer(train_config())[1], {"step": 0, "best_step": None})
+    writer.save(fresh_state(train_config())[1], {"step": 0, "best_step": None})
     writer.wait()
     assert (writer.failure() or "").startswith("cannot write ") and writer.failure() is None
 

@@ -16,10 +16,11 @@ from mixtral.moe import MoE, Routing
 from mixtral.moe.choice import taken
 from mixtral.runtime import choose_dtype
 from mixtral.train.config import TrainConfig
-from mixtral.train.optim.optimizer import Optimizer
+from mixtral.train.objective import next_token
 from mixtral.train.recompute import recompute_layers
+from mixtral.train.state import TrainState
 from mixtral.train.step import StepResult, train_step
-from tests.train.tiny_run import fresh_model, fresh_optimizer, same, train_config
+from tests.train.tiny_run import fresh_model, fresh_state, same, train_config
 
 ROUNDING = 2.0**-8  # the largest relative error of one rounding to bf16
 # The small preset's proportions. A gradient passes some 12 roundings a layer forward and as many backward, 48 in two
@@ -47,12 +48,12 @@ def gradients_in(
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The gradients that the fp32 masters receive, and the experts taken."""
     model = fresh_model(config.model)
-    optimizer = Optimizer(model, config, dtype)
+    train_state = TrainState.of(model, config, dtype)
     output = model(part.batch, replay=replay, targets=part.targets_T, loss_weights="mean")
     assert output.loss is not None
     output.loss.backward()
-    optimizer.collect_gradients()
-    return {name: p.grad for name, p in optimizer.params.items()}, [r.experts_TK for r in output.routing]
+    train_state.optimizer.collect_gradients()
+    return {name: p.grad for name, p in train_state.optimizer.params.items()}, [r.experts_TK for r in output.routing]
 
 
 @ROADS
@@ -74,11 +75,12 @@ def test_bf16_gradients_are_fp32_s_within_rounding(through_fp32: bool, monkeypat
 
 def step_gradients(parts: list[TrainBatch], config: TrainConfig) -> tuple[StepResult, dict[str, Tensor], Tensor]:
     """What a step reports, the gradients that its update is given, and `router_terms` of its last layer."""
-    model, optimizer = fresh_optimizer(config)
+    model, train_state = fresh_state(config)
     gradients: dict[str, Tensor] = {}
+    optimizer = train_state.optimizer
     optimizer.step = lambda _: gradients.update({n: p.grad.clone() for n, p in optimizer.params.items()})  # type: ignore
     terms_ED = router_terms(model.layers[-1].ffn)
-    return train_step(model, optimizer, parts, config, 0, False), gradients, terms_ED
+    return train_step(train_state, parts, next_token, config, 0, False), gradients, terms_ED
 
 
 def router_terms(moe: nn.Module) -> Tensor:
@@ -145,10 +147,11 @@ def test_recomputed_layers_train_bit_identically_in_bf16(through_fp32: bool, mon
         model = fresh_model(config.model)
         if recompute:
             recompute_layers(model)
-        optimizer = Optimizer(model, config, choose_dtype(config.dtype, "cpu"))
+        train_state = TrainState.of(model, config, choose_dtype(config.dtype, "cpu"))
         parts = [random_batch(320, 20, 12), random_batch(320, 7, 25)]
-        results = [train_step(model, optimizer, parts, config, step, True) for step in range(2)]
-        ends.append((results, {name: p.detach() for name, p in optimizer.params.items()}, optimizer.state()))
+        results = [train_step(train_state, parts, next_token, config, step, True) for step in range(2)]
+        params = {name: p.detach() for name, p in train_state.optimizer.params.items()}
+        ends.append((results, params, train_state.state_dict()["optimizer"]))
     (plain, plain_weights, plain_state), (again, again_weights, again_state) = ends
     assert plain == again
     assert same(plain_weights, again_weights) and same(plain_state, again_state)

@@ -13,8 +13,9 @@ import torch
 
 from mixtral.data.loader import TrainBatch
 from mixtral.model import Ragged
+from mixtral.train.objective import next_token
 from mixtral.train.step import train_step
-from tests.train.tiny_run import fresh_optimizer, model_config, train_config
+from tests.train.tiny_run import fresh_state, model_config, train_config
 
 GOLDEN = Path(__file__).parent / "golden_tiny.json"
 STEPS = 10
@@ -28,8 +29,8 @@ def batch(step: int) -> TrainBatch:
 
 def losses() -> dict[str, list[float]]:
     config = train_config(model=model_config(init_std=0.1).to_dict())
-    model, optimizer = fresh_optimizer(config)
-    results = [train_step(model, optimizer, [batch(step % 2)], config, step, False) for step in range(STEPS)]
+    _, train_state = fresh_state(config)
+    results = [train_step(train_state, [batch(step % 2)], next_token, config, step, False) for step in range(STEPS)]
     lines = [{**result._asdict(), **result.aux} for result in results]
     names = ("cross_entropy", "micro_batch", "z_loss", "grad_norm", "lr")
     return {name: [line[name] for line in lines] for name in names}

@@ -53,7 +53,7 @@ def resume(run_in: MakeRun, folder: Path, config: TrainConfig, view: Watching | 
         run.train()
     finally:
         run.writer.wait()
-    return {name: p.detach().clone() for name, p in run.optimizer.params.items()}
+    return {name: p.detach().clone() for name, p in run.state.optimizer.params.items()}
 
 
 class Whole(NamedTuple):
@@ -337,7 +337,7 @@ def test_a_non_finite_loss_leaves_the_last_checkpoint(run_in: MakeRun, tmp_path:
         run.train()
     run.writer.wait()
     fresh = run_in(tmp_path, train_config())
-    assert load_checkpoint(checkpoints(tmp_path)[-1], fresh.optimizer)["step"] == 4
+    assert load_checkpoint(checkpoints(tmp_path)[-1], fresh.state)["step"] == 4
     assert all(p.isfinite().all() for p in fresh.model.parameters())
 
 

@@ -16,7 +16,7 @@ from mixtral.hardware import available_memory_bytes
 from mixtral.model import Mixtral
 from mixtral.train.config import TrainConfig, override
 from mixtral.train.memory import BYTES_PER_TOKEN, batch_bytes, check_memory, least_bytes
-from mixtral.train.optim.optimizer import Optimizer
+from mixtral.train.state import TrainState
 from tests.train.tiny_run import train_config
 
 ABSURD = ("1e30", "1" + 400 * "0", 5000 * "9", "-1e30", "nan", "infinity", "1e400", "many", "[]", "")
@@ -78,13 +78,13 @@ def test_it_is_no_more_than_what_a_run_takes(optimizer: str, dtype: torch.dtype)
     """Counted on the tensors of a run: weights, masters, gradients, moments; no run that fits may be refused."""
     config = train_config(optimizer=optimizer, rows=1, context=1)
     model = Mixtral(config.model)
-    held = Optimizer(model, config, dtype)
-    for p in held.params.values():
+    held = TrainState.of(model, config, dtype)
+    for p in held.optimizer.params.values():
         p.grad = torch.ones_like(p)
-    held.step(0)
-    states = (model.state_dict(), held.weights, held.state())
+    held.optimizer.step(0)
+    states = (model.state_dict(), held.weights, held.optimizer.state())
     tensors = {t.data_ptr(): t.nbytes for state in states for t in state.values()}
-    gradients = sum(math.prod(p.shape) * 4 for p in held.params.values())
+    gradients = sum(math.prod(p.shape) * 4 for p in held.optimizer.params.values())
     assert least_bytes(config) <= sum(tensors.values()) + gradients + 2 * config.model.dim * config.model.n_layers
     assert least_bytes(config) < available_memory_bytes()
 

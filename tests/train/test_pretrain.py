@@ -51,9 +51,9 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 def test_final_weights_that_are_not_finite(trained: Trained, tmp_path: Path) -> None:
-    weights = {name: p.detach().clone() for name, p in trained.run.optimizer.weights.items()}
+    weights = {name: p.detach().clone() for name, p in trained.run.state.weights.items()}
     weights["layers.0.attention.wo.weight"][1, 2] = float("nan")
-    run: Any = SimpleNamespace(folder=tmp_path, optimizer=SimpleNamespace(weights=weights), model=trained.run.model)
+    run: Any = SimpleNamespace(folder=tmp_path, state=SimpleNamespace(weights=weights), model=trained.run.model)
     with pytest.raises(WeightsError, match=r"final: not written; .* model\.layers\.0\.self_attn\.o_proj\.weight: 1 of"):
         save_final(run, None)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
@@ -74,7 +74,7 @@ def test_the_files_of_a_run(trained: Trained, corpus: Path) -> None:
 def test_our_load_gives_the_trained_weights(trained: Trained) -> None:
     lm = mixtral.load(trained.folder, runner="torch")
     found = dict(lm.model.named_parameters())
-    for name, p in trained.run.optimizer.params.items():
+    for name, p in trained.run.state.optimizer.params.items():
         assert torch.equal(found[name], p.detach()), name
     assert lm.tokenizer is not None and lm.tokenizer.decode(lm.tokenizer.encode("router expert")) == "router expert"
 
@@ -97,7 +97,7 @@ def test_a_bf16_run_saves_its_fp32_masters(corpus: Path, tmp_path: Path) -> None
     begin(config_of(corpus, dtype="bf16", steps=1), tmp_path / "run")
     result = pretrain(tmp_path / "run", Watching())
     lm = mixtral.load(result.folder, dtype="fp32", runner="torch")
-    masters = result.run.optimizer.masters
+    masters = result.run.state.optimizer.masters
     assert masters and all(torch.equal(p, masters[name]) for name, p in lm.model.named_parameters())
 
 

@@ -12,19 +12,21 @@ from mixtral.data.loader import Loader, TrainBatch
 from mixtral.model import Mixtral
 from mixtral.moe.stats import layer_stats
 from mixtral.train.config import TrainConfig
-from mixtral.train.optim.optimizer import Optimizer
+from mixtral.train.objective import next_token
+from mixtral.train.state import TrainState
 from mixtral.train.step import NonFiniteLoss, StepResult, train_step
-from tests.train.tiny_run import fresh_optimizer, same, train_config, weights
+from tests.train.tiny_run import fresh_state, same, train_config, weights
 
 PLAIN = train_config(balance=(), clip=0.0)
 
 
 def gradients(parts: list[TrainBatch], config: TrainConfig = PLAIN) -> tuple[StepResult, dict[str, Tensor]]:
     """What a step reports, and the gradients that its update is given."""
-    model, optimizer = fresh_optimizer(config)
+    _, train_state = fresh_state(config)
     taken: dict[str, Tensor] = {}
+    optimizer = train_state.optimizer
     optimizer.step = lambda _: taken.update({n: p.grad.clone() for n, p in optimizer.params.items()})  # type: ignore
-    return train_step(model, optimizer, parts, config, 0, False), taken
+    return train_step(train_state, parts, next_token, config, 0, False), taken
 
 
 def parts_of(loader: Loader, n: int, step: int = 0) -> list[TrainBatch]:
@@ -68,10 +70,10 @@ def test_a_batch_without_any_target_is_no_nan(loader: Loader) -> None:
 
 def test_what_is_reported(loader: Loader) -> None:
     config = train_config(balance=("micro_batch?weight=0.5", "z_loss?weight=0.25"), lr=1e-2, warmup=0.2)
-    model, optimizer = fresh_optimizer(config)
+    model, train_state = fresh_state(config)
     part = loader.batch(0)
     output = model(part.batch, targets=part.targets_T, loss_weights="mean")
-    result = train_step(model, optimizer, [part], config, 0, True)
+    result = train_step(train_state, [part], next_token, config, 0, True)
     assert output.loss is not None and result.cross_entropy == float(output.loss.detach())  # no router loss in it
     assert 0.9 < result.aux["micro_batch"] < 4
     assert result.aux["z_loss"] == pytest.approx(math.log(4) ** 2, rel=0.1)  # fresh logits are near 0
@@ -82,7 +84,7 @@ def test_what_is_reported(loader: Loader) -> None:
         norms = torch.tensor(layer.output_norms)
         assert layer == layer_stats(routing, part.batch.cu_seqlens, norms)
         assert (norms > 0).all()
-    assert train_step(model, optimizer, [part], config, 1, False).layers is None
+    assert train_step(train_state, [part], next_token, config, 1, False).layers is None
 
 
 def test_clipping_limits_the_update_not_the_report(loader: Loader) -> None:
@@ -95,20 +97,20 @@ def test_clipping_limits_the_update_not_the_report(loader: Loader) -> None:
 
 def test_one_batch_is_learnt_by_heart(loader: Loader) -> None:
     config = train_config(steps=60, lr=2e-2, rows=2)
-    model, optimizer = fresh_optimizer(config)
+    _, train_state = fresh_state(config)
     part = loader.batch(0, 0, 2)
-    losses = [train_step(model, optimizer, [part], config, step, False).cross_entropy for step in range(60)]
+    losses = [train_step(train_state, [part], next_token, config, step, False).cross_entropy for step in range(60)]
     assert losses[0] > 5 and losses[-1] < 0.1
 
 
 # -- non-finite numbers ------------------------------------------------------------------------------------------------
 
 
-def after_two_steps(loader: Loader, config: TrainConfig) -> tuple[Mixtral, Optimizer]:
-    model, optimizer = fresh_optimizer(config)
+def after_two_steps(loader: Loader, config: TrainConfig) -> tuple[Mixtral, TrainState]:
+    model, train_state = fresh_state(config)
     for step in range(2):
-        train_step(model, optimizer, [loader.batch(step)], config, step, False)
-    return model, optimizer
+        train_step(train_state, [loader.batch(step)], next_token, config, step, False)
+    return model, train_state
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -116,34 +118,34 @@ def after_two_steps(loader: Loader, config: TrainConfig) -> tuple[Mixtral, Optim
 @pytest.mark.parametrize("name", ["layers.1.ffn.experts.w2", "layers.0.ffn.router.weight", "norm.weight"])
 def test_a_non_finite_gradient_stops_before_the_update(loader: Loader, dtype: str, factor: float, name: str) -> None:
     config = train_config(dtype=dtype)
-    model, optimizer = after_two_steps(loader, config)
-    before, state = weights(model), {k: v.clone() for k, v in optimizer.state().items()}
-    masters = {n: p.detach().clone() for n, p in optimizer.params.items()}
+    model, train_state = after_two_steps(loader, config)
+    before, state = weights(model), {k: v.clone() for k, v in train_state.state_dict()["optimizer"].items()}
+    masters = {n: p.detach().clone() for n, p in train_state.optimizer.params.items()}
     dict(model.named_parameters())[name].register_hook(lambda grad: grad * factor)
     with pytest.raises(NonFiniteLoss) as caught:
-        train_step(model, optimizer, [loader.batch(2)], config, 2, False)
+        train_step(train_state, [loader.batch(2)], next_token, config, 2, False)
     assert str(caught.value).startswith("step 3: the gradient norm is ") and f"first in {name};" in str(caught.value)
-    assert same(weights(model), before) and same(optimizer.state(), state)
-    assert same({n: p.detach() for n, p in optimizer.params.items()}, masters)
+    assert same(weights(model), before) and same(train_state.state_dict()["optimizer"], state)
+    assert same({n: p.detach() for n, p in train_state.optimizer.params.items()}, masters)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_non_finite_loss_stops_before_the_update(loader: Loader, dtype: str) -> None:
     config = train_config(dtype=dtype)
-    model, optimizer = after_two_steps(loader, config)
+    model, train_state = after_two_steps(loader, config)
     with torch.no_grad():
         model.norm.weight[0] = math.nan
-    before, state = weights(model), {k: v.clone() for k, v in optimizer.state().items()}
+    before, state = weights(model), {k: v.clone() for k, v in train_state.state_dict()["optimizer"].items()}
     with pytest.raises(NonFiniteLoss, match=r"^step 3: cross_entropy is nan; [^\n]+$"):
-        train_step(model, optimizer, [loader.batch(2)], config, 2, False)
+        train_step(train_state, [loader.batch(2)], next_token, config, 2, False)
     assert all(torch.equal(p.detach().nan_to_num(7), before[n].nan_to_num(7)) for n, p in model.named_parameters())
-    assert same(optimizer.state(), state)
+    assert same(train_state.state_dict()["optimizer"], state)
 
 
 def test_a_router_loss_that_is_not_finite_is_named(loader: Loader) -> None:
     config = train_config()
-    model, optimizer = fresh_optimizer(config)
+    model, train_state = fresh_state(config)
     with torch.no_grad():
         model.layers[0].ffn.router.weight.mul_(1e25)
     with pytest.raises(NonFiniteLoss, match=r"^step 1: z_loss is inf"):
-        train_step(model, optimizer, [loader.batch(0)], config, 0, False)
+        train_step(train_state, [loader.batch(0)], next_token, config, 0, False)

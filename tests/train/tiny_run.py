@@ -19,7 +19,7 @@ from mixtral.train.config import TrainConfig
 from mixtral.train.display import Display
 from mixtral.train.loop import Run
 from mixtral.train.metrics import Speed
-from mixtral.train.optim.optimizer import Optimizer
+from mixtral.train.state import TrainState
 from mixtral.train.step import StepResult, Validation
 
 VOCABULARY = 320
@@ -49,18 +49,18 @@ def fresh_model(config: ModelConfig) -> Mixtral:
     return initialise(Mixtral(config), torch.Generator().manual_seed(0))
 
 
-def fresh_optimizer(config: TrainConfig) -> tuple[Mixtral, Optimizer]:
+def fresh_state(config: TrainConfig) -> tuple[Mixtral, TrainState]:
     model = fresh_model(config.model)
-    return model, Optimizer(model, config, choose_dtype(config.dtype, "cpu"))
+    return model, TrainState.of(model, config, choose_dtype(config.dtype, "cpu"))
 
 
 def make_run(
     folder: Path, config: TrainConfig, data: TokenData, tokenizer: Tokenizer, display: Display | None = None
 ) -> Run:
     folder.mkdir(exist_ok=True)
-    model, optimizer = fresh_optimizer(config)
+    _, train_state = fresh_state(config)
     loader = Loader(data, config.rows, config.context, config.seed)
-    return Run(folder=folder, config=config, model=model, optimizer=optimizer, loader=loader,
+    return Run(folder=folder, config=config, state=train_state, loader=loader,
                val_batches=loader.val_batches(config.val_tokens), display=display or Display(),
                byte_lengths_V=torch.from_numpy(tokenizer.byte_lengths()))  # fmt: skip
 

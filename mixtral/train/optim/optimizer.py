@@ -1,15 +1,14 @@
-"""What changes a model after each part's backward pass: AdamW or Muon over fp32 master weights, and the balancer."""
+"""What updates a model's weights: AdamW or Muon over fp32 master weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from mixtral.model import Mixtral, named_state
-from mixtral.moe import MoE
-from mixtral.train.balancing.balancer import Balancer
+from mixtral.model import Mixtral
 from mixtral.train.config import TrainConfig
 from mixtral.train.optim.muon import Muon
 
@@ -18,16 +17,12 @@ class Optimizer:
     """AdamW (arXiv 1711.05101) on fp32 masters; with `optimizer: muon`, Muon on the matrices inside the layers.
 
     In fp32 the masters are the model's own parameters. In bf16 the model holds bf16 copies, made once a step: gradients
-    are added to the masters' in fp32 after each part of a batch, and the copies are refreshed after the step. Router
-    weights stay fp32 in the model, and so do its buffers, which the balancer moves.
-
-    Args:
-        domains: the names of the data's domains, for objectives that need them.
+    are added to the masters' in fp32 after each micro-batch, and the copies are refreshed after the step. Router
+    weights stay fp32 in the model, and so do its buffers. A sharded model (FSDP2) stays fp32, and computes as its own
+    precision policy says.
     """
 
-    def __init__(
-        self, model: Mixtral, config: TrainConfig, dtype: torch.dtype, domains: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, model: Mixtral, config: TrainConfig, dtype: torch.dtype) -> None:
         self.clip = config.clip
         self.model_params: dict[str, Tensor] = dict(model.named_parameters())
         self.masters: dict[str, Tensor] = {}
@@ -36,18 +31,11 @@ class Optimizer:
             _cast(model, dtype)
             self.model_params = dict(model.named_parameters())
         self.parts = _optimizers(self.params, config)
-        self.buffers = {name: b for name, b in named_state(model).items() if name not in self.model_params}
-        self.balancer = Balancer([m.router for m in model.modules() if isinstance(m, MoE)], config, domains)
 
     @property
     def params(self) -> dict[str, Tensor]:
         """The fp32 weights that are optimised."""
         return self.masters or self.model_params
-
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        """All that makes up the model: `params` and the model's persistent buffers."""
-        return {**self.params, **self.buffers}
 
     def collect_gradients(self) -> None:
         """After each backward pass: move the model's gradients to the masters, summed in fp32."""
@@ -58,8 +46,9 @@ class Optimizer:
                 self.model_params[name].grad = None
 
     def grad_norm(self) -> Tensor:
-        """The global norm of all gradients."""
-        return nn.utils.get_total_norm([p.grad for p in self.params.values() if p.grad is not None])
+        """The global norm of all gradients, over all shards."""
+        norm = nn.utils.get_total_norm([p.grad for p in self.params.values() if p.grad is not None])
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def clip_gradients(self, norm: Tensor) -> None:
         """Scale all gradients, of global norm `norm`, so that it is at most `clip`."""
@@ -78,37 +67,29 @@ class Optimizer:
                 self.model_params[name].copy_(master)
 
     def state(self) -> dict[str, Tensor]:
-        """Every other tensor needed to go on: moments and step counts, `exp_avg/NAME`, and `balance/...`."""
+        """Every other tensor needed to go on: moments and step counts, `exp_avg/NAME`."""
         names = {p: name for name, p in self.params.items()}
-        moments = {
+        return {
             f"{kind}/{names[p]}": value
             for part in self.parts
             for p, state in part.state.items()
             for kind, value in state.items()
         }
-        return moments | {f"balance/{name}": value for name, value in self.balancer.state().items()}
 
-    def load(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-        """Take over what `weights` and `state` gave."""
+    def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        """Take over what `params` and `state` gave."""
         with torch.no_grad():
             for name, p in self.params.items():
                 p.copy_(weights[name])
                 self.model_params[name].copy_(p)
-            for name, buffer in self.buffers.items():
-                buffer.copy_(weights[name])
         for part in self.parts:
             part.state.clear()
         owner = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
-        balance: dict[str, Tensor] = {}
         for key, value in state.items():
             kind, _, name = key.partition("/")
-            if kind == "balance":
-                balance[name] = value
-                continue
             p = self.params[name]
             # AdamW keeps its step counts where they were made, moments live beside their parameter
             owner[p].state[p][kind] = value if value.dim() == 0 else value.to(p.device)
-        self.balancer.load(balance)
 
 
 def _optimizers(params: dict[str, Tensor], config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -130,7 +111,7 @@ def _optimizers(params: dict[str, Tensor], config: TrainConfig) -> list[torch.op
 
 
 def _cast(model: Mixtral, dtype: torch.dtype) -> None:
-    """Cast all but the routers' weights: which experts a token takes should not hang on bf16."""
+    """Cast all but the routers' weights: which experts a token takes should not depend on bf16."""
     for name, module in model.named_modules():
         if not name.endswith("router"):
             for key, p in module.named_parameters(recurse=False):

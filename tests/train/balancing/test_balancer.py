@@ -20,11 +20,12 @@ from mixtral.moe.losses import load_balance
 from mixtral.train.balancing.balancer import Balancer
 from mixtral.train.checkpoint import checkpoints
 from mixtral.train.config import TrainConfig
-from mixtral.train.optim.optimizer import Optimizer
+from mixtral.train.objective import next_token
 from mixtral.train.recompute import recompute_layers
+from mixtral.train.state import TrainState
 from mixtral.train.step import StepResult, train_step, validate
 from tests.moe.naive import routing
-from tests.train.tiny_run import MakeRun, Watching, fresh_model, fresh_optimizer, model_config, same, train_config
+from tests.train.tiny_run import MakeRun, Watching, fresh_model, fresh_state, model_config, same, train_config
 
 BIASED = {"router": "sigmoid?bias=true", "init_std": 0.3}
 RULES = ["loss_free?rate=0.01", "smebu?rate=0.01", "quantile", "threshold"]
@@ -41,15 +42,16 @@ def config_of(*balance: str, model: dict[str, Any] | None = None, **changes: Any
 
 def step_of(
     parts: list[TrainBatch], config: TrainConfig, recompute: bool = False, domains: tuple[str, ...] = ()
-) -> tuple[StepResult, dict[str, Tensor], Optimizer]:
+) -> tuple[StepResult, dict[str, Tensor], TrainState]:
     """What the first step reports, the gradients that its update is given, and the optimiser after it."""
     model = fresh_model(config.model)
     if recompute:
         recompute_layers(model)
-    optimizer = Optimizer(model, config, torch.float32, domains)
+    train_state = TrainState.of(model, config, torch.float32, domains)
     taken: dict[str, Tensor] = {}
+    optimizer = train_state.optimizer
     optimizer.step = lambda _: taken.update({n: p.grad.clone() for n, p in optimizer.params.items()})  # type: ignore
-    return train_step(model, optimizer, parts, config, 0, False), taken, optimizer
+    return train_step(train_state, parts, next_token, config, 0, False), taken, train_state
 
 
 def parts_of(loader: Loader, n: int) -> list[TrainBatch]:
@@ -133,9 +135,9 @@ def test_the_running_form_takes_the_counts_so_far(loader: Loader) -> None:
 def test_counts_are_summed_over_ranks_through_one_hook(loader: Loader) -> None:
     """Another rank whose assignments all went to expert 3."""
     config = config_of("global_batch?weight=0.5", "loss_free?rate=0.01", model=BIASED)
-    model, optimizer = fresh_optimizer(config)
-    optimizer.balancer.sum_over_ranks = lambda counts: counts + torch.tensor([0, 0, 0, 10_000])
-    train_step(model, optimizer, parts_of(loader, 2), config, 0, False)
+    model, train_state = fresh_state(config)
+    train_state.balancer.sum_over_ranks = lambda counts: counts + torch.tensor([0, 0, 0, 10_000])
+    train_step(train_state, parts_of(loader, 2), next_token, config, 0, False)
     bias = named_state(model)["layers.0.ffn.router.bias"]
     torch.testing.assert_close(bias, 0.01 * torch.tensor([0.5, 0.5, 0.5, -1.5]))
 
@@ -179,8 +181,8 @@ def test_router_losses_weigh_parts_by_tokens_and_cross_entropy_by_targets(loader
 def test_with_a_capacity_both_passes_count_and_drop_alike(loader: Loader, recompute: bool) -> None:
     """Each part's own capacity: the second pass replays the choice of before the drops, and drops from it again."""
     config = config_of("global_batch", model={"router": "topk?capacity_factor=0.6", "init_std": 0.3})
-    result, grads, optimizer = step_of(parts_of(loader, 2), config, recompute)
-    balancer, chosen = optimizer.balancer, 2 * len(loader.batch(0).targets_T)
+    result, grads, train_state = step_of(parts_of(loader, 2), config, recompute)
+    balancer, chosen = train_state.balancer, 2 * len(loader.batch(0).targets_T)
     assert balancer.known is not None and [int(counts.sum()) for counts in balancer.known] == [chosen] * 2
     assert all(torch.equal(a, b) for a, b in zip(balancer.known, balancer.counts, strict=True))
     assert result.cross_entropy > 0 and all(grad.isfinite().all() for grad in grads.values())
@@ -188,8 +190,8 @@ def test_with_a_capacity_both_passes_count_and_drop_alike(loader: Loader, recomp
 
 def test_dropped_assignments_are_told(loader: Loader) -> None:
     config = config_of(model={"router": "topk?capacity_factor=0.6", "init_std": 0.3})
-    model, optimizer = fresh_optimizer(config)
-    layers = train_step(model, optimizer, [loader.batch(0)], config, 0, True).layers
+    _, train_state = fresh_state(config)
+    layers = train_step(train_state, [loader.batch(0)], next_token, config, 0, True).layers
     assert layers is not None and all(0.3 < layer.dropped < 0.9 for layer in layers)
 
 
@@ -208,8 +210,8 @@ def test_rules_see_the_whole_step_however_it_is_cut(loader: Loader, rule: str) -
     config = config_of(rule, model=router_for(rule))
     moved = []
     for n in (1, 2, 4):
-        result, _, optimizer = step_of(parts_of(loader, n), config)
-        moved.append(optimizer.buffers)
+        result, _, train_state = step_of(parts_of(loader, n), config)
+        moved.append(train_state.buffers)
         assert 0 < result.aux[rule.partition("?")[0]] < 3
     for name, buffer in moved[0].items():
         assert all(torch.allclose(buffer, other[name], atol=1e-6) for other in moved[1:]), name
@@ -271,24 +273,24 @@ def test_weight_zero_is_absence(loader: Loader, rule: str) -> None:
 def test_threshold_is_a_mean_at_first_then_a_moving_average(loader: Loader) -> None:
     """With decay 0.6 the rates are 1, 1/2, 0.4, 0.4. Layer 0's scores hang on no threshold: they are known before."""
     config = config_of("threshold?decay=0.6", model=router_for("threshold"))
-    model, optimizer = fresh_optimizer(config)
+    model, train_state = fresh_state(config)
     wanted = torch.zeros(4)
     for step, rate in enumerate((1, 0.5, 0.4, 0.4)):
         part = loader.batch(step)
         with torch.no_grad():
             scores_TE = model(part.batch).routing[0].scores_TE
         wanted = wanted.lerp(scores_TE.quantile(0.5, dim=0), rate)
-        train_step(model, optimizer, [part], config, step, False)
+        train_step(train_state, [part], next_token, config, step, False)
         # The first one starts at 1/4, and the bins are wider the farther from there; then they are fine.
-        found = optimizer.buffers["layers.0.ffn.router.threshold"]
+        found = train_state.buffers["layers.0.ffn.router.threshold"]
         torch.testing.assert_close(found, wanted, rtol=0, atol=0.01)
         wanted = found.clone()
-    assert all(int(value) == 4 for value in optimizer.balancer.state().values())
+    assert all(int(value) == 4 for value in train_state.balancer.state().values())
 
 
 def test_layers_of_a_rule(loader: Loader) -> None:
-    _, _, optimizer = step_of([loader.batch(0)], config_of("quantile?layers=1", model=BIASED))
-    moved = {name: bool(buffer.any()) for name, buffer in optimizer.buffers.items()}
+    _, _, train_state = step_of([loader.batch(0)], config_of("quantile?layers=1", model=BIASED))
+    moved = {name: bool(buffer.any()) for name, buffer in train_state.buffers.items()}
     assert moved == {"layers.0.ffn.router.bias": False, "layers.1.ffn.router.bias": True}
 
 
@@ -309,8 +311,8 @@ def test_killed_and_resumed_keeps_what_balancing_knows(run_in: MakeRun, tmp_path
     again.resume(checkpoints(tmp_path / "killed")[-1])
     assert again.progress.step == 2
     again.train()
-    assert same(again.optimizer.weights, whole.optimizer.weights)
-    assert same(again.optimizer.state(), whole.optimizer.state())
+    assert same(again.state.weights, whole.state.weights)
+    assert same(again.state.state_dict()["optimizer"], whole.state.state_dict()["optimizer"])
     metrics = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "killed")]
     assert metrics[0] == metrics[1]
 
@@ -333,11 +335,11 @@ def test_noise_hangs_on_seed_step_and_part_alone(loader: Loader) -> None:
 
 def test_training_and_evaluation_modes(loader: Loader) -> None:
     config = config_of(model={"router": "noisy", "init_std": 0.3})
-    model, optimizer = fresh_optimizer(config)
+    model, train_state = fresh_state(config)
     seen = []
     model.embedding.register_forward_hook(lambda *_: seen.append(model.training))
     model.eval()
-    train_step(model, optimizer, [loader.batch(0)], config, 0, False)
+    train_step(train_state, [loader.batch(0)], next_token, config, 0, False)
     assert model.training
     lengths = torch.ones(model.config.vocab_size, dtype=torch.int64)
     first, second = (validate(model, loader.val_batches(64), lengths) for _ in range(2))
@@ -407,7 +409,7 @@ def test_what_does_not_fit_is_refused_at_the_start(
 ) -> None:
     config = config_of(spec, model=model)
     with pytest.raises(ConfigError, match=message) as caught:
-        Optimizer(fresh_model(config.model), config, torch.float32, domains)
+        TrainState.of(fresh_model(config.model), config, torch.float32, domains)
     assert "\n" not in str(caught.value)
 
 
@@ -417,5 +419,5 @@ def test_guided_without_labels_in_the_batch_is_refused(loader: Loader) -> None:
 
 
 def test_every_sparse_layer_is_balanced() -> None:
-    model, optimizer = fresh_optimizer(config_of(*RULES[:1], model=BIASED))
-    assert len(optimizer.balancer.rules) == sum(isinstance(m, MoE) for m in model.modules()) == 2
+    model, train_state = fresh_state(config_of(*RULES[:1], model=BIASED))
+    assert len(train_state.balancer.rules) == sum(isinstance(m, MoE) for m in model.modules()) == 2

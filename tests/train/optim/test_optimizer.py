@@ -11,7 +11,7 @@ from mixtral.data.store import TokenData
 from mixtral.model import Mixtral
 from mixtral.train.config import TrainConfig
 from mixtral.train.optim.optimizer import Optimizer
-from tests.train.tiny_run import fresh_model, fresh_optimizer, model_config, same, train_config, weights
+from tests.train.tiny_run import fresh_model, fresh_state, model_config, same, train_config, weights
 
 ROUTERS = {f"layers.{i}.ffn.router.weight" for i in range(2)}
 
@@ -36,7 +36,8 @@ def cloned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def test_fp32_is_torch_s_adamw(loader: Loader) -> None:
     config = train_config(weight_decay=0.3, betas=(0.8, 0.9))
-    model, optimizer = fresh_optimizer(config)
+    model, state_optimizer = fresh_state(config)
+    optimizer = state_optimizer.optimizer
     other = fresh_model(config.model)
     groups = [{"params": [p for p in other.parameters() if p.dim() > 1], "weight_decay": 0.3},
               {"params": [p for p in other.parameters() if p.dim() == 1], "weight_decay": 0.0}]  # fmt: skip
@@ -56,7 +57,8 @@ def test_fp32_is_torch_s_adamw(loader: Loader) -> None:
 
 
 def test_only_matrices_decay() -> None:
-    model, optimizer = fresh_optimizer(train_config(weight_decay=0.5))
+    model, state_optimizer = fresh_state(train_config(weight_decay=0.5))
+    optimizer = state_optimizer.optimizer
     before = weights(model)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -68,13 +70,15 @@ def test_only_matrices_decay() -> None:
 
 def test_gradients_are_gone_after_a_step(loader: Loader) -> None:
     for dtype in ("fp32", "bf16"):
-        model, optimizer = fresh_optimizer(train_config(dtype=dtype))
+        model, state_optimizer = fresh_state(train_config(dtype=dtype))
+        optimizer = state_optimizer.optimizer
         take_steps(model, optimizer, loader, 0, 1)
         assert all(p.grad is None for p in [*model.parameters(), *optimizer.params.values()])
 
 
 def test_bf16_copies_follow_fp32_masters(loader: Loader) -> None:
-    model, optimizer = fresh_optimizer(train_config(dtype="bf16"))
+    model, state_optimizer = fresh_state(train_config(dtype="bf16"))
+    optimizer = state_optimizer.optimizer
     start = cloned(optimizer.params)
     assert same(start, weights(fresh_model(model_config())))  # the masters keep what bf16 would round away
     take_steps(model, optimizer, loader, 0, 3)
@@ -86,7 +90,8 @@ def test_bf16_copies_follow_fp32_masters(loader: Loader) -> None:
 
 
 def test_bf16_steps_smaller_than_a_rounding_add_up() -> None:
-    model, optimizer = fresh_optimizer(train_config(dtype="bf16", weight_decay=0.0))
+    model, state_optimizer = fresh_state(train_config(dtype="bf16", weight_decay=0.0))
+    optimizer = state_optimizer.optimizer
     name = "norm.weight"  # 1.0: the next bf16 below is 1 - 2^-8
     for _ in range(100):
         optimizer.params[name].grad = torch.ones_like(optimizer.params[name])
@@ -96,7 +101,8 @@ def test_bf16_steps_smaller_than_a_rounding_add_up() -> None:
 
 
 def test_bf16_gradients_are_summed_in_fp32() -> None:
-    model, optimizer = fresh_optimizer(train_config(dtype="bf16"))
+    model, state_optimizer = fresh_state(train_config(dtype="bf16"))
+    optimizer = state_optimizer.optimizer
     p = dict(model.named_parameters())["layers.0.ffn.experts.w2"]
     for value in [1.0] + [2.0**-10] * 8:  # in bf16, 1 + 2^-10 is 1
         p.grad = torch.full_like(p, value)
@@ -108,7 +114,8 @@ def test_bf16_gradients_are_summed_in_fp32() -> None:
 @pytest.mark.parametrize("clip", [0.0, 0.5, 100.0])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_clipping(loader: Loader, clip: float, dtype: str) -> None:
-    model, optimizer = fresh_optimizer(train_config(clip=clip, dtype=dtype))
+    model, state_optimizer = fresh_state(train_config(clip=clip, dtype=dtype))
+    optimizer = state_optimizer.optimizer
     backward(model, loader, 0)
     optimizer.collect_gradients()
     before = {name: p.grad.clone() for name, p in optimizer.params.items()}
@@ -129,12 +136,14 @@ CONFIGS = [train_config(), train_config(dtype="bf16"), train_config(optimizer="m
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.optimizer}-{c.dtype}")
 def test_state_and_load_are_exact(loader: Loader, config: TrainConfig) -> None:
-    model, optimizer = fresh_optimizer(config)
+    model, state_optimizer = fresh_state(config)
+    optimizer = state_optimizer.optimizer
     take_steps(model, optimizer, loader, 0, 3)
     saved = cloned(optimizer.params), cloned(optimizer.state())
     take_steps(model, optimizer, loader, 3, 6)
 
-    other_model, other = fresh_optimizer(config)
+    other_model, state_other = fresh_state(config)
+    other = state_other.optimizer
     other.load(*saved)
     assert same(cloned(other.params), saved[0]) and same(cloned(other.state()), saved[1])
     take_steps(other_model, other, loader, 3, 6)
@@ -143,7 +152,8 @@ def test_state_and_load_are_exact(loader: Loader, config: TrainConfig) -> None:
 
 
 def test_every_parameter_has_a_state(loader: Loader) -> None:
-    model, optimizer = fresh_optimizer(train_config())
+    model, state_optimizer = fresh_state(train_config())
+    optimizer = state_optimizer.optimizer
     assert optimizer.state() == {}
     take_steps(model, optimizer, loader, 0, 1)
     wanted = {f"{kind}/{name}" for name in optimizer.params for kind in ("exp_avg", "exp_avg_sq", "step")}
@@ -151,12 +161,14 @@ def test_every_parameter_has_a_state(loader: Loader) -> None:
 
 
 def test_loading_the_state_of_no_steps_forgets_later_ones(loader: Loader) -> None:
-    model, optimizer = fresh_optimizer(train_config())
+    model, state_optimizer = fresh_state(train_config())
+    optimizer = state_optimizer.optimizer
     start = cloned(optimizer.params)
     take_steps(model, optimizer, loader, 0, 2)
     optimizer.load(start, {})
     assert optimizer.state() == {}
-    other_model, other = fresh_optimizer(train_config())
+    other_model, state_other = fresh_state(train_config())
+    other = state_other.optimizer
     take_steps(model, optimizer, loader, 0, 2)
     take_steps(other_model, other, loader, 0, 2)
     assert same(weights(model), weights(other_model))
@@ -166,7 +178,8 @@ def test_loading_the_state_of_no_steps_forgets_later_ones(loader: Loader) -> Non
 def test_an_expert_without_tokens(data: TokenData, dtype: str) -> None:
     """Its gradient and moments are zeros, not missing; it survives saving and loading."""
     config = train_config(dtype=dtype, weight_decay=0.0)
-    model, optimizer = fresh_optimizer(config)
+    model, state_optimizer = fresh_state(config)
+    optimizer = state_optimizer.optimizer
     loader = Loader(data, rows=4, context=32)
     router = model.layers[0].ffn.router
     real = router.forward
@@ -183,6 +196,7 @@ def test_an_expert_without_tokens(data: TokenData, dtype: str) -> None:
     state = cloned(optimizer.state())
     assert state[f"exp_avg/{w2}"][2:].eq(0).all() and state[f"exp_avg_sq/{w2}"][2:].eq(0).all()
     assert torch.equal(optimizer.params[w2][2:], start[w2][2:])
-    _, other = fresh_optimizer(config)
+    _, state_other = fresh_state(config)
+    other = state_other.optimizer
     other.load(cloned(optimizer.params), state)
     assert same(cloned(other.state()), state) and torch.equal(other.params[w2][2:], start[w2][2:])
