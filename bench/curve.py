@@ -43,7 +43,7 @@ from mixtral.model import Mixtral, initialise
 from mixtral.presets import tiny
 from mixtral.runtime import set_threads
 from mixtral.tokenizer import Tokenizer, train_bpe
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.display import Display
 from mixtral.train.loop import Run
 from mixtral.train.metrics import read_lines
@@ -63,7 +63,7 @@ class Curve(NamedTuple):
     seconds: float
 
 
-def our_curve(config: TrainConfig, data: TokenData, tokenizer: Tokenizer, folder: Path) -> Curve:
+def our_curve(config: PretrainConfig, data: TokenData, tokenizer: Tokenizer, folder: Path) -> Curve:
     """Train with mixtral.train."""
     begin = time.perf_counter()
     model = fresh_model(config)
@@ -79,7 +79,7 @@ def our_curve(config: TrainConfig, data: TokenData, tokenizer: Tokenizer, folder
     return Curve("mixtral", config.seed, training, validation, time.perf_counter() - begin)
 
 
-def their_curve(config: TrainConfig, data: TokenData, balance: float) -> Curve:
+def their_curve(config: PretrainConfig, data: TokenData, balance: float) -> Curve:
     """Train transformers' model; `balance` is our coefficient of the balancing loss."""
     begin = time.perf_counter()
     model: Any = peer(fresh_model(config), torch.float32, "eager")
@@ -104,7 +104,7 @@ def their_curve(config: TrainConfig, data: TokenData, balance: float) -> Curve:
     return Curve("transformers", config.seed, training, validation, time.perf_counter() - begin)
 
 
-def their_output(model: nn.Module, part: TrainBatch, config: TrainConfig) -> Any:
+def their_output(model: nn.Module, part: TrainBatch, config: PretrainConfig) -> Any:
     """transformers' output, with its loss, for packed rows."""
     ids_BS, positions_BS, targets_BS = (
         x_T.view(-1, config.context) for x_T in (part.batch.tokens_T, part.batch.positions_T, part.targets_T)
@@ -122,13 +122,13 @@ def cross_entropy(model: Any, output: Any) -> float:
 
 
 @torch.no_grad()
-def their_validation(model: nn.Module, batches: Sequence[TrainBatch], config: TrainConfig) -> float:
+def their_validation(model: nn.Module, batches: Sequence[TrainBatch], config: PretrainConfig) -> float:
     counts = [int((part.targets_T != -100).sum()) for part in batches]
     losses = [cross_entropy(model, their_output(model, part, config)) for part in batches]
     return sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
 
 
-def fresh_model(config: TrainConfig) -> Mixtral:
+def fresh_model(config: PretrainConfig) -> Mixtral:
     return initialise(Mixtral(config.model), torch.Generator().manual_seed(config.seed))
 
 
@@ -186,7 +186,7 @@ def main() -> None:
     set_threads()
     transformers.logging.set_verbosity_error()
     source = f"stdlib?max_bytes={args.max_bytes}"
-    config = TrainConfig(
+    config = PretrainConfig(
         model=tiny(), data=(source,), steps=args.steps, rows=4, context=256, lr=4e-3,
         balance=(f"micro_batch?weight={args.balance}",) if args.balance else (),
         dtype="fp32", device="cpu", val_every=25, val_tokens=8192, save_every=args.steps,

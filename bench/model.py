@@ -28,7 +28,7 @@ from mixtral.config import ModelConfig
 from mixtral.model import Mixtral, Ragged, initialise
 from mixtral.presets import small
 from mixtral.runtime import set_threads
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.state import TrainState
 
 LENGTH = 512
@@ -77,7 +77,7 @@ def our_forward(model: Mixtral) -> Step:
 
 def our_training(model: Mixtral, dtype: str) -> Step:
     """`model` holds fp32 weights; the optimiser gives it bf16 copies of them where `dtype` says so."""
-    train_state = TrainState.of(model, TrainConfig(model=model.config, lr=LR), DTYPES[dtype])
+    train_state = TrainState.of(model, PretrainConfig(model=model.config, lr=LR), DTYPES[dtype])
 
     def step(ids_BS: Tensor) -> Tensor:
         batch, targets = pack(ids_BS)

@@ -26,7 +26,7 @@ from mixtral.data.loader import TrainBatch
 from mixtral.kernels.allocator import keep_freed_memory
 from mixtral.presets import small
 from mixtral.runtime import set_threads
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.objective import next_token
 from mixtral.train.state import TrainState
 from mixtral.train.step import train_step
@@ -36,12 +36,12 @@ SLOW_SECONDS = 60  # a peer's step longer than this is timed once, without a war
 COEFFICIENT = 0.01  # of the load-balancing loss, on both sides
 
 
-def sequences(config: TrainConfig, rows: int) -> Tensor:
+def sequences(config: PretrainConfig, rows: int) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(config.model.vocab_size, (rows, LENGTH), generator=generator)
 
 
-def our_step(config: TrainConfig, dtype: str) -> Callable[[], None]:
+def our_step(config: PretrainConfig, dtype: str) -> Callable[[], None]:
     """Our step as `mixtral train` sets up its process."""
     set_threads()
     keep_freed_memory()
@@ -56,7 +56,7 @@ def our_step(config: TrainConfig, dtype: str) -> Callable[[], None]:
     return step
 
 
-def their_step(config: TrainConfig, experts: str, dtype: str, rows: int) -> Callable[[], object]:
+def their_step(config: PretrainConfig, experts: str, dtype: str, rows: int) -> Callable[[], object]:
     """transformers' step as its users write it, on as many threads; bf16 by autocast."""
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(cpu_count())
@@ -76,7 +76,7 @@ def their_step(config: TrainConfig, experts: str, dtype: str, rows: int) -> Call
     return step
 
 
-def trials(config: TrainConfig, dtype: str) -> dict[str, float]:
+def trials(config: PretrainConfig, dtype: str) -> dict[str, float]:
     """Seconds of one step on a quarter of the rows in each of transformers' settings."""
     tried: dict[str, float] = {}
     for experts in EXPERTS:
@@ -89,7 +89,7 @@ def trials(config: TrainConfig, dtype: str) -> dict[str, float]:
     return tried
 
 
-def contest(config: TrainConfig, dtype: str, repeats: int) -> dict[str, Any]:
+def contest(config: PretrainConfig, dtype: str, repeats: int) -> dict[str, Any]:
     """Tokens/s of both sides in one dtype."""
     tried = trials(config, dtype)
     fastest = min(tried, key=lambda name: tried[name])
@@ -121,7 +121,7 @@ def main() -> None:
     set_threads()
     shape = small().replace(n_layers=2) if args.quick else small()
     balance = (f"micro_batch?weight={COEFFICIENT}",)
-    config = TrainConfig(model=shape, rows=args.rows, context=LENGTH, lr=1e-5, warmup=0.0, balance=balance)
+    config = PretrainConfig(model=shape, rows=args.rows, context=LENGTH, lr=1e-5, warmup=0.0, balance=balance)
     rows = [contest(config, dtype, 1 if args.quick else args.repeats) for dtype in DTYPES]
     title = f"training step, {args.rows} x {LENGTH}, against transformers {transformers.__version__}: tokens/s"
     table = Table(title=title)

@@ -11,7 +11,7 @@ import typer
 from mixtral.commands.common import JsonOption, ThreadsOption, console
 
 if TYPE_CHECKING:
-    from mixtral.train.config import TrainConfig
+    from mixtral.train.config import PretrainConfig
     from mixtral.train.finished import Finished
     from mixtral.train.pretrain import Trained
 
@@ -91,7 +91,7 @@ def train(
         print(_text(trained))
 
 
-def base_config(name: str | None, size: int | None) -> TrainConfig:
+def base_config(name: str | None, size: int | None) -> PretrainConfig:
     """The configuration that a recipe's name or a size stands for."""
     from mixtral.errors import UsageError
     from mixtral.recipes import RECIPES, recipe, sized
@@ -102,13 +102,13 @@ def base_config(name: str | None, size: int | None) -> TrainConfig:
 
 
 def override_options(
-    config: TrainConfig,
+    config: PretrainConfig,
     max_steps: int | None,
     seed: int | None,
     data: list[str] | None,
     skip_bad: bool,
     assignments: list[str] | None,
-) -> TrainConfig:
+) -> PretrainConfig:
     """`config` with the command line's own options and its --set assignments."""
     from mixtral.train.config import override
 

@@ -8,14 +8,14 @@ from mixtral.errors import ConfigError, did_you_mean
 from mixtral.recipes.nano import nano
 from mixtral.recipes.sized import sized
 from mixtral.recipes.tiny import tiny
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 
 __all__ = ["RECIPES", "recipe", "sized"]
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {"tiny": tiny, "nano": nano}
+RECIPES: dict[str, Callable[[], PretrainConfig]] = {"tiny": tiny, "nano": nano}
 
 
-def recipe(name: str) -> TrainConfig:
+def recipe(name: str) -> PretrainConfig:
     """The recipe called `name`; an unknown name raises ConfigError with the nearest known one."""
     if name not in RECIPES:
         raise ConfigError(f"unknown recipe {name!r}; {did_you_mean(name, RECIPES)}")

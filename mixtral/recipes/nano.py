@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mixtral.config import ModelConfig
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 
 ARITHMETIC = "reasoning-gym:chain_sum?level=1"
 LOGIC = "reasoning-gym:aiw+knights_knaves+propositional_logic+syllogism?level=1"
@@ -11,7 +11,7 @@ GENERAL = "packages:fsspec+huggingface_hub+jinja2+mpmath+networkx+numpy+pydantic
 SPECIAL = "packages:sympy+torch"
 
 
-def nano() -> TrainConfig:
+def nano() -> PretrainConfig:
     """6.8 M parameters (1.65 M active), 13.6 MB in bf16; 11.7 M tokens: code, tests, prose, arithmetic, logic.
 
     Sixteen experts, as those that a token does not take cost no time and the file has room for them; rows of 512, for
@@ -28,7 +28,7 @@ def nano() -> TrainConfig:
         vocab_size=2048, dim=160, n_layers=4, n_heads=5, n_kv_heads=1, head_dim=32, ffn_dim=192,
         n_experts=16, experts_per_token=2, rope_theta=1e4, context=1024, init_std=0.05,
     )  # fmt: skip
-    return TrainConfig(
+    return PretrainConfig(
         model=model,
         data=(
             "stdlib:code", "stdlib:tests?max_bytes=4000000", "stdlib:prose",

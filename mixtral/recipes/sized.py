@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from mixtral.config import ModelConfig
 from mixtral.errors import ConfigError
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 
 SIZES = range(1, 65)
 TOKENS_PER_PARAMETER = 20
 
 
-def sized(size: int) -> TrainConfig:
+def sized(size: int) -> PretrainConfig:
     """The configuration of a size; ConfigError for one out of range."""
     if size not in SIZES:
         raise ConfigError(f"size must lie in {SIZES.start}..{SIZES.stop - 1}, not {size}")
@@ -33,7 +33,7 @@ def sized(size: int) -> TrainConfig:
         init_std=round(0.5 / width**0.5, 4),
     )  # fmt: skip
     rows = 4
-    return TrainConfig(
+    return PretrainConfig(
         model=model, rows=rows, context=context, lr=round(4e-3 * (2 / size) ** 0.5, 6),
         steps=round(TOKENS_PER_PARAMETER * model.n_active_params() / (rows * context)),
         balance=("micro_batch?weight=0.02", "z_loss?weight=0.001"),

@@ -11,12 +11,12 @@ from mixtral.moe import MoE
 from mixtral.tokenizer import Tokenizer, load_tokenizer
 from mixtral.tokenizer.train import check_size
 from mixtral.train.balancing.balancer import Balancer
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.memory import check_memory
 from mixtral.train.sinks import require_packages
 
 
-def check_run(config: TrainConfig) -> None:
+def check_run(config: PretrainConfig) -> None:
     """Raise what would stop a new run later: packages, memory, sources, the tokenizer, balance against the routers.
 
     What depends on the texts themselves, such as their domains, is left to when they are read.
@@ -31,7 +31,7 @@ def check_run(config: TrainConfig) -> None:
     _check_balance(config)
 
 
-def check_vocabulary(tokenizer: Tokenizer, config: TrainConfig) -> None:
+def check_vocabulary(tokenizer: Tokenizer, config: PretrainConfig) -> None:
     """Raise ConfigError when the tokenizer is not of the model's size."""
     if tokenizer.vocab_size != config.model.vocab_size:
         raise ConfigError(
@@ -40,7 +40,7 @@ def check_vocabulary(tokenizer: Tokenizer, config: TrainConfig) -> None:
         )
 
 
-def _check_balance(config: TrainConfig) -> None:
+def _check_balance(config: PretrainConfig) -> None:
     """Against routers without memory; `guided` needs the domains of the data, which are not known yet."""
     with torch.device("meta"):
         model = Mixtral(config.model)

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from mixtral.analysis.report import load_strip
 from mixtral.moe.stats import LayerStats
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.metrics import Speed
 from mixtral.train.step import StepResult, Validation
 
@@ -33,7 +33,7 @@ class Display:
         yield lambda _: None
 
     @contextlib.contextmanager
-    def live(self, config: TrainConfig, step: int) -> Iterator[None]:
+    def live(self, config: PretrainConfig, step: int) -> Iterator[None]:
         """Around the loop, which starts after `step` steps."""
         del config, step
         yield
@@ -75,7 +75,7 @@ class TerminalDisplay(Display):
             yield lambda _: None
 
     @contextlib.contextmanager
-    def live(self, config: TrainConfig, step: int) -> Iterator[None]:
+    def live(self, config: PretrainConfig, step: int) -> Iterator[None]:
         self.progress.add_task("train", total=config.steps, completed=step)
         with self.panel if self.console.is_terminal else contextlib.nullcontext():
             yield

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from mixtral.errors import MixtralError
 from mixtral.train.checkpoint import checkpoint_path, latest_checkpoint
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.metrics import read_lines
 from mixtral.train.run_folder import recorded_config, split_checkpoint
 from mixtral.train.step import Validation
@@ -17,7 +17,7 @@ class Finished(NamedTuple):
     """The end of a run: all its steps are done and its model is written."""
 
     folder: Path  # the model
-    config: TrainConfig
+    config: PretrainConfig
     start_loss: float  # validation cross-entropy before the first step, nats a token
     validation: Validation
 

@@ -26,7 +26,7 @@ from mixtral.train.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
 )
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.diagnose import first_bad_layer, keep_batch
 from mixtral.train.display import Display
 from mixtral.train.finished import logged_validations
@@ -63,7 +63,7 @@ class Run:
     """A training run in its folder."""
 
     folder: Path
-    config: TrainConfig
+    config: PretrainConfig
     state: TrainState
     loader: Loader
     val_batches: list[TrainBatch]
@@ -207,7 +207,7 @@ class Run:
         return f"{where}; go on with: mixtral train --resume {self.folder}"
 
 
-def _metrics_line(step: int, result: StepResult, config: TrainConfig) -> dict[str, object]:
+def _metrics_line(step: int, result: StepResult, config: PretrainConfig) -> dict[str, object]:
     line: dict[str, object] = {"step": step, "tokens": step * config.tokens_per_step}
     line |= {"cross_entropy": result.cross_entropy, **result.aux, "grad_norm": result.grad_norm, "lr": result.lr}
     if result.layers:

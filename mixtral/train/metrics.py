@@ -21,7 +21,7 @@ from mixtral.errors import ConfigError, MixtralError, shown
 from mixtral.files import atomic_write, open_regular
 from mixtral.hardware import measure_matmul, used_memory_bytes
 from mixtral.json_files import parse
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.sinks import Trackers, flatten
 
 
@@ -49,7 +49,7 @@ class Speed(NamedTuple):
     memory_bytes: int  # of the process, or the most that tensors have taken on a GPU
 
     @classmethod
-    def of(cls, seconds: float, config: TrainConfig, rate: MatrixRate | None, device: torch.device) -> Speed:
+    def of(cls, seconds: float, config: PretrainConfig, rate: MatrixRate | None, device: torch.device) -> Speed:
         """Of one step of a run; what it computes a second time in the backward pass does not count."""
         tokens = config.tokens_per_step
         flops = tokens * config.model.flops_per_token(config.context, backward=True)

@@ -30,7 +30,7 @@ from mixtral.runtime import choose_device, choose_dtype, set_threads
 from mixtral.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from mixtral.train.checkpoint import latest_checkpoint
 from mixtral.train.checks import check_vocabulary
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.display import Display
 from mixtral.train.loop import Run
 from mixtral.train.memory import check_memory
@@ -55,7 +55,7 @@ class Trained(NamedTuple):
     run: Run
 
     @property
-    def config(self) -> TrainConfig:
+    def config(self) -> PretrainConfig:
         return self.run.config
 
 
@@ -80,7 +80,7 @@ def pretrain(out: Path, display: Display, threads: int | str = "auto") -> Traine
 
 
 def _pretrain(
-    config: TrainConfig, out: Path, checkpoint: Path | None, display: Display, threads: int | None
+    config: PretrainConfig, out: Path, checkpoint: Path | None, display: Display, threads: int | None
 ) -> Trained:
     require_packages(config.trackers)
     check_memory(config)
@@ -136,7 +136,7 @@ def save_final(run: Run, tokenizer: Tokenizer) -> Path:
     return final
 
 
-def _tokenizer(config: TrainConfig, out: Path, display: Display) -> Tokenizer:
+def _tokenizer(config: PretrainConfig, out: Path, display: Display) -> Tokenizer:
     folder = out / "tokenizer"
     if not folder.exists():
         if config.tokenizer is None:
@@ -151,11 +151,11 @@ def _tokenizer(config: TrainConfig, out: Path, display: Display) -> Tokenizer:
     return tokenizer
 
 
-def _sources(config: TrainConfig) -> list[Source]:
+def _sources(config: PretrainConfig) -> list[Source]:
     return [Source.parse(spec) for spec in config.data]
 
 
-def _sample(config: TrainConfig) -> list[str]:
+def _sample(config: PretrainConfig) -> list[str]:
     """The texts that a vocabulary is learnt from: every n-th document, so that all parts of the corpus are in it."""
     bad = BadInput(config.skip_bad)
     texts = [document.text for source in _sources(config) for document in documents(source, bad)]
@@ -164,7 +164,7 @@ def _sample(config: TrainConfig) -> list[str]:
     return texts[:: max(1, round(sum(map(len, texts)) / TOKENIZER_CHARACTERS))]
 
 
-def _data(config: TrainConfig, tokenizer: Tokenizer, out: Path, display: Display) -> TokenData:
+def _data(config: PretrainConfig, tokenizer: Tokenizer, out: Path, display: Display) -> TokenData:
     if latest_checkpoint(out):  # a run that has begun keeps its data, whatever became of the sources since
         return TokenData(out / "data", tokenizer)
     with display.working("tokenising") as progress:
@@ -181,7 +181,7 @@ def _data(config: TrainConfig, tokenizer: Tokenizer, out: Path, display: Display
     return data
 
 
-def _run(config: TrainConfig, tokenizer: Tokenizer, data: TokenData, out: Path, display: Display) -> Run:
+def _run(config: PretrainConfig, tokenizer: Tokenizer, data: TokenData, out: Path, display: Display) -> Run:
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     model = initialise(Mixtral(config.model), torch.Generator().manual_seed(config.seed)).to(device)
@@ -198,7 +198,7 @@ def _run(config: TrainConfig, tokenizer: Tokenizer, data: TokenData, out: Path, 
     )  # fmt: skip
 
 
-def _watch(config: TrainConfig, out: Path, display: Display) -> ThreadWatch:
+def _watch(config: PretrainConfig, out: Path, display: Display) -> ThreadWatch:
     threads = torch.get_num_threads()
     counts = sorted({*counts_to_try(cpu_count()), threads})
     measure = None if config.compile else partial(measure_training, config, counts)  # compiling anew takes long

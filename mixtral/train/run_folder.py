@@ -20,7 +20,7 @@ from mixtral.tokenizer import load_tokenizer
 from mixtral.tokenizer.side_files import TEMPLATES, is_side_file
 from mixtral.train.checkpoint import checkpoints
 from mixtral.train.checks import check_run
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.display import Display
 from mixtral.train.threads import choose_threads
 
@@ -28,7 +28,7 @@ _BEFORE_TRAINING = {"config.json", "tokenizer", "data"}  # what a run writes bef
 _TOKENIZER_FILES = re.compile(r"tekken\.json|tokenizer(_config)?\.json|[^/]+\.model\.v\w+")  # and side files
 
 
-def begin(config: TrainConfig, out: Path, threads: int | str | None = None, display: Display | None = None) -> None:
+def begin(config: PretrainConfig, out: Path, threads: int | str | None = None, display: Display | None = None) -> None:
     """Claim a new run's folder and record what it is to do, and with how many threads: None or "auto" as measured.
 
     A run that failed before its first checkpoint, on bad data perhaps, is begun anew. Raises UsageError when the folder
@@ -119,7 +119,7 @@ def split_checkpoint(path: Path) -> tuple[Path, Path | None]:
     return (path.parents[1], path) if path.parent.name == "checkpoints" else (path, None)
 
 
-def recorded_config(out: Path) -> TrainConfig:
+def recorded_config(out: Path) -> PretrainConfig:
     """The configuration of the run in `out`, or of the run that the checkpoint `out` is of; UsageError without one."""
     path, record = _read_record(out)
     if "train" not in record and "architectures" in record:
@@ -127,7 +127,7 @@ def recorded_config(out: Path) -> TrainConfig:
     if not isinstance(values := record.get("train"), dict):
         raise ConfigError(f"{path} is not a training configuration: train must be an object, not {shown(values)}")
     try:
-        return TrainConfig.from_dict(values)
+        return PretrainConfig.from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from mixtral.errors import UsageError
 from mixtral.files import atomic_write
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 
 
 class Tracker(Protocol):
@@ -25,7 +25,7 @@ class Tracker(Protocol):
 class TensorBoard:
     """Event files in RUN/tensorboard. Opened at `step`, it marks what earlier files hold of later steps as void."""
 
-    def __init__(self, folder: Path, config: TrainConfig, step: int) -> None:
+    def __init__(self, folder: Path, config: PretrainConfig, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         del config
@@ -43,7 +43,7 @@ class TensorBoard:
 class Wandb:
     """One run of project "mixtral", its id kept in RUN/wandb_id, so that a resumed run goes on in the same curves."""
 
-    def __init__(self, folder: Path, config: TrainConfig, step: int) -> None:
+    def __init__(self, folder: Path, config: PretrainConfig, step: int) -> None:
         import wandb
 
         del step  # the service knows how far it was told, and leaves out steps up to there
@@ -62,7 +62,7 @@ class Wandb:
         self.run.finish()
 
 
-_KINDS: dict[str, Callable[[Path, TrainConfig, int], Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb}
+_KINDS: dict[str, Callable[[Path, PretrainConfig, int], Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
 def require_packages(names: Iterable[str]) -> None:
@@ -77,7 +77,7 @@ def require_packages(names: Iterable[str]) -> None:
 class Trackers:
     """All trackers of a run. One that fails is told of once, through `say`, and left out from then on."""
 
-    def __init__(self, folder: Path, config: TrainConfig, step: int, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, config: PretrainConfig, step: int, say: Callable[[str], None]) -> None:
         self._say = say
         self._open: dict[str, Tracker] = {}
         for name in config.trackers:

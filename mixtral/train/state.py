@@ -11,7 +11,7 @@ from torch import Tensor
 from mixtral.model import Mixtral, named_state
 from mixtral.moe import MoE
 from mixtral.train.balancing.balancer import Balancer
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.optim.optimizer import Optimizer
 
 BALANCE = "balance/"  # before the names of what balancing keeps, beside the optimiser's moments
@@ -27,7 +27,7 @@ class TrainState:
 
     @classmethod
     def of(
-        cls, model: Mixtral, config: TrainConfig, dtype: torch.dtype, domains: Sequence[str] = ()
+        cls, model: Mixtral, config: PretrainConfig, dtype: torch.dtype, domains: Sequence[str] = ()
     ) -> TrainState:
         """The state in which training begins.
 

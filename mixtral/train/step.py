@@ -19,7 +19,7 @@ from mixtral.model import Mixtral
 from mixtral.moe.choice import counts_of
 from mixtral.moe.losses import share_of
 from mixtral.moe.stats import LayerStats, layer_stats
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.expert_norms import expert_output_norms
 from mixtral.train.objective import LossFn, Shares, objective
 from mixtral.train.optim.optimizer import Optimizer
@@ -42,8 +42,9 @@ class StepResult(NamedTuple):
 
 
 def train_step(
-    state: TrainState, micro_batches: Sequence[TrainBatch], loss_fn: LossFn, config: TrainConfig, step: int, stats: bool
-) -> StepResult:
+    state: TrainState, micro_batches: Sequence[TrainBatch], loss_fn: LossFn, config: PretrainConfig, step: int,
+    stats: bool,
+) -> StepResult:  # fmt: skip
     """Forward and backward over each micro-batch of a global batch, clip, update, balance.
 
     A micro-batch's share in the loss is its share of the targets, and in router losses its share of the tokens, so that
@@ -88,7 +89,7 @@ def seed_micro_batch(seed: int, step: int, micro_batch: int) -> None:
 
 @torch.no_grad()
 def _choose_first(
-    state: TrainState, micro_batches: Sequence[TrainBatch], config: TrainConfig, step: int
+    state: TrainState, micro_batches: Sequence[TrainBatch], config: PretrainConfig, step: int
 ) -> list[list[Tensor]]:
     """Begin the balancer's step. -> for each micro-batch the experts chosen in each layer, to be replayed; or nothing.
 

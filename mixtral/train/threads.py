@@ -17,7 +17,7 @@ from mixtral.cores import cpu_count
 from mixtral.data.loader import TrainBatch
 from mixtral.model import Mixtral, Ragged, initialise
 from mixtral.runtime import choose_device, choose_dtype
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.display import Display
 from mixtral.train.optim.optimizer import Optimizer
 
@@ -32,7 +32,7 @@ WINDOW = 8  # steps over whose median a run's pace is looked at
 SLOW, RECOVERED = 0.5, 0.8  # of the best pace
 
 
-def choose_threads(config: TrainConfig, display: Display) -> int:
+def choose_threads(config: PretrainConfig, display: Display) -> int:
     """The number of threads that trains fastest here and now, told in a line; all cores where that is no question."""
     cores, on_cpu = cpu_count(), choose_device(config.device).type == "cpu"
     if cores == 1 or not on_cpu or _one_layer(config).model.n_params() > MOST_PARAMETERS:
@@ -78,7 +78,7 @@ def measure_rates(
     return {count: statistics.median(rates[1:] or rates) for count, rates in taken.items()}
 
 
-def measure_training(config: TrainConfig, counts: Sequence[int]) -> Rates:
+def measure_training(config: PretrainConfig, counts: Sequence[int]) -> Rates:
     """Of forward and backward through one layer of a run's model; torch's state is then what it was."""
     before = torch.get_num_threads()
     with torch.random.fork_rng([]):
@@ -88,11 +88,11 @@ def measure_training(config: TrainConfig, counts: Sequence[int]) -> Rates:
             torch.set_num_threads(before)
 
 
-def _one_layer(config: TrainConfig) -> TrainConfig:
+def _one_layer(config: PretrainConfig) -> PretrainConfig:
     return config.replace(model=config.model.replace(n_layers=1), balance=())
 
 
-def _training_piece(config: TrainConfig, most_threads: int) -> Callable[[int], int]:
+def _training_piece(config: PretrainConfig, most_threads: int) -> Callable[[int], int]:
     config = _one_layer(config)
     model = initialise(Mixtral(config.model), torch.Generator().manual_seed(0))
     optimizer = Optimizer(model, config, choose_dtype(config.dtype, "cpu"))
@@ -120,7 +120,7 @@ def _training_piece(config: TrainConfig, most_threads: int) -> Callable[[int], i
     return lambda threads: work(tokens, threads)
 
 
-def _batch(config: TrainConfig, tokens: int) -> TrainBatch:
+def _batch(config: PretrainConfig, tokens: int) -> TrainBatch:
     ids_T = torch.randint(config.model.vocab_size, (tokens,), generator=torch.Generator().manual_seed(tokens))
     return TrainBatch(Ragged.of([row.tolist() for row in ids_T.split(config.context)]), ids_T, torch.zeros_like(ids_T))
 

@@ -14,7 +14,7 @@ from typing import Any
 from corpus import DOMAINS
 
 from mixtral.presets import tiny
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 
 SEEDS = (0, 1, 2)
 TWICE = 2  # seeds of runs that serve other questions than the first, whose differences are the smallest
@@ -68,7 +68,7 @@ GROUPS = ("objectives", "dense", "k", "failure")
 @dataclass(frozen=True)
 class Run:
     kind: Kind
-    config: TrainConfig
+    config: PretrainConfig
 
     @property
     def name(self) -> str:
@@ -94,10 +94,10 @@ def planned(corpus: Path, tokenizer: Path, steps: int, groups: tuple[str, ...] =
     ]
 
 
-def _config(kind: Kind, corpus: Path, tokenizer: Path, steps: int, seed: int) -> TrainConfig:
+def _config(kind: Kind, corpus: Path, tokenizer: Path, steps: int, seed: int) -> PretrainConfig:
     data = tuple(f"{corpus}/train/{domain}.jsonl?domain={domain}=1" for domain in DOMAINS)
     checkpoints = -(-steps // 8)  # steps between them; measured after the run (measure.py)
-    return TrainConfig(
+    return PretrainConfig(
         model=tiny().replace(**kind.model), data=data, tokenizer=str(tokenizer), steps=steps, rows=4, context=256,
         accumulation=4, lr=4e-3, final_lr=0.02, balance=kind.balance, dtype="fp32", device="cpu", seed=seed,
         val_every=checkpoints, val_tokens=2048, save_every=checkpoints, keep=1000, stats_every=50,

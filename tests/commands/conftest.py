@@ -18,7 +18,7 @@ from mixtral.presets import preset
 from mixtral.quant.quantize import quantise_folder
 from mixtral.quant.scheme import QuantScheme
 from mixtral.tokenizer import train_bpe
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.run_folder import begin
 
 TEXT = ["To be, or not to be, that is the question:", "def add(a, b):\n    return a + b", "Whether 'tis nobler"] * 20
@@ -85,5 +85,5 @@ def quantised(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def a_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A training run that has not trained yet."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    begin(TrainConfig(model=preset("tiny")), folder)
+    begin(PretrainConfig(model=preset("tiny")), folder)
     return folder

@@ -16,7 +16,7 @@ import pytest
 import mixtral.recipes
 from mixtral.config import ModelConfig
 from mixtral.train import display, pretrain
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.metrics import MatrixRate
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def _small_recipe(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     shape = ModelConfig(vocab_size=320, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48,
                         n_experts=4, experts_per_token=2, context=512)  # fmt: skip
-    small = TrainConfig(
+    small = PretrainConfig(
         model=shape, data=(str(corpus),), steps=8, rows=4, context=32, dtype="fp32",
         device="cpu", lr=1e-2, val_every=4, val_tokens=128, save_every=4)  # fmt: skip
     monkeypatch.setitem(mixtral.recipes.RECIPES, "tiny", lambda: small)

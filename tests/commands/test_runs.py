@@ -9,7 +9,7 @@ import pytest
 
 from mixtral.cli import main
 from mixtral.presets import preset
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.run_folder import begin
 
 LAYER = {"load": [0.5, 0.5], "max_over_mean": 1.0, "gini": 0.1, "entropy": 0.9, "repeats": 0.1, "dead": 1}
@@ -19,7 +19,7 @@ LAYER = {"load": [0.5, 0.5], "max_over_mean": 1.0, "gini": 0.1, "entropy": 0.9, 
 def run(tmp_path: Path) -> Path:
     """A run of two steps of 4 x 256 tokens that logged by hand-written lines."""
     folder = tmp_path / "run"
-    begin(TrainConfig(model=preset("tiny"), rows=4, context=256, steps=9), folder)
+    begin(PretrainConfig(model=preset("tiny"), rows=4, context=256, steps=9), folder)
     metrics = [
         {"step": 0, "val_cross_entropy": 7.0, "val_bits_per_byte": 3.0},
         {"step": 1, "tokens": 1024, "cross_entropy": 6.5, "layers": [LAYER, LAYER | {"gini": 0.3}]},
@@ -77,7 +77,7 @@ def test_runs_from_before_these_figures_were_logged(run: Path, capsys: pytest.Ca
 
 
 def test_a_run_that_has_logged_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    begin(TrainConfig(model=preset("tiny")), tmp_path / "new")
+    begin(PretrainConfig(model=preset("tiny")), tmp_path / "new")
     assert main(["runs", str(tmp_path / "new")]) == 0
     assert "0/1000" in capsys.readouterr().out
 

@@ -31,7 +31,7 @@ from mixtral.presets import preset
 from mixtral.quant.scheme import QuantScheme
 from mixtral.train import checkpoint
 from mixtral.train.checkpoint import load_checkpoint
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.loop import Progress
 from mixtral.train.metrics import _KINDS, _LAYER, read_lines
 from mixtral.train.run_folder import recorded_config
@@ -141,16 +141,16 @@ def test_fields_in_python(field: str) -> None:
         refusal(field, lambda: RESEARCH.replace(**{field: 2 * LIMITS[field]}))
 
 
-@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(TrainConfig)])
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(PretrainConfig)])
 def test_fields_of_a_run(tmp_path: Path, field: str) -> None:
-    record = TrainConfig(model=preset("tiny")).to_dict()
-    kind = dict if field == "model" else kinds(TrainConfig)[field]
+    record = PretrainConfig(model=preset("tiny")).to_dict()
+    kind = dict if field == "model" else kinds(PretrainConfig)[field]
     for value in WRONG[kind]:
         (tmp_path / "config.json").write_bytes(dumped({"train": {**record, field: value}}))
         message = refusal(field, lambda: recorded_config(tmp_path))
         assert message.startswith(f"{tmp_path / 'config.json'}")
         if value not in ("@deep@", "@wide@") and field != "model":
-            refusal(field, partial(TrainConfig, **{"model": preset("tiny"), field: value}))
+            refusal(field, partial(PretrainConfig, **{"model": preset("tiny"), field: value}))
 
 
 @pytest.mark.parametrize("train", [7, None, [], "x" * 5000, {}, {"model": {}}, {"model": {"dim": []}, "x" * 5000: 1}])

@@ -27,7 +27,7 @@ from mixtral.quant.scheme import QuantScheme
 from mixtral.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from mixtral.train.checkpoint import load_checkpoint, write_checkpoint
 from mixtral.train.compare import summarise
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.loop import Progress
 from mixtral.train.run_folder import begin
 from mixtral.weights import convert, save_hf, save_mistral
@@ -236,7 +236,7 @@ def _data(root: Path, tokenizer: Tokenizer) -> dict[str, Sample]:
 
 def _runs(root: Path) -> dict[str, Sample]:
     config = train_config()
-    begin(TrainConfig(**{**config.__dict__, "data": ("stdlib",)}), root / "run")
+    begin(PretrainConfig(**{**config.__dict__, "data": ("stdlib",)}), root / "run")
     layer = {"load": [0.25] * 4, "max_over_mean": 1.0, "gini": 0.1, "entropy": 0.9, "repeats": 0.1, "dead": 0}
     lines = [
         {"step": 0, "val_cross_entropy": 7.0, "val_bits_per_byte": 3.0, "val_loads": [[0.25] * 4] * 2},

@@ -9,14 +9,14 @@ import pytest
 from mixtral.data.sources import Source
 from mixtral.errors import ConfigError
 from mixtral.recipes import RECIPES, recipe
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_a_configuration(name: str) -> None:
     config = recipe(name)
     assert config.model.is_sparse and config.context <= config.model.context
-    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert PretrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_the_demo_trains_enough_and_keeps_what_it_validates() -> None:

@@ -11,7 +11,7 @@ from mixtral.data.shards import prepare
 from mixtral.data.sources import Source
 from mixtral.data.store import TokenData
 from mixtral.tokenizer import Tokenizer, train_bpe
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.display import Display
 from mixtral.train.loop import Run
 from tests.train.tiny_run import VOCABULARY, Watching, make_run, texts
@@ -45,7 +45,7 @@ def loader(data: TokenData) -> Loader:
 def run_in(data: TokenData, tokenizer: Tokenizer) -> Callable[..., Run]:
     """run_in(folder, config, display=None): a run at its start."""
 
-    def make(folder: Path, config: TrainConfig, display: Display | None = None) -> Run:
+    def make(folder: Path, config: PretrainConfig, display: Display | None = None) -> Run:
         return make_run(folder, config, data, tokenizer, display or Watching())
 
     return make

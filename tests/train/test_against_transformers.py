@@ -16,7 +16,7 @@ from mixtral.data.loader import Loader, TrainBatch
 from mixtral.data.store import TokenData
 from mixtral.model import Mixtral
 from mixtral.moe.losses import load_balance_hf
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.objective import next_token
 from mixtral.train.optim.schedule import learning_rate
 from mixtral.train.state import TrainState
@@ -27,7 +27,7 @@ from tests.train.tiny_run import fresh_state, train_config
 STEPS = 10
 LARGE = {"init_std": 0.2}  # weights large enough for routing and attention to matter from the first step
 
-def settings(model: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:
+def settings(model: dict[str, Any] | None = None, **changes: Any) -> PretrainConfig:
     fields: dict[str, Any] = {"steps": STEPS, "lr": 5e-3, "warmup": 0.3, "clip": 0.5, "context": 64, "balance": ()}
     return train_config({**LARGE, **(model or {})}, **{**fields, **changes})
 
@@ -35,7 +35,7 @@ def settings(model: dict[str, Any] | None = None, **changes: Any) -> TrainConfig
 class Theirs:
     """transformers' model with a copy of our weights, its own forward pass and loss, and torch's AdamW."""
 
-    def __init__(self, ours: Mixtral, config: TrainConfig, coefficient: float) -> None:
+    def __init__(self, ours: Mixtral, config: PretrainConfig, coefficient: float) -> None:
         self.model: Any = peer(ours, torch.float32, "eager")
         self.model.router_aux_loss_coef = self.coefficient = coefficient
         self.config = config
@@ -65,14 +65,14 @@ class Theirs:
         return float(output.loss.detach()) - self.coefficient * balance, balance, float(norm)
 
 
-def gradients_of(train_state: TrainState, config: TrainConfig) -> dict[str, Tensor]:
+def gradients_of(train_state: TrainState, config: PretrainConfig) -> dict[str, Tensor]:
     """Our gradients, named and laid out as transformers has its parameters."""
     found = slots(config.model, "hf", "fused").items()
     params = train_state.optimizer.params
     return {name: slot.view(params[slot.ours].grad).reshape(slot.shape).clone() for name, slot in found}
 
 
-def compare(data: TokenData, config: TrainConfig, coefficient: float) -> None:
+def compare(data: TokenData, config: PretrainConfig, coefficient: float) -> None:
     """Losses and gradient norms of every step to 1e-5, the first step's gradients to 1e-5 of each one's norm."""
     loader = Loader(data, config.rows, config.context)
     model, train_state = fresh_state(config)

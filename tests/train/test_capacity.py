@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mixtral.data.loader import Loader
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.objective import next_token
 from mixtral.train.state import TrainState
 from mixtral.train.step import StepResult, train_step
@@ -33,13 +33,13 @@ BALANCE = [
 ]
 
 
-def _config(router: str, balance: tuple[str, ...] = ()) -> TrainConfig:
+def _config(router: str, balance: tuple[str, ...] = ()) -> PretrainConfig:
     model: dict[str, Any] = model_config(router=ROUTERS[router], init_std=0.3).to_dict()
     return train_config(model, balance=balance)
 
 
 def _step(
-    config: TrainConfig, loader: Loader, parts: int, dispatch: bool
+    config: PretrainConfig, loader: Loader, parts: int, dispatch: bool
 ) -> tuple[StepResult, dict[str, Tensor], dict[str, Tensor]]:
     """-> what the first step reports, the gradients that its update is given, the routers' buffers after it.
 

@@ -15,14 +15,14 @@ from mixtral.data.loader import Loader
 from mixtral.errors import MixtralError
 from mixtral.model import Mixtral
 from mixtral.train.checkpoint import CheckpointWriter, checkpoints, drop_later, latest_checkpoint, load_checkpoint
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.objective import next_token
 from mixtral.train.state import TrainState
 from mixtral.train.step import train_step
 from tests.train.tiny_run import fresh_state, same, train_config, weights
 
 
-def trained(loader: Loader, config: TrainConfig, steps: int = 2) -> tuple[Mixtral, TrainState]:
+def trained(loader: Loader, config: PretrainConfig, steps: int = 2) -> tuple[Mixtral, TrainState]:
     model, train_state = fresh_state(config)
     for step in range(steps):
         train_step(train_state, [loader.batch(step)], next_token, config, step, False)
@@ -179,7 +179,7 @@ def saved(loader: Loader, tmp_path: Path) -> Path:
     return tmp_path / "checkpoints/step_000002"
 
 
-def refused(path: Path, config: TrainConfig | None = None) -> str:
+def refused(path: Path, config: PretrainConfig | None = None) -> str:
     with pytest.raises(MixtralError) as caught:
         load_checkpoint(path, fresh_state(config or train_config())[1])
     message = str(caught.value)

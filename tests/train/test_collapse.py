@@ -12,20 +12,20 @@ from mixtral.config import ModelConfig
 from mixtral.moe import Experts, MoE, Routing, make_router
 from mixtral.moe.choice import counts_of
 from mixtral.train.balancing.balancer import Balancer
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 
 TOKENS, DIM, EXPERTS, STEPS = 128, 16, 8, 200
 RECOVERED = 1.75  # largest load over the mean one; 4 at the collapse
 DOMAINS = ("arithmetic", "code", "logic", "prose")
 
 
-def config_of(router: str, *balance: str) -> TrainConfig:
+def config_of(router: str, *balance: str) -> PretrainConfig:
     model = ModelConfig(vocab_size=8, dim=DIM, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=DIM, ffn_dim=8,
                         n_experts=EXPERTS, experts_per_token=2, rope_theta=1e4, router=router)  # fmt: skip
-    return TrainConfig(model=model, steps=STEPS, context=8, balance=balance)
+    return PretrainConfig(model=model, steps=STEPS, context=8, balance=balance)
 
 
-def collapsed_layer(config: TrainConfig) -> MoE:
+def collapsed_layer(config: PretrainConfig) -> MoE:
     """Input 0 is 1 for every token, and the gate reads from it alone that experts 0 and 1 are the best."""
     torch.manual_seed(0)
     layer = MoE(make_router(config.model), Experts(EXPERTS, DIM, 8))

@@ -1,4 +1,4 @@
-"""TrainConfig refuses what cannot be meant, and --set changes any field of it."""
+"""PretrainConfig refuses what cannot be meant, and --set changes any field of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mixtral.errors import ConfigError
-from mixtral.train.config import TrainConfig, override
+from mixtral.train.config import PretrainConfig, override
 from tests.train.tiny_run import train_config
 
 COUNTS = "steps rows context accumulation val_every val_tokens save_every keep stats_every"
@@ -60,18 +60,18 @@ def test_a_step_takes_rows_times_context_tokens() -> None:
 
 def test_a_passage_through_json_changes_nothing() -> None:
     config = train_config(tokenizer="own.model.v3", data=("a", "b=2"), trackers=("wandb",), betas=(0.8, 0.99), seed=3)
-    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert PretrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_an_unknown_field_of_a_recorded_configuration_is_not_dropped() -> None:
     with pytest.raises(ConfigError, match=r"train: unknown field 'learning_rate'; known: "):
-        TrainConfig.from_dict({**train_config().to_dict(), "learning_rate": 1})
+        PretrainConfig.from_dict({**train_config().to_dict(), "learning_rate": 1})
 
 
 def test_a_record_from_before_a_field_was_there() -> None:
     record = json.loads(json.dumps(train_config().to_dict()))
     del record["trackers"]
-    assert TrainConfig.from_dict(record) == train_config()
+    assert PretrainConfig.from_dict(record) == train_config()
 
 
 def test_warmup_and_cooldown_may_take_all_steps() -> None:

@@ -15,7 +15,7 @@ from mixtral.model import Ragged
 from mixtral.moe import MoE, Routing
 from mixtral.moe.choice import taken
 from mixtral.runtime import choose_dtype
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.objective import next_token
 from mixtral.train.recompute import recompute_layers
 from mixtral.train.state import TrainState
@@ -44,7 +44,7 @@ ROADS = pytest.mark.parametrize("through_fp32", [False, True])  # of bf16, which
 
 
 def gradients_in(
-    dtype: torch.dtype, config: TrainConfig, part: TrainBatch, replay: list[Tensor] | None
+    dtype: torch.dtype, config: PretrainConfig, part: TrainBatch, replay: list[Tensor] | None
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The gradients that the fp32 masters receive, and the experts taken."""
     model = fresh_model(config.model)
@@ -73,7 +73,7 @@ def test_bf16_gradients_are_fp32_s_within_rounding(through_fp32: bool, monkeypat
 # -- accumulation ------------------------------------------------------------------------------------------------------
 
 
-def step_gradients(parts: list[TrainBatch], config: TrainConfig) -> tuple[StepResult, dict[str, Tensor], Tensor]:
+def step_gradients(parts: list[TrainBatch], config: PretrainConfig) -> tuple[StepResult, dict[str, Tensor], Tensor]:
     """What a step reports, the gradients that its update is given, and `router_terms` of its last layer."""
     model, train_state = fresh_state(config)
     gradients: dict[str, Tensor] = {}

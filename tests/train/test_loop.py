@@ -21,7 +21,7 @@ from mixtral.errors import Interrupted
 from mixtral.tokenizer import Tokenizer
 from mixtral.train import loop as module
 from mixtral.train.checkpoint import checkpoints, load_checkpoint
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.loop import Progress
 from mixtral.train.metrics import MatrixRate, read_lines
 from mixtral.train.step import NonFiniteLoss, Validation
@@ -44,7 +44,9 @@ def ctrl_c_after(step: int) -> Watching:
     return Watching(lambda now: os.kill(os.getpid(), signal.SIGINT) if now == step else None)
 
 
-def resume(run_in: MakeRun, folder: Path, config: TrainConfig, view: Watching | None = None) -> dict[str, torch.Tensor]:
+def resume(
+    run_in: MakeRun, folder: Path, config: PretrainConfig, view: Watching | None = None
+) -> dict[str, torch.Tensor]:
     """Go on, as another process would, to the end; -> the weights."""
     run = run_in(folder, config, view)
     if found := checkpoints(folder):
@@ -66,9 +68,9 @@ class Whole(NamedTuple):
 @pytest.fixture(scope="module")
 def whole(data: TokenData, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Whole]:
     """Each configuration's uninterrupted run, made once for all tests."""
-    made: dict[TrainConfig, Whole] = {}
+    made: dict[PretrainConfig, Whole] = {}
 
-    def run(config: TrainConfig) -> Whole:
+    def run(config: PretrainConfig) -> Whole:
         if config not in made:
             folder = tmp_path_factory.mktemp("whole")
             weights = resume(lambda *a: make_run(a[0], a[1], data, tokenizer), folder, config)
@@ -87,7 +89,7 @@ CONFIGS = [
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["fp32", "bf16 in two parts", "muon"])
 def test_killed_and_resumed_is_bit_identical(run_in: MakeRun, tmp_path: Path, whole: Callable[..., Whole],
-                                             config: TrainConfig) -> None:
+                                             config: PretrainConfig) -> None:
     for step in (1, 6):
         folder = tmp_path / f"killed-{step}"
         run = run_in(folder, config, kill_after(step))

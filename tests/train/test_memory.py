@@ -14,13 +14,13 @@ from mixtral.data.store import TokenData
 from mixtral.errors import ConfigError, MixtralError
 from mixtral.hardware import available_memory_bytes
 from mixtral.model import Mixtral
-from mixtral.train.config import TrainConfig, override
+from mixtral.train.config import PretrainConfig, override
 from mixtral.train.memory import BYTES_PER_TOKEN, batch_bytes, check_memory, least_bytes
 from mixtral.train.state import TrainState
 from tests.train.tiny_run import train_config
 
 ABSURD = ("1e30", "1" + 400 * "0", 5000 * "9", "-1e30", "nan", "infinity", "1e400", "many", "[]", "")
-KINDS = {"": TrainConfig, "model.": ModelConfig}
+KINDS = {"": PretrainConfig, "model.": ModelConfig}
 FIELDS = [f"{prefix}{f.name}" for prefix, kind in KINDS.items() for f in dataclasses.fields(kind)]
 # What costs no memory by itself: texts, rates, which training judges, and tokens of a text, which has only so many.
 FREE = {

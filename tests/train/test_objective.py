@@ -11,7 +11,7 @@ from mixtral.data.loader import Loader
 from mixtral.model import Mixtral, Output
 from mixtral.moe.losses import load_balance, z_loss
 from mixtral.train.balancing.balancer import Balancer
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.objective import Objective, objective
 from tests.train.tiny_run import fresh_model, model_config, train_config
 
@@ -24,7 +24,7 @@ def output_and_model(loader: Loader, **model_changes: Any) -> tuple[Output, Mixt
     return model(part.batch, targets=part.targets_T, loss_weights="mean"), model
 
 
-def objective_of(output: Output, model: Mixtral, config: TrainConfig, step: int = 0) -> Objective:
+def objective_of(output: Output, model: Mixtral, config: PretrainConfig, step: int = 0) -> Objective:
     routers = [block.ffn.router for block in model.layers] if output.routing else []
     balancer = Balancer(routers, config)
     balancer.begin(step)

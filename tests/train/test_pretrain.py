@@ -20,7 +20,7 @@ from mixtral.errors import ConfigError, DataError, Interrupted, MixtralError, Us
 from mixtral.model import transformer
 from mixtral.train import pretrain as module
 from mixtral.train.checkpoint import checkpoints
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.finished import finished
 from mixtral.train.metrics import MatrixRate, read_lines
 from mixtral.train.pretrain import Trained, pretrain, save_final
@@ -35,7 +35,7 @@ def _threads_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MatrixRate, "measure", lambda *_: MatrixRate(1e12, "float32"))
 
 
-def config_of(source: Path | str, **changes: Any) -> TrainConfig:
+def config_of(source: Path | str, **changes: Any) -> PretrainConfig:
     return train_config(data=(str(source),), **{"steps": 6, "val_every": 3, "save_every": 3, **changes})
 
 

@@ -17,14 +17,14 @@ from mixtral.data.loader import TrainBatch
 from mixtral.model import Mixtral, Ragged
 from mixtral.moe import MoE
 from mixtral.train.checkpoint import CheckpointWriter, load_checkpoint
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.objective import Replay, Terms, next_token
 from mixtral.train.state import TrainState
 from mixtral.train.step import train_step
 from tests.train.tiny_run import fresh_model, fresh_state, train_config
 
 
-def batch_of(seed: int, config: TrainConfig) -> TrainBatch:
+def batch_of(seed: int, config: PretrainConfig) -> TrainBatch:
     ids = torch.randint(config.model.vocab_size, (2, 24), generator=torch.Generator().manual_seed(seed))
     return TrainBatch(Ragged.of(ids.tolist()), ids.roll(-1, 1).flatten(), None)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from mixtral.data.loader import Loader, TrainBatch
 from mixtral.model import Mixtral
 from mixtral.moe.stats import layer_stats
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.objective import next_token
 from mixtral.train.state import TrainState
 from mixtral.train.step import NonFiniteLoss, StepResult, train_step
@@ -20,7 +20,7 @@ from tests.train.tiny_run import fresh_state, same, train_config, weights
 PLAIN = train_config(balance=(), clip=0.0)
 
 
-def gradients(parts: list[TrainBatch], config: TrainConfig = PLAIN) -> tuple[StepResult, dict[str, Tensor]]:
+def gradients(parts: list[TrainBatch], config: PretrainConfig = PLAIN) -> tuple[StepResult, dict[str, Tensor]]:
     """What a step reports, and the gradients that its update is given."""
     _, train_state = fresh_state(config)
     taken: dict[str, Tensor] = {}
@@ -106,7 +106,7 @@ def test_one_batch_is_learnt_by_heart(loader: Loader) -> None:
 # -- non-finite numbers ------------------------------------------------------------------------------------------------
 
 
-def after_two_steps(loader: Loader, config: TrainConfig) -> tuple[Mixtral, TrainState]:
+def after_two_steps(loader: Loader, config: PretrainConfig) -> tuple[Mixtral, TrainState]:
     model, train_state = fresh_state(config)
     for step in range(2):
         train_step(train_state, [loader.batch(step)], next_token, config, step, False)

@@ -15,7 +15,7 @@ from mixtral.errors import ConfigError, MixtralError, UsageError
 from mixtral.train import pretrain as pretraining
 from mixtral.train import threads as module
 from mixtral.train.checkpoint import checkpoints
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.metrics import MatrixRate, read_lines
 from mixtral.train.pretrain import pretrain
 from mixtral.train.run_folder import begin, recorded_config, recorded_threads
@@ -134,7 +134,7 @@ def test_nothing_is_measured_where_it_is_no_question(monkeypatch: pytest.MonkeyP
 # -- the record --------------------------------------------------------------------------------------------------------
 
 
-def config_of(corpus: Path, **changes: Any) -> TrainConfig:
+def config_of(corpus: Path, **changes: Any) -> PretrainConfig:
     return train_config(data=(str(corpus),), **{"steps": 4, "val_every": 2, "save_every": 2, **changes})
 
 

@@ -15,7 +15,7 @@ from mixtral.data.store import TokenData
 from mixtral.model import Mixtral, initialise
 from mixtral.runtime import choose_dtype
 from mixtral.tokenizer import Tokenizer
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.display import Display
 from mixtral.train.loop import Run
 from mixtral.train.metrics import Speed
@@ -39,23 +39,23 @@ def model_config(**changes: Any) -> ModelConfig:
     return ModelConfig.from_dict({**shape, **changes})
 
 
-def train_config(model: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:
+def train_config(model: dict[str, Any] | None = None, **changes: Any) -> PretrainConfig:
     fields = dict(model=model_config(**(model or {})), data=("unused",), steps=10, rows=4, context=32, lr=1e-2,
                   dtype="fp32", device="cpu", val_every=4, val_tokens=256, save_every=4, stats_every=5)  # fmt: skip
-    return TrainConfig(**{**fields, **changes})
+    return PretrainConfig(**{**fields, **changes})
 
 
 def fresh_model(config: ModelConfig) -> Mixtral:
     return initialise(Mixtral(config), torch.Generator().manual_seed(0))
 
 
-def fresh_state(config: TrainConfig) -> tuple[Mixtral, TrainState]:
+def fresh_state(config: PretrainConfig) -> tuple[Mixtral, TrainState]:
     model = fresh_model(config.model)
     return model, TrainState.of(model, config, choose_dtype(config.dtype, "cpu"))
 
 
 def make_run(
-    folder: Path, config: TrainConfig, data: TokenData, tokenizer: Tokenizer, display: Display | None = None
+    folder: Path, config: PretrainConfig, data: TokenData, tokenizer: Tokenizer, display: Display | None = None
 ) -> Run:
     folder.mkdir(exist_ok=True)
     _, train_state = fresh_state(config)

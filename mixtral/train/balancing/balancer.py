@@ -33,7 +33,7 @@ from mixtral.train.balancing.options import (
     numbers,
     parse_balance,
 )
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 
 # buffer: the routers that have it
 ROUTERS_WITH = {"bias": "topk?bias=true, or another one that takes bias=true", "threshold": "threshold"}
@@ -163,7 +163,7 @@ class Balancer:
 
     sum_over_ranks: SumOverRanks = staticmethod(lambda counts: counts)  # with several ranks, an all-reduce
 
-    def __init__(self, routers: Sequence[Router], config: TrainConfig, domains: Sequence[str] = ()) -> None:
+    def __init__(self, routers: Sequence[Router], config: PretrainConfig, domains: Sequence[str] = ()) -> None:
         self.steps = config.steps
         k, self.layers = config.model.experts_per_token, config.model.sparse_layers[: len(routers)]
         entries = parse_balance(config.balance, config.model.n_layers) if routers else []

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mixtral.model import Mixtral
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import OptimConfig
 from mixtral.train.optim.muon import Muon
 
 
@@ -22,7 +22,7 @@ class Optimizer:
     precision policy says.
     """
 
-    def __init__(self, model: Mixtral, config: TrainConfig, dtype: torch.dtype) -> None:
+    def __init__(self, model: Mixtral, config: OptimConfig, dtype: torch.dtype) -> None:
         self.clip = config.clip
         self.model_params: dict[str, Tensor] = dict(model.named_parameters())
         self.masters: dict[str, Tensor] = {}
@@ -92,7 +92,7 @@ class Optimizer:
             owner[p].state[p][kind] = value if value.dim() == 0 else value.to(p.device)
 
 
-def _optimizers(params: dict[str, Tensor], config: TrainConfig) -> list[torch.optim.Optimizer]:
+def _optimizers(params: dict[str, Tensor], config: OptimConfig) -> list[torch.optim.Optimizer]:
     """Who updates what: norms without decay; embedding, output and routers always by AdamW."""
     by_muon = {
         name: p

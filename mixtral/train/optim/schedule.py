@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
+def learning_rate(step: int, config: PretrainConfig) -> float:
     """The rate for step `step` (0 is the first): a linear rise over `warmup`, then one of
 
     - cosine: half a cosine from `lr` down to `final_lr * lr` at the last step (arXiv 1608.03983);

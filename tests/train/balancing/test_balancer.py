@@ -19,7 +19,7 @@ from mixtral.moe.choice import counts_of
 from mixtral.moe.losses import load_balance
 from mixtral.train.balancing.balancer import Balancer
 from mixtral.train.checkpoint import checkpoints
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.objective import next_token
 from mixtral.train.recompute import recompute_layers
 from mixtral.train.state import TrainState
@@ -35,13 +35,13 @@ def router_for(rule: str) -> dict[str, Any]:
     return {"router": "threshold", "init_std": 0.3} if rule == "threshold" else BIASED
 
 
-def config_of(*balance: str, model: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:
+def config_of(*balance: str, model: dict[str, Any] | None = None, **changes: Any) -> PretrainConfig:
     shape = model_config(**(model or {"init_std": 0.3})).to_dict()
     return train_config(shape, balance=balance, clip=0.0, **changes)
 
 
 def step_of(
-    parts: list[TrainBatch], config: TrainConfig, recompute: bool = False, domains: tuple[str, ...] = ()
+    parts: list[TrainBatch], config: PretrainConfig, recompute: bool = False, domains: tuple[str, ...] = ()
 ) -> tuple[StepResult, dict[str, Tensor], TrainState]:
     """What the first step reports, the gradients that its update is given, and the optimiser after it."""
     model = fresh_model(config.model)
@@ -67,7 +67,7 @@ def uneven(loader: Loader) -> list[TrainBatch]:
     return [first, TrainBatch(packed, whole.targets_T[n:])]
 
 
-def balancer_of(config: TrainConfig, *parts: Routing, step: int = 0) -> Balancer:
+def balancer_of(config: PretrainConfig, *parts: Routing, step: int = 0) -> Balancer:
     """Of one layer, whose router's buffers are as at the start, in a step that has seen these parts."""
     router = make_router(config.model)
     router.reset_buffers()

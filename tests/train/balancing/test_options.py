@@ -15,7 +15,7 @@ from mixtral.train.balancing.options import (
     parse_balance,
     split_balance,
 )
-from mixtral.train.config import TrainConfig, override
+from mixtral.train.config import PretrainConfig, override
 from tests.train.tiny_run import train_config
 
 
@@ -43,7 +43,7 @@ def test_the_command_line_sets_them_all() -> None:
     assert config.balance == ("micro_batch?layers=0,2-3", "quantile?layers=1")
     assert override(config, ["balance=none"]).balance == ("none",) and override(config, ["balance="]).balance == ()
     assert split_balance("a?x=1,b") == ("a?x=1", "b")
-    assert TrainConfig.from_dict(config.to_dict()) == config
+    assert PretrainConfig.from_dict(config.to_dict()) == config
 
 
 @pytest.mark.parametrize(

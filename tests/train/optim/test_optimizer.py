@@ -9,7 +9,7 @@ from torch import Tensor
 from mixtral.data.loader import Loader
 from mixtral.data.store import TokenData
 from mixtral.model import Mixtral
-from mixtral.train.config import TrainConfig
+from mixtral.train.config import PretrainConfig
 from mixtral.train.optim.optimizer import Optimizer
 from tests.train.tiny_run import fresh_model, fresh_state, model_config, same, train_config, weights
 
@@ -135,7 +135,7 @@ CONFIGS = [train_config(), train_config(dtype="bf16"), train_config(optimizer="m
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.optimizer}-{c.dtype}")
-def test_state_and_load_are_exact(loader: Loader, config: TrainConfig) -> None:
+def test_state_and_load_are_exact(loader: Loader, config: PretrainConfig) -> None:
     model, state_optimizer = fresh_state(config)
     optimizer = state_optimizer.optimizer
     take_steps(model, optimizer, loader, 0, 3)
