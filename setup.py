@@ -23,7 +23,7 @@ FOLDER = Path("mixtral/kernels/native")
 SOURCES = sorted((FOLDER / "src").glob("*.cpp"))
 HEADERS = sorted((FOLDER / "src").glob("*.h"))
 
-# Products and sums are fused only where the sources say so (-ffp-contract): no result may hang on the compiler.
+# Products and sums are fused only where the sources say so (-ffp-contract): no result may depend on the compiler.
 # -fno-tree-ter: GCC would otherwise put off the additions of a tile to its end, and run out of registers.
 FLAGS = """-std=c++17 -O3 -g0 -fPIC -pthread -ffp-contract=off -fno-math-errno -fno-trapping-math -fno-tree-ter
     -Wextra -Wno-maybe-uninitialized""".split()  # GCC 12 warns about its own header of AVX-512

@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mixtral.kernels.allocator import keep_freed_memory
-from mixtral.moe import Experts, FeedForward, MoE, Router
+from mixtral.moe import Experts, FeedForward, MoE, TopKRouter
 from mixtral.runtime import set_threads
 
 D, F, K = 512, 1792, 2
@@ -25,7 +25,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def moe(n_experts: int, dtype: torch.dtype) -> MoE:
-    layer = MoE(Router(D, n_experts, K), Experts(n_experts, D, F))
+    layer = MoE(TopKRouter(D, n_experts, K), Experts(n_experts, D, F))
     for p in layer.parameters():
         torch.nn.init.normal_(p, std=0.02)
     layer.experts.to(dtype)

@@ -1,4 +1,4 @@
-"""The command line: which function serves which subcommand, and how a failure is told. No logic of its own."""
+"""The command line: which function serves which subcommand, and error reporting. No logic of its own."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ for _command in COMMANDS:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (by default the process's own) and return the exit code: 0, 1 failure, 2 misuse, 130 Ctrl-C.
 
-    Whatever goes wrong is told in one line on standard error.
+    Whatever goes wrong is reported in one line on standard error.
     """
     _log.setLevel(logging.WARNING)
     try:
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error.format_message(), 2)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader has left, as `head` does: nobody is there to be told
+    except BrokenPipeError:  # the reader has left, as `head` does: nobody reads on
         discard_output()
         return 1
     except Exception as error:

@@ -260,7 +260,7 @@ def _load_model(folder: ModelFolder, dtype: torch.dtype | None, device: torch.de
     state = load_state(folder.path, config, dtype or _torch_dtype(device), device, opened=folder.weights)
     with torch.device("meta"):
         model = Mixtral(config)
-    model.load_state_dict(_one_dtype(state), assign=True)
+    model.load_state_dict(_one_dtype(state, config), assign=True)
     return model
 
 
@@ -283,14 +283,14 @@ def _file_dtype(reader: StateReader) -> torch.dtype:
     return sizes.most_common(1)[0][0]
 
 
-def _one_dtype(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _one_dtype(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Cast, tensor by tensor, to the dtype that most weights have: a file may mix them, the model does not."""
     sizes: Counter[torch.dtype] = Counter()
     for tensor in state.values():
         sizes[tensor.dtype] += tensor.numel()
     dtype = sizes.most_common(1)[0][0]
     for name in state:
-        wanted = fixed_dtype(name) or dtype
+        wanted = fixed_dtype(name, config) or dtype
         require_range(name, state[name], wanted)
         state[name] = state[name].to(wanted)
     return state

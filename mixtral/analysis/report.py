@@ -47,12 +47,18 @@ def load_style(ratio: float) -> Style:
     return Style(color=Color.from_triplet(ColorTriplet(*rgb)))
 
 
-def routing_table(layers: Sequence[Sequence[float]], title: str, ascii_only: bool = False) -> Table:
+def routing_table(
+    layers: Sequence[Sequence[float]], title: str, ascii_only: bool = False, numbers: Sequence[int] | None = None
+) -> Table:
     """A row a layer: each expert's load as a bar, the largest and the smallest load as multiples of the fair share.
 
-    Fits 80 columns up to 64 experts: above MOST_BARS a layer's loads are one strip instead of bars.
+    Fits 80 columns up to 64 experts: above MOST_BARS a layer's loads are one strip instead of bars. Layers may have
+    different numbers of experts.
+
+    Args:
+        numbers: of the layers; 0, 1, ... by default.
     """
-    experts = len(layers[0])
+    experts = max(map(len, layers))
     bars = experts <= MOST_BARS
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
     table.add_column("layer", justify="right")
@@ -60,9 +66,10 @@ def routing_table(layers: Sequence[Sequence[float]], title: str, ascii_only: boo
         table.add_column(str(name), min_width=BAR_CELLS, no_wrap=bars)
     table.add_column("max", justify="right")
     table.add_column("min", justify="right")
-    for number, load in enumerate(layers):
-        ratios = [share * experts for share in load]
+    for number, load in zip(range(len(layers)) if numbers is None else numbers, layers, strict=True):
+        ratios = [share * len(load) for share in load]
         cells = [Text(load_bar(ratio, ascii_only), load_style(ratio)) for ratio in ratios]
+        cells += [Text()] * (experts - len(load))
         row = cells if bars else [_coloured_strip(load, ascii_only)]
         table.add_row(str(number), *row, f"{max(ratios):.2f}", f"{min(ratios):.2f}")
     return table

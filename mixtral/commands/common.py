@@ -82,7 +82,7 @@ def stages_bar(in_bytes: bool = False) -> Iterator[Progress]:
     from rich import progress as rich_progress
 
     err = console(stderr=True)
-    told: list[rich_progress.ProgressColumn] = (
+    amounts: list[rich_progress.ProgressColumn] = (
         [rich_progress.DownloadColumn(binary_units=True), rich_progress.TransferSpeedColumn()]
         if in_bytes
         else [rich_progress.TaskProgressColumn()]
@@ -90,7 +90,7 @@ def stages_bar(in_bytes: bool = False) -> Iterator[Progress]:
     columns = (
         rich_progress.TextColumn("{task.description}"),
         rich_progress.BarColumn(bar_width=20),
-        *told,
+        *amounts,
         rich_progress.TimeRemainingColumn(compact=True),
     )
     with rich_progress.Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
@@ -162,13 +162,13 @@ def loads(layers: Sequence[Routing]) -> list[list[float]]:
     return [share_of(counts_of(layer.experts_TK, layer.logits_TE.shape[1])).tolist() for layer in layers]
 
 
-def show_loads(layers: Sequence[Sequence[float]], title: str) -> None:
-    """Print a table of loads, a row a layer, and how to read it."""
+def show_loads(layers: Sequence[Sequence[float]], title: str, numbers: Sequence[int] | None = None) -> None:
+    """Print a table of loads, a row for each of the layers `numbers` (0, 1, ...), and how to read it."""
     from mixtral.analysis import routing_table
 
     out = console()
     out.print()
-    out.print(routing_table(layers, title, out.options.ascii_only))
+    out.print(routing_table(layers, title, out.options.ascii_only, numbers))
     out.print("\nBars: each expert's share of a layer's tokens, half full at the fair share.", style="dim")
     out.print("max, min: the largest and smallest share, as multiples of the fair share.", style="dim")
 
@@ -182,15 +182,16 @@ def show_routing(lm: LM, tokens: Sequence[int], layers: Sequence[Routing]) -> No
 
     assert lm.tokenizer is not None
     out, n = console(), len(layers[0].experts_TK)
-    show_loads(loads(layers), f"Routing of {n} tokens")
+    numbers = lm.config.sparse_layers
+    show_loads(loads(layers), f"Routing of {n} tokens", numbers)
     if out.color_system is None:
         return
     decoder = lm.tokenizer.stream()
     pieces = [shown(decoder.add(token)) for token in tokens[:n]]
     out.print("\nThe text by each token's first choice:", expert_legend(lm.config.n_experts))
-    for number in sorted({0, len(layers) // 2, len(layers) - 1}):
-        out.print(f"\nlayer {number}", style="bold")
-        out.print(tokens_by_expert(pieces, layers[number].experts_TK[:, 0].tolist()))
+    for i in sorted({0, len(layers) // 2, len(layers) - 1}):
+        out.print(f"\nlayer {numbers[i]}", style="bold")
+        out.print(tokens_by_expert(pieces, layers[i].experts_TK[:, 0].tolist()))
 
 
 def bytes_text(n_bytes: float) -> str:
@@ -203,7 +204,7 @@ def bytes_text(n_bytes: float) -> str:
 
 
 def rate_text(per_second: float, unit: str) -> str:
-    """Such as 45.2 GB/s or 1.05 TFLOP/s: powers of a thousand, as rates are told."""
+    """Such as 45.2 GB/s or 1.05 TFLOP/s: powers of a thousand, as rates are given."""
     prefixes = ["", "k", "M", "G", "T", "P"]
     while per_second >= 999.5 and len(prefixes) > 1:  # what would be rounded to 1000
         per_second /= 1000

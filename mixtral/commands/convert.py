@@ -32,9 +32,9 @@ def convert(
 ) -> None:
     """Rewrite a model for Hugging Face's, Mistral's or llama.cpp's tools.
 
-    The weights keep their dtype unless told otherwise (what GGUF had quantised becomes bf16), and the tokenizer goes
-    along. Folder or file appear whole or not at all; weights that are not finite, or too large for the type that is
-    written, are refused by name.
+    The weights keep their dtype unless --dtype says otherwise (what GGUF had quantised becomes bf16), and the tokenizer
+    goes along. Folder or file appear whole or not at all; weights that are not finite, or too large for the type that
+    is written, are refused by name.
 
     Examples:
     mixtral convert Mixtral-8x7B-v0.1 mixtral-native --to mistral

@@ -40,8 +40,8 @@ def generate(
     max_tokens: Annotated[int | None, typer.Option(metavar="N", help="The most tokens to generate (256).")] = None,
     min_tokens: Annotated[int | None, typer.Option(metavar="N", help="No end token before N others.")] = None,
     temperature: Annotated[float | None, typer.Option(metavar="T", help="0: always the most probable token.")] = None,
-    top_k: Annotated[int | None, typer.Option(metavar="N", help="Draw from the N most probable tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(metavar="P", help="Draw from the fewest tokens that sum to P.")] = None,
+    top_k: Annotated[int | None, typer.Option(metavar="N", help="Sample from the N most probable tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(metavar="P", help="Sample from the fewest that sum to P.")] = None,
     min_p: Annotated[
         float | None, typer.Option(metavar="P", help="Drop tokens of less than P times the highest probability.")
     ] = None,
@@ -57,7 +57,7 @@ def generate(
     suppress_tokens: Annotated[
         list[int] | None, typer.Option(metavar="ID", help="A token never to generate; may be repeated.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="S", help="The same seed draws the same text.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="S", help="The same seed gives the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this; may be repeated.")] = None,
     n: Annotated[int, typer.Option("--n", min=1, metavar="N", help="How many continuations, as one batch.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a continuation, a line each.")] = False,

@@ -55,7 +55,7 @@ def quantize(
     set_threads(threads)
     scheme, source = QuantScheme.of(bits), str(model_folder(source))
     check_free(target)
-    to_compare = None if text is None else _sequences(source, text, tokens)  # a bad text is told before the work
+    to_compare = None if text is None else _sequences(source, text, tokens)  # a bad text is refused before the work
     importance: dict[str, Tensor] | None = None
     with stages_bar() as progress:
         if calibrate is not None:

@@ -1,7 +1,7 @@
 """Routers by name: `NAME?option=value&...`, and what each adds to a model's parameters and buffers.
 
-Only what a configuration must know lies here; the routers themselves are in moe/routers, their equations in
-docs/routers.md.
+Only what a configuration must know is here; the routers themselves are in moe/routers, their equations in
+docs/routers.md. A class of options that has a name is in ROUTERS.
 
 Legend: D model width, E experts, K experts a token, V vocabulary.
 """
@@ -11,15 +11,34 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from mixtral.config.specs import parse_spec
 from mixtral.errors import ConfigError
 
+ROUTERS: dict[str, type[RouterOptions]] = {}  # by name; the classes below enter themselves
+
+
+class Buffer(NamedTuple):
+    """A tensor of a router that is no parameter: saved with the model, in its own dtype whatever the weights' is."""
+
+    shape: tuple[int, ...]
+    start: float  # every element at the start
+    dtype: str = "float32"  # torch's name of it
+
 
 @dataclass(frozen=True)
 class RouterOptions:
-    """What all routers share. Raises ConfigError when an option is out of range."""
+    """What all routers share. Raises ConfigError when an option is out of range.
+
+    A subclass that is a router's, not the base of several, gives its `name`.
+    """
+
+    zero_at_start: ClassVar[tuple[str, ...]] = ()  # parameters that `initialise` sets to 0 instead of sampling them
+
+    def __init_subclass__(cls, name: str | None = None) -> None:
+        if name is not None:
+            ROUTERS[name] = cls
 
     def check(self, n_experts: int, k: int) -> None:
         """Raise ConfigError when the options do not fit the number of experts, or the K, of the model."""
@@ -28,8 +47,8 @@ class RouterOptions:
         """The router's parameters in one layer: name -> shape."""
         return {"weight": (n_experts, dim)}
 
-    def buffers(self, n_experts: int) -> dict[str, float]:
-        """The router's buffers in one layer, each fp32 [E] and saved with the model: name -> value at the start."""
+    def buffers(self, n_experts: int) -> dict[str, Buffer]:
+        """The router's buffers in one layer, by name."""
         del n_experts
         return {}
 
@@ -40,7 +59,7 @@ class RouterOptions:
 
 
 @dataclass(frozen=True)
-class TopK(RouterOptions):
+class TopK(RouterOptions, name="topk"):
     """The K highest; Mixtral's router, and the options of all that rank experts."""
 
     bias: bool = False  # a buffer, added to the scores for the choice alone
@@ -54,13 +73,12 @@ class TopK(RouterOptions):
         """The most experts that one token can take."""
         return n_experts
 
-    def buffers(self, n_experts: int) -> dict[str, float]:
-        del n_experts
-        return {"bias": 0.0} if self.bias else {}
+    def buffers(self, n_experts: int) -> dict[str, Buffer]:
+        return {"bias": Buffer((n_experts,), 0.0)} if self.bias else {}
 
 
 @dataclass(frozen=True)
-class Switch(TopK):
+class Switch(TopK, name="switch"):
     """One expert; its weight is the softmax score itself."""
 
     def check(self, n_experts: int, k: int) -> None:
@@ -69,15 +87,17 @@ class Switch(TopK):
 
 
 @dataclass(frozen=True)
-class Noisy(TopK):
+class Noisy(TopK, name="noisy"):
     """Learned noise on the logits, in training."""
+
+    zero_at_start = ("noise_weight",)  # noise of one size for all experts
 
     def parameters(self, dim: int, n_experts: int) -> dict[str, tuple[int, ...]]:
         return super().parameters(dim, n_experts) | {"noise_weight": (n_experts, dim)}
 
 
 @dataclass(frozen=True)
-class Jitter(TopK):
+class Jitter(TopK, name="jitter"):
     """The gate's input times uniform(1 - eps, 1 + eps), in training."""
 
     eps: float = 0.01
@@ -88,7 +108,7 @@ class Jitter(TopK):
 
 
 @dataclass(frozen=True)
-class Sigmoid(TopK):
+class Sigmoid(TopK, name="sigmoid"):
     """Sigmoid scores; weights normalised over the chosen, times `scale`."""
 
     scale: float = 1.0
@@ -99,7 +119,7 @@ class Sigmoid(TopK):
 
 
 @dataclass(frozen=True)
-class Grouped(TopK):
+class Grouped(TopK, name="grouped"):
     """The best `taken` of `groups` groups of neighbouring experts first, then the K highest inside them."""
 
     groups: int = 2
@@ -122,7 +142,7 @@ class Grouped(TopK):
 
 
 @dataclass(frozen=True)
-class LearnedK(TopK):
+class LearnedK(TopK, name="learned_k"):
     """A head says how many experts a token takes, from 1 to `most` (all, unless given)."""
 
     most: int | None = None
@@ -140,7 +160,7 @@ class LearnedK(TopK):
 
 
 @dataclass(frozen=True)
-class TokenK(TopK):
+class TokenK(TopK, name="token_k"):
     """A table from token id to how many experts it takes, from 0 to `most` (experts_per_token, unless given)."""
 
     most: int | None = None
@@ -167,7 +187,7 @@ class Bounded(RouterOptions):
 
 
 @dataclass(frozen=True)
-class TopP(Bounded):
+class TopP(Bounded, name="top_p"):
     """The fewest experts whose softmax scores sum to `p`."""
 
     p: float = 0.5
@@ -177,7 +197,7 @@ class TopP(Bounded):
 
 
 @dataclass(frozen=True)
-class MinP(Bounded):
+class MinP(Bounded, name="min_p"):
     """Every expert whose score is at least `p` times the highest."""
 
     p: float = 0.5
@@ -187,7 +207,7 @@ class MinP(Bounded):
 
 
 @dataclass(frozen=True)
-class Threshold(RouterOptions):
+class Threshold(RouterOptions, name="threshold"):
     """Every expert whose score exceeds its threshold, from none to `most` (None: all)."""
 
     most: int | None = None
@@ -196,29 +216,14 @@ class Threshold(RouterOptions):
         del k
         _check_bounds(1, self.most, n_experts)
 
-    def buffers(self, n_experts: int) -> dict[str, float]:
-        return {"threshold": 1 / n_experts}  # the mean score, until the first update knows the quantile
+    def buffers(self, n_experts: int) -> dict[str, Buffer]:
+        mean_score = 1 / n_experts  # until the first update knows the quantile
+        return {"threshold": Buffer((n_experts,), mean_score)}
 
 
 @dataclass(frozen=True)
-class ExpertChoice(RouterOptions):
+class ExpertChoice(RouterOptions, name="expert_choice"):
     """Each expert takes its best tokens; training only."""
-
-
-ROUTERS: dict[str, type[RouterOptions]] = {
-    "topk": TopK,
-    "switch": Switch,
-    "noisy": Noisy,
-    "jitter": Jitter,
-    "sigmoid": Sigmoid,
-    "grouped": Grouped,
-    "learned_k": LearnedK,
-    "token_k": TokenK,
-    "top_p": TopP,
-    "min_p": MinP,
-    "threshold": Threshold,
-    "expert_choice": ExpertChoice,
-}
 
 
 @functools.lru_cache

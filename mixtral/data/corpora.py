@@ -32,7 +32,7 @@ MAX_SOURCE_BYTES = 400_000  # a longer source file is nearly always a generated 
 BUILT_IN = ("stdlib", "packages", "reasoning-gym", "debian")
 STDLIB_PARTS = ("code", "tests", "prose")
 
-# Generators of reasoning-gym that are left out: they need 0.1 s and more for one task, or draw from Python sets, so
+# Generators of reasoning-gym that are left out: they need 0.1 s and more for one task, or sample from Python sets, so
 # that the same seed gives other tasks in another process.
 SLOW_TASKS = frozenset({
     "knight_swap", "futoshiki", "sokoban", "puzzle24", "intermediate_integration", "quantum_lock", "sudoku",
@@ -235,7 +235,7 @@ def reasoning_tasks(seed: int, part: str = "", level: int | None = None) -> Iter
     generators = _chosen_generators(part)
     for turn in count():
         for generator in generators:
-            # Task i of a set is drawn with seed + i, so the turns of one seed must lie TASKS_AT_A_TIME apart.
+            # Task i of a set is sampled with seed + i, so the turns of one seed must lie TASKS_AT_A_TIME apart.
             first = seed * 1_000_003 + turn * TASKS_AT_A_TIME
             with contextlib.redirect_stdout(io.StringIO()):  # some generators print while they search
                 items = list(_data_set(generator, first, level))

@@ -1,6 +1,6 @@
 """Training batches cut from prepared tokens: a pure function of the data, the seed and the step.
 
-**The stream.** All documents of an epoch, in an order drawn from the seed and the epoch, laid end to end; then the next
+**The stream.** All documents of an epoch, in an order sampled from seed and epoch, laid end to end; then the next
 epoch's. Place g of the stream holds the `context` tokens from g * context on, so every token is an input exactly once
 an epoch, wherever rows and batches end. What a checkpoint must keep of the data is the step alone.
 
@@ -62,7 +62,7 @@ class Loader:
         self.seed = seed
         self.stream = Stream(data.documents(split), data.weights, seed)
         self.stretch = max(1, sum(self.stream.quotas) // context)  # places that are shuffled together
-        self._permutation: tuple[int, np.ndarray] | None = None  # the last one drawn, as steps follow each other
+        self._permutation: tuple[int, np.ndarray] | None = None  # the last one sampled, as steps follow each other
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> TrainBatch:
         """Part `part` of `parts` of the batch of a step: an equal share of its rows, in order."""
@@ -77,8 +77,8 @@ class Loader:
         """Where in the stream, in units of `context`, the row of this number lies."""
         stretch, number = divmod(row, self.stretch)
         if self._permutation is None or self._permutation[0] != stretch:
-            drawn = np.random.default_rng([self.seed, 3, stretch]).permutation(self.stretch)
-            self._permutation = stretch, drawn
+            sampled = np.random.default_rng([self.seed, 3, stretch]).permutation(self.stretch)
+            self._permutation = stretch, sampled
         return stretch * self.stretch + int(self._permutation[1][number])
 
     def epoch(self, step: int) -> int:

@@ -20,7 +20,7 @@ from mixtral.data.store import FORMAT, Encoder, Shard
 from mixtral.errors import DataError
 from mixtral.files import atomic_write
 
-BATCH_BYTES = 256 << 10  # of text: what a worker is given at a time, and how often progress is told
+BATCH_BYTES = 256 << 10  # of text: what a worker is given at a time, and how often progress is reported
 
 Tokens = tuple[np.ndarray, np.ndarray]  # the tokens of a batch end to end, and the length of each document
 Encode = Callable[[Iterable[list[str]]], Iterator[Tokens]]
@@ -61,7 +61,7 @@ class ShardWriter:
         self.encode = encode
         self.shard_bytes = shard_bytes
         self.progress = progress
-        self.told = Progress(0, 0, 0)
+        self.reported = Progress(0, 0, 0)
 
     def write(self, items: Iterable[tuple[str, Item]]) -> dict[str, list[Shard]]:
         shards: dict[str, list[Shard]] = {"train": [], "val": []}
@@ -122,9 +122,9 @@ class ShardWriter:
         return len(content), hashlib.sha256(content).hexdigest()
 
     def _tell(self, documents: int, text_bytes: int, tokens: int) -> None:
-        told = self.told
-        self.told = Progress(told.documents + documents, told.text_bytes + text_bytes, told.tokens + tokens)
-        self.progress(self.told)
+        now = self.reported
+        self.reported = Progress(now.documents + documents, now.text_bytes + text_bytes, now.tokens + tokens)
+        self.progress(self.reported)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -25,13 +25,12 @@ from mixtral.model.embedding import Embedding
 from mixtral.model.norm import RMSNorm
 from mixtral.model.rope import rotary_angles
 from mixtral.model.transformer import Block
-from mixtral.moe import MoE, Routing
+from mixtral.moe import MoE, Routing, TopKRouter
 from mixtral.moe.dispatch import LocalDispatcher, added_to
-from mixtral.moe.router import Router
 from mixtral.quant.layers import PackedEmbedding, PackedExperts, PackedFeedForward, PackedLinear
 
 _KNOWN = {
-    Mixtral, nn.ModuleList, Embedding, PackedEmbedding, Block, Attention, RMSNorm, MoE, Router, LocalDispatcher,
+    Mixtral, nn.ModuleList, Embedding, PackedEmbedding, Block, Attention, RMSNorm, MoE, TopKRouter, LocalDispatcher,
     PackedLinear, PackedExperts, PackedFeedForward,
 }  # fmt: skip
 

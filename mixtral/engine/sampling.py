@@ -25,7 +25,7 @@ _TOP_H_CANDIDATES = 100  # transformers'
 def make_generator(params: SamplingParams, index: int) -> torch.Generator:
     """The random numbers of sequence `index` of a batch: the same for a seed whatever else the batch holds.
 
-    On the CPU for every device, so that a seed draws the same numbers everywhere.
+    On the CPU for every device, so that a seed gives the same numbers everywhere.
     """
     generator = torch.Generator()
     if params.seed is None:
@@ -38,7 +38,7 @@ def make_generator(params: SamplingParams, index: int) -> torch.Generator:
 def sample(logits_BV: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]) -> Tensor:
     """Draw the next token of each sequence from its own parameters and generator -> int64 [B].
 
-    A sequence of temperature 0 draws no random number; any other draws exactly one.
+    A sequence of temperature 0 uses no random number; any other uses exactly one.
     """
     ids_B = _first_highest(logits_BV)
     for row, (wanted, generator) in enumerate(zip(params, generators, strict=True)):

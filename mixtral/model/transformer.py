@@ -118,11 +118,13 @@ class Mixtral(nn.Module):
             k = self.k_of_token[batch.tokens_T]
         elif k is not None and not self.config.is_sparse:
             raise UsageError("k: this model is dense (one expert); only sparse models choose how many a token takes")
+        if replay is not None and len(replay) != (n := len(self.config.sparse_layers)):
+            raise UsageError(f"replay: {len(replay)} given for {n} sparse layers; one for each is wanted")
         x_TD = self.embedding(batch.tokens_T)
         angles = rotary_angles(batch.positions_T, self.config.head_dim, self.config.rope_theta)
         routings: list[Routing] = []
         for i, block in enumerate(self.layers):
-            choice = replay[len(routings)] if replay is not None and len(routings) < len(replay) else None
+            choice = replay[len(routings)] if replay is not None and self.config.layer(i).is_sparse else None
             x_TD, routing = block(x_TD, angles, batch, i, cache, choice, k)
             if routing is not None:
                 routings.append(routing)
@@ -175,8 +177,8 @@ def initialise(model: Mixtral, generator: torch.Generator | None = None) -> Mixt
 
     Normal with `init_std`; the two projections that write into the residual stream are scaled by 1/sqrt(2 L), so that
     its variance does not grow with depth (GPT-2's rule); the output has std 0.1/sqrt(D), so that fresh logits have a
-    standard deviation of 0.1 whatever the width and the loss starts at ln V; norms are 1; a noisy router starts with
-    noise of one size for all experts (weights 0); buffers start as their router says.
+    standard deviation of 0.1 whatever the width and the loss starts at ln V; norms are 1; parameters that a router
+    wants at 0, and its buffers, start as its options say.
     """
     config = model.config
     residual = config.init_std / (2 * config.n_layers) ** 0.5
@@ -184,7 +186,7 @@ def initialise(model: Mixtral, generator: torch.Generator | None = None) -> Mixt
         if parameter.dim() == 1:
             parameter.fill_(1.0)
             continue
-        if name.endswith(".noise_weight"):
+        if name.rpartition(".router.")[2] in config.router_options.zero_at_start:
             parameter.zero_()
             continue
         std = residual if name.endswith((".wo.weight", ".w2")) else config.init_std

@@ -4,7 +4,7 @@ from mixtral.moe.dispatch import Dispatched, Dispatcher, LocalDispatcher
 from mixtral.moe.experts import Experts, FeedForward
 from mixtral.moe.layer import MoE
 from mixtral.moe.router import Router, Routing
-from mixtral.moe.routers import make_router
+from mixtral.moe.routers import TopKRouter, make_router
 
 __all__ = [
     "Dispatched",
@@ -15,5 +15,6 @@ __all__ = [
     "MoE",
     "Router",
     "Routing",
+    "TopKRouter",
     "make_router",
 ]

@@ -119,7 +119,7 @@ class _Watched:
         self.seen = _Moments()
         with torch.device("meta"):
             self.block = Block(config, layer).eval()
-        wanted = {name: fixed_dtype(self.prefix + name) or torch.float32 for name in self.block.state_dict()}
+        wanted = {name: fixed_dtype(self.prefix + name, config) or torch.float32 for name in self.block.state_dict()}
         state = {name: reader.read(self.prefix + name).to(dtype) for name, dtype in wanted.items()}
         self.block.load_state_dict(state, assign=True)
         self.ffn_inputs: list[Tensor] = []

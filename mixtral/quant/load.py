@@ -37,7 +37,7 @@ def load_quantised(
     for name, raw_bytes in file.mapped().items():
         mapped = name.endswith(PACKED) or name == "embedding.weight"  # used as it lies in the file
         tensor = _tensor(file, name, raw_bytes if mapped else raw_bytes.clone())
-        wanted = tensor.dtype if mapped else fixed_dtype(name) or dtype
+        wanted = tensor.dtype if mapped else fixed_dtype(name, config) or dtype
         require_range(name, tensor, dtype if name == "embedding.weight" else wanted)
         state[name] = tensor.to(device, wanted)
     embedding = state["embedding.weight"]
@@ -51,7 +51,7 @@ def load_quantised(
 def open_packed(folder: str | Path, config: ModelConfig, scheme: QuantScheme) -> SafetensorsFile:
     """The weights of a quantised folder, checked but for their values. Raises WeightsError as `load_quantised` does."""
     file = SafetensorsFile(Path(folder) / PACKED_FILE)
-    _check(file, stored_shapes(config, scheme))
+    _check(file, stored_shapes(config, scheme), config)
     return file
 
 
@@ -69,7 +69,7 @@ def _tensor(file: SafetensorsFile, name: str, raw_bytes: Tensor) -> Tensor:
     return raw_bytes.view(header.dtype).view(header.shape)
 
 
-def _check(file: SafetensorsFile, shapes: dict[str, tuple[int, ...]]) -> None:
+def _check(file: SafetensorsFile, shapes: dict[str, tuple[int, ...]], config: ModelConfig) -> None:
     """Raise WeightsError, naming the first tensor that is wrong."""
     for name in sorted(shapes.keys() ^ file.headers.keys()):
         what = "is missing" if name in shapes else "is not a tensor of this model"
@@ -78,11 +78,11 @@ def _check(file: SafetensorsFile, shapes: dict[str, tuple[int, ...]]) -> None:
         header = file.headers[name]
         if header.shape != shape:
             raise WeightsError(f"{file.path}: {name} is {list(header.shape)}, the config asks for {list(shape)}")
-        right = header.dtype == torch.uint8 if name.endswith(PACKED) else _is_weight(header.dtype, name)
+        fixed = fixed_dtype(name, config)
+        right = header.dtype == torch.uint8 if name.endswith(PACKED) else _is_weight(header.dtype, fixed)
         if not right:
             raise WeightsError(f"{file.path}: {name} is stored as {header.stored}, which it cannot be")
 
 
-def _is_weight(stored: torch.dtype | None, name: str) -> bool:
-    whole = fixed_dtype(name) == torch.int64
-    return stored is not None and (stored == torch.int64 if whole else stored.is_floating_point)
+def _is_weight(stored: torch.dtype | None, fixed: torch.dtype | None) -> bool:
+    return stored is not None and (stored == torch.int64 if fixed == torch.int64 else stored.is_floating_point)

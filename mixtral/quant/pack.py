@@ -48,7 +48,7 @@ def pack_state(config: ModelConfig, state: Mapping[str, Tensor], dtype: torch.dt
             require_range(name, tensor, dtype)
             plain[name + PACKED] = _pack_matrices(tensor, dtype)
             continue
-        wanted = fixed_dtype(name) or (dtype if name == "embedding.weight" else ACTIVATIONS)
+        wanted = fixed_dtype(name, config) or (dtype if name == "embedding.weight" else ACTIVATIONS)
         require_range(name, tensor, wanted)
         plain[name] = tensor.to(wanted).clone() if tensor.dtype == wanted else tensor.to(wanted)
     model.load_state_dict(plain, assign=True)
@@ -100,6 +100,7 @@ class UnpackedState(LazyState):
 
     def __init__(self, model: Mixtral) -> None:
         super().__init__(parameter_shapes(model.config))
+        self._config = model.config
         self._tensors: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
         self._formats = {name + "." + key: module.format.name for name, module in packed_modules(model)
                          for key in dict(module.named_buffers())}  # fmt: skip
@@ -110,7 +111,7 @@ class UnpackedState(LazyState):
         self._dtype = dtypes[max(self._formats.values())]  # all have the same
 
     def dtype(self, ours: str) -> torch.dtype:
-        return fixed_dtype(ours) or self._dtype
+        return fixed_dtype(ours, self._config) or self._dtype
 
     def read(self, ours: str) -> Tensor:
         if ours + PACKED not in self._formats:

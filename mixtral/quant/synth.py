@@ -41,7 +41,7 @@ def write_random(
 ) -> None:
     """Write a random model to the new folder `dst`: Hugging Face's format at "16", else as `mixtral quantize` does.
 
-    `bits` is "16", or one of a QuantScheme's. Each tensor hangs on seed and name alone. Headers and sizes are checked
+    `bits` is "16", or one of a QuantScheme's. Each tensor depends on seed and name alone. Headers and sizes are checked
     afterwards; the folder appears whole or not at all. Raises UsageError for other bits, for a spread that fp16
     scales do not hold, and when `dst` is there and not empty; MixtralError when the disk has too little room.
     """

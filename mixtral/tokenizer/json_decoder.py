@@ -39,8 +39,8 @@ class JsonDecoder(NamedTuple):
                 case {"type": "Replace", "pattern": {"String": old}, "content": new} if old:
                     replaced.append((old, new))
                 case {"type": "Strip" | "Replace" as kind, **options}:
-                    told = f"a {kind!r} of {shown(options)}"
-                    raise MixtralError(f"{file_name}: decoder: {told} is not supported; {_READ}")
+                    what = f"a {kind!r} of {shown(options)}"
+                    raise MixtralError(f"{file_name}: decoder: {what} is not supported; {_READ}")
         byte_level = "ByteLevel" in kinds
         if kinds - _KINDS or not kinds & _BYTES or (byte_level and kinds - {"ByteLevel", "Fuse"}):
             raise MixtralError(f"{file_name}: only byte-level, byte-fallback and Metaspace vocabularies are supported, "

@@ -147,7 +147,7 @@ def _check_sizes(document: dict[str, Any], file_name: str) -> None:
 
 
 def _spm_version(file_name: str, control: dict[int, str]) -> str:
-    """As mistral-common reads it: own.model.v3, tokenizer.model.v7m1. A bare .model is told by its control tokens."""
+    """As mistral-common reads it: own.model.v3, tokenizer.model.v7m1. A bare .model shows by its control tokens."""
     suffix = file_name.rpartition(".model")[2]
     if not suffix:
         return next((version for name, version in BARE_NAME_CLUES.items() if name in control.values()), "v1")

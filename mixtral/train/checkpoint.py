@@ -67,7 +67,7 @@ class CheckpointWriter:
             self._thread = None
 
     def failure(self) -> str | None:
-        """Why the last checkpoint could not be written, told once; None when it was, or still is being, written."""
+        """Why the last checkpoint could not be written, returned once; None when it was, or still is being, written."""
         failure, self._failure = self._failure, None
         return failure
 

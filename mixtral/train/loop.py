@@ -69,7 +69,7 @@ class Run:
     val_batches: list[TrainBatch]
     byte_lengths_V: torch.Tensor
     display: Display
-    matrix_rate: MatrixRate | None = None  # None: steps are not told as a share of it
+    matrix_rate: MatrixRate | None = None  # None: steps are not reported as a share of it
     watch: ThreadWatch | None = None  # None: nobody looks whether the run becomes slow
     progress: Progress = field(default_factory=Progress)
     loss_fn: LossFn = next_token

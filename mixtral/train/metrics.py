@@ -26,7 +26,7 @@ from mixtral.train.sinks import Trackers, flatten
 
 
 class MatrixRate(NamedTuple):
-    """The ceiling that a step's speed is told as a share of."""
+    """The measured peak matmul throughput, of which a step's speed is a share."""
 
     flops: float  # a second
     dtype: str
@@ -34,7 +34,7 @@ class MatrixRate(NamedTuple):
     @classmethod
     def measure(cls, dtype: torch.dtype, device: torch.device) -> MatrixRate:
         """Of `dtype` or of fp32, whichever is faster: a machine that emulates bf16 is no slower for being asked to."""
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the run's draws stay what they were
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the run's stay what they were
             rates = {kind: measure_matmul(kind, device) for kind in {dtype, torch.float32}}
         best = max(rates, key=rates.__getitem__)
         return cls(rates[best], str(best).removeprefix("torch."))

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases: told the numbers of the JSON lines, never able to stop or change a run."""
+"""TensorBoard and Weights & Biases: sinks for the numbers of the JSON lines, which cannot stop or change a run."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Wandb:
     def __init__(self, folder: Path, config: PretrainConfig, step: int) -> None:
         import wandb
 
-        del step  # the service knows how far it was told, and leaves out steps up to there
+        del step  # the service knows how far it was sent, and leaves out steps up to there
         place = folder / "wandb_id"
         if not place.exists():
             atomic_write(place, secrets.token_hex(4))
@@ -75,7 +75,7 @@ def require_packages(names: Iterable[str]) -> None:
 
 
 class Trackers:
-    """All trackers of a run. One that fails is told of once, through `say`, and left out from then on."""
+    """All trackers of a run. One that fails is reported once, through `say`, and left out from then on."""
 
     def __init__(self, folder: Path, config: PretrainConfig, step: int, say: Callable[[str], None]) -> None:
         self._say = say

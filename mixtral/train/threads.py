@@ -33,7 +33,7 @@ SLOW, RECOVERED = 0.5, 0.8  # of the best pace
 
 
 def choose_threads(config: PretrainConfig, display: Display) -> int:
-    """The number of threads that trains fastest here and now, told in a line; all cores where that is no question."""
+    """The number of threads that trains fastest now, with a line on it; all cores where that is no question."""
     cores, on_cpu = cpu_count(), choose_device(config.device).type == "cpu"
     if cores == 1 or not on_cpu or _one_layer(config).model.n_params() > MOST_PARAMETERS:
         return cores
@@ -168,10 +168,10 @@ class ThreadWatch:
         if self.measure is None:
             return "other processes may have the cores"
         rates = self.measure()
-        faster, told = fewest_of_the_fastest(rates), f"measured now on one layer: {rates_text(rates)}"
+        faster, measured = fewest_of_the_fastest(rates), f"measured now on one layer: {rates_text(rates)}"
         if rates[faster] * ENOUGH <= rates[self.threads]:
-            return f"{told}; another number of threads would be no faster"
+            return f"{measured}; another number of threads would be no faster"
         return (
-            f"{told}; to go on with {faster}: Ctrl-C, then mixtral train --resume {self.folder} --threads {faster} "
+            f"{measured}; to go on with {faster}: Ctrl-C, then mixtral train --resume {self.folder} --threads {faster} "
             "(from there on the bits are no longer those of the run as it was begun)"
         )

@@ -94,7 +94,9 @@ class StateReader(LazyState):
 
     def dtype(self, ours: str) -> torch.dtype:
         """The wanted one, or the widest of the foreign tensors'."""
-        return fixed_dtype(ours) or self.wanted_dtype or _widest([self._headers[name] for name in self._sources[ours]])
+        sources = self._sources[ours]
+        fixed = self._found[sources[0]].fixed_dtype
+        return fixed or self.wanted_dtype or _widest([self._headers[name] for name in sources])
 
     def exact_dtype(self, ours: str) -> torch.dtype:
         """One that holds what the file says: fp32 for what is quantised there."""
@@ -220,9 +222,9 @@ def _complaints(headers: dict[str, Header], found: dict[str, Slot], names: int) 
         shapes = f"{list(headers[first].shape)} where the config asks for {list(found[first].shape)}"
         which = first if names > 1 else "it"
         complaints.append(f"{len(misshapen)} misshapen: {some(misshapen, names)} ({which} is {shapes})")
-    if foreign := [name for name in common if not _readable(headers[name].dtype, fixed_dtype(found[name].ours))]:
+    if foreign := [name for name in common if not _readable(headers[name].dtype, found[name].fixed_dtype)]:
         stored = ", ".join(sorted({headers[name].stored for name in foreign}))
-        wanted = "I64" if all(fixed_dtype(found[name].ours) == torch.int64 for name in foreign) else _FLOATS
+        wanted = "I64" if all(found[name].fixed_dtype == torch.int64 for name in foreign) else _FLOATS
         complaints.append(f"{len(foreign)} stored as {stored}, not as {wanted}: {some(foreign, names)}")
     return complaints
 
@@ -249,7 +251,7 @@ def _allocate(
     for name, slot in found.items():
         sources.setdefault(slot.ours, []).append(headers[name])
     return {
-        ours: torch.empty(shape, dtype=fixed_dtype(ours) or dtype or _widest(sources[ours]), device=device)
+        ours: torch.empty(shape, dtype=fixed_dtype(ours, config) or dtype or _widest(sources[ours]), device=device)
         for ours, shape in parameter_shapes(config).items()
     }
 

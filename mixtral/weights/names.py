@@ -4,14 +4,14 @@ A rule's `view` maps our tensor to a strided view whose elements, read in row-ma
 tensor. Loading copies the file into that view and saving reads the view out, so both directions are one function,
 and a rule cannot be wrong in one direction only. Each foreign format is a column (`hf`, `mistral`, `gguf`).
 
-Legend: D model width, F expert hidden width, SF that of all shared experts, E experts, K places of a token, H query
+Legend: D model width, F expert hidden width, SF that of all shared experts, E experts, H query
 heads, G key/value heads, R = H / G query heads that share a key/value head, C head width, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -43,7 +43,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         if n_experts > 1:
             router = f"{block}ffn.router."
             shapes |= {router + name: shape for name, shape in options.parameters(c.dim, n_experts).items()}
-            shapes |= {router + name: (n_experts,) for name in options.buffers(n_experts)}
+            shapes |= {router + name: buffer.shape for name, buffer in options.buffers(n_experts).items()}
             shapes[block + "ffn.experts.w13"] = (n_experts, 2, ffn_dim, c.dim)
             shapes[block + "ffn.experts.w2"] = (n_experts, c.dim, ffn_dim)
             if c.shared_experts:
@@ -58,11 +58,12 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def fixed_dtype(name: str) -> torch.dtype | None:
+def fixed_dtype(name: str, config: ModelConfig) -> torch.dtype | None:
     """The dtype of our tensor `name` when no cast may change it: buffers decide choices; None for weights."""
     if name == "k_of_token":
         return torch.int64
-    return torch.float32 if name.endswith((".router.bias", ".router.threshold")) else None
+    buffer = config.router_options.buffers(config.n_experts).get(name.rpartition(".router.")[2])
+    return None if buffer is None else getattr(torch, buffer.dtype)
 
 
 # -- views: our tensor -> the elements of the foreign one, in its order ------------------------------------------------
@@ -127,11 +128,11 @@ def _transposed(w2: Tensor, _config: ModelConfig, _expert: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Rule:
-    """One kind of foreign tensor. {l} stands for the layer, {e} for the expert."""
+    """One kind of foreign tensor. {l}: the layer, {e}: the expert, {r}: any other tensor of a router."""
 
     ours: str
     view: View
-    shape: str  # in the file: sizes of the legend, a product written together ("HC D" is [H * C, D])
+    shape: str  # in the file: sizes of the legend, a product written together ("HC D" is [H * C, D]); "ours": as here
     hf: str | None = None
     mistral: str | None = None
     gguf: str | None = None
@@ -183,10 +184,8 @@ RULES = (
          hf=_EXPERT + "w2.weight", mistral=_NATIVE_EXPERT + "w2.weight", gguf=_GGUF + "ffn_down.{e}.weight"),
 
     # routers and layers of our own; names after those of DeepSeek-V3 where it has them
-    Rule(_BLOCK + "ffn.router.noise_weight", _whole, "E D", hf=_MOE + "gate.noise_weight"),
-    Rule(_BLOCK + "ffn.router.k_weight", _whole, "K D", hf=_MOE + "gate.k_weight"),
-    Rule(_BLOCK + "ffn.router.bias", _whole, "E", hf=_MOE + "gate.e_score_correction_bias"),
-    Rule(_BLOCK + "ffn.router.threshold", _whole, "E", hf=_MOE + "gate.threshold"),
+    Rule(_BLOCK + "ffn.router.{r}", _whole, "ours", hf=_MOE + "gate.{r}"),
+    Rule(_BLOCK + "ffn.router.bias", _whole, "ours", hf=_MOE + "gate.e_score_correction_bias"),
     Rule(_BLOCK + "ffn.shared.w13", _part(0), "SF D", hf=_MOE + "shared_experts.gate_proj.weight"),
     Rule(_BLOCK + "ffn.shared.w13", _part(1), "SF D", hf=_MOE + "shared_experts.up_proj.weight"),
     Rule(_BLOCK + "ffn.shared.w2", _whole, "D SF", hf=_MOE + "shared_experts.down_proj.weight"),
@@ -222,6 +221,7 @@ class Slot:
     ours: str
     shape: tuple[int, ...]  # of the foreign tensor
     view: Callable[[Tensor], Tensor]  # our tensor -> the foreign one's elements, in its order
+    fixed_dtype: torch.dtype | None  # of ours, when no cast may change it
 
 
 _LAYOUTS: dict[Format, tuple[Ffn, ...]] = {
@@ -243,7 +243,7 @@ def slots(config: ModelConfig, format: Format, ffn: Ffn) -> dict[str, Slot]:
     """
     found: dict[str, Slot] = {}
     shapes = parameter_shapes(config)
-    rules = [rule for rule in RULES if getattr(rule, format)]
+    rules = [expanded for rule in RULES if getattr(rule, format) for expanded in _expanded(rule, config)]
     for layer, block in _blocks(rules, config.n_layers):
         own = ffn if config.layer(layer).is_sparse else "dense"
         for rule in block:
@@ -255,9 +255,11 @@ def slots(config: ModelConfig, format: Format, ffn: Ffn) -> dict[str, Slot]:
                 ours = "embedding.weight"
             if ours not in shapes:  # a router's own tensors
                 continue
-            shape = _file_shape(rule.shape, config, layer, shapes[ours])
+            shape = shapes[ours] if rule.shape == "ours" else _file_shape(rule.shape, config, layer)
+            fixed = fixed_dtype(ours, config)
             for expert in range(config.layer(layer).n_experts if "{e}" in name else 1):
-                found[name.format(l=layer, e=expert)] = Slot(ours, shape, partial(_bound, rule.view, config, expert))
+                view = partial(_bound, rule.view, config, expert)
+                found[name.format(l=layer, e=expert)] = Slot(ours, shape, view, fixed)
     return found
 
 
@@ -270,6 +272,16 @@ def _bound(view: View, config: ModelConfig, expert: int, ours: Tensor) -> Tensor
     return view(ours, config, expert)
 
 
+def _expanded(rule: Rule, config: ModelConfig) -> list[Rule]:
+    """The rule itself; one that stands for a router's tensors as one rule for each that has none of its own."""
+    if "{r}" not in rule.ours or rule.hf is None:
+        return [rule]
+    options, named = config.router_options, {rule.ours for rule in RULES}
+    own = (*options.parameters(config.dim, config.n_experts), *options.buffers(config.n_experts))
+    rules = [replace(rule, ours=rule.ours.replace("{r}", r), hf=rule.hf.replace("{r}", r)) for r in own]
+    return [expanded for expanded in rules if expanded.ours not in named]
+
+
 def _blocks(rules: list[Rule], n_layers: int) -> list[tuple[int, list[Rule]]]:
     """Rules in the order of the model: before the layers, each layer's, after the layers."""
     per_layer = [rule for rule in rules if "{l}" in rule.ours]
@@ -278,11 +290,11 @@ def _blocks(rules: list[Rule], n_layers: int) -> list[tuple[int, list[Rule]]]:
     return [(0, rules[:first]), *((layer, per_layer) for layer in range(n_layers)), (0, rules[last:])]
 
 
-def _file_shape(shape: str, config: ModelConfig, layer: int, ours: tuple[int, ...]) -> tuple[int, ...]:
+def _file_shape(shape: str, config: ModelConfig, layer: int) -> tuple[int, ...]:
     c, (n_experts, ffn_dim) = config, config.layer(layer)
     sizes = {
         "V": c.vocab_size, "D": c.dim, "E": n_experts, "F": ffn_dim, "2F": 2 * ffn_dim,
-        "EF": n_experts * ffn_dim, "SF": c.shared_experts * c.ffn_dim, "K": ours[0],
+        "EF": n_experts * ffn_dim, "SF": c.shared_experts * c.ffn_dim,
         "HC": c.n_heads * c.head_dim, "GC": c.n_kv_heads * c.head_dim,
     }  # fmt: skip
     return tuple(sizes[size] for size in shape.split())

@@ -8,7 +8,7 @@ Progress = Callable[[str, int, int], None]  # "reading" or "writing", bytes done
 
 
 def counter(progress: Progress | None, what: str, total: int) -> Callable[[int], None]:
-    """A function to be told of each piece's bytes; it tells `progress`, where there is one, their sum."""
+    """A function that takes each piece's bytes and passes their sum to `progress`, where there is one."""
     done = 0
 
     def add(nbytes: int) -> None:

@@ -137,7 +137,7 @@ def _entries(state: State, config: ModelConfig, format: Format, ffn: Ffn, dtype:
     if config.tie_embeddings:
         del found[output_name(format)]
     return [
-        Entry(name, fixed_dtype(slot.ours) or dtype or known[slot.ours].dtype, slot.shape, partial(taken, state, slot))
+        Entry(name, slot.fixed_dtype or dtype or known[slot.ours].dtype, slot.shape, partial(taken, state, slot))
         for name, slot in found.items()
     ]
 
@@ -160,7 +160,7 @@ def check_state(state: dict[str, Tensor], config: ModelConfig, dtype: torch.dtyp
     for name, shape in shapes.items():
         if tuple(state[name].shape) != shape:
             raise WeightsError(f"state: {name} is {list(state[name].shape)}, the config asks for {list(shape)}")
-        if (dtype or state[name].dtype) not in FLOATS and fixed_dtype(name) is None:
+        if (dtype or state[name].dtype) not in FLOATS and fixed_dtype(name, config) is None:
             raise WeightsError(f"state: {name} as {dtype or state[name].dtype} cannot be saved; give a float dtype")
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
+from mixtral.analysis import routing_table
 from mixtral.config import ModelConfig
 from mixtral.data.loader import TrainBatch
 from mixtral.engine import SamplingParams, TorchRunner, generate
 from mixtral.engine.native_runner import NativeRunner
-from mixtral.errors import ConfigError
+from mixtral.errors import ConfigError, UsageError
 from mixtral.kernels.native import library as native
 from mixtral.lm import LM, load
 from mixtral.model import Mixtral, Ragged, named_state
@@ -60,6 +63,8 @@ def test_equals_the_model_without_dispatch(shape: str) -> None:
     assert [r.logits_TE.shape[1] for r in out.routing] == [model.config.layer(i).n_experts for i in sparse]
     again = model(BATCH, replay=[r.experts_TK for r in out.routing])
     assert torch.equal(again.logits, out.logits)
+    with pytest.raises(UsageError, match=f"replay: 1 given for {len(sparse)} sparse layers"):
+        model(BATCH, replay=[out.routing[0].experts_TK])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -111,6 +116,20 @@ def test_trains_with_balancing_and_statistics(balance: str) -> None:
     results = [train_step(train_state, [batch, batch], next_token, config, step, stats=True) for step in range(4)]
     assert results[-1].cross_entropy < results[0].cross_entropy
     assert results[-1].layers and [len(layer.load) for layer in results[-1].layers] == [6, 3]
+
+
+def test_balancing_a_dense_layer_is_refused() -> None:
+    config = train_config({"n_layers": 2, "experts_by_layer": (1, 4)}, balance=("z_loss?layers=0",))
+    with pytest.raises(ConfigError, match=r"balance z_loss: layers=0 are dense"):
+        TrainState.of(Mixtral(config.model), config, torch.float32)
+
+
+def test_tables_of_layers_that_differ() -> None:
+    """Each ratio is of its own layer's fair share, each row has its layer's number."""
+    out = Console(width=100, record=True, file=io.StringIO())
+    out.print(routing_table([[0.5, 0.25, 0.25], [0.75, 0.25]], "loads", ascii_only=True, numbers=[1, 3]))
+    rows = [line.split() for line in out.export_text().splitlines() if line.strip()[:1] in ("1", "3")]
+    assert [(row[0], row[-2:]) for row in rows] == [("1", ["1.50", "0.75"]), ("3", ["1.50", "0.50"])]
 
 
 @pytest.mark.parametrize("to", ["mistral", "gguf"])

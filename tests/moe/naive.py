@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mixtral.model import Mixtral
-from mixtral.moe import Experts, MoE, Router, Routing
+from mixtral.moe import Experts, MoE, Routing, TopKRouter
 
 
 def routing_of(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ def without_dispatch(model: Mixtral) -> Mixtral:
 
 def moe(n_experts: int = 5, k: int = 2, dim: int = 12, ffn: int = 7) -> MoE:
     """A layer with weights large enough for its parts to matter."""
-    made = MoE(Router(dim, n_experts, k), Experts(n_experts, dim, ffn))
+    made = MoE(TopKRouter(dim, n_experts, k), Experts(n_experts, dim, ffn))
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return made

@@ -130,7 +130,7 @@ def _choose(made: Router, x_D: Tensor, scores_E: Tensor, k: int | None) -> list[
         return _order(s)[: min(max(n, o.least), o.most or len(s))]
     if isinstance(o, Threshold):
         return [e for e in _order(s) if s[e] > made.get_buffer("threshold")[e]][: o.most or len(s)]
-    bias = [0.0] * len(s) if made.bias is None else made.bias.tolist()
+    bias = [0.0] * len(s) if not (isinstance(o, TopK) and o.bias) else made.get_buffer("bias").tolist()
     key = [a + b for a, b in zip(s, bias, strict=True)]
     k = made.experts_per_token if k is None else k
     if isinstance(o, LearnedK):

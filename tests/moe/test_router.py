@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from mixtral.errors import UsageError
-from mixtral.moe import Router
+from mixtral.moe import TopKRouter
 from mixtral.moe.choice import choose_experts
 from tests.moe import naive_routers
 from tests.moe.naive import routing_of
 
 
-def _router(n_experts: int = 8, k: int = 2, dim: int = 6) -> Router:
+def _router(n_experts: int = 8, k: int = 2, dim: int = 6) -> TopKRouter:
     torch.manual_seed(0)
-    router = Router(dim, n_experts, k)
+    router = TopKRouter(dim, n_experts, k)
     torch.nn.init.normal_(router.weight)
     return router
 
@@ -51,7 +51,7 @@ def test_no_tokens() -> None:
 
 def test_is_fp32_whatever_the_input() -> None:
     """Two logits that bf16 cannot tell apart are told apart."""
-    router = Router(2, 2, 1).bfloat16()
+    router = TopKRouter(2, 2, 1).bfloat16()
     with torch.no_grad():
         router.weight.copy_(torch.tensor([[1.0, 0.0], [1.0, 2**-12]]))
     routing = router(torch.tensor([[256.0, 1.0]], dtype=torch.bfloat16))

@@ -219,7 +219,7 @@ def test_which_gradients_of_learned_k_are_slopes(spec: str, replayed: bool, monk
     replay = first.chosen_TK if replayed else None
     held_TE = dense_weights(first.experts_TK, first.weights_TK.detach(), E)
     worth_TE = torch.randn(9, E, generator=generator).double()
-    key_TE = first.scores_TE if router.bias is None else first.scores_TE + router.bias
+    key_TE = first.scores_TE + router.bias if router.options.bias else first.scores_TE
     rank_TE = key_TE.masked_fill(~taken(first.chosen_TK, E), -math.inf).argsort(dim=-1, descending=True).argsort()
 
     def output() -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mixtral.kernels.torch.dequantise import expand
 from mixtral.model.linear import Linear
-from mixtral.moe import Experts, FeedForward, LocalDispatcher, MoE, Router
+from mixtral.moe import Experts, FeedForward, LocalDispatcher, MoE, TopKRouter
 from mixtral.quant.formats import INT4, INT8, Format, quantise
 from mixtral.quant.layers import PackedExperts, PackedFeedForward, PackedLinear
 
@@ -77,7 +77,7 @@ def test_a_swapped_gate_and_up_shows() -> None:
 def test_decoding_equals_dispatch(format: Format) -> None:
     quantised = PackedExperts(format, E, D, F)
     pack_into(quantised, Experts(E, D, F), format)
-    router, dispatcher = Router(D, E, 2), LocalDispatcher()
+    router, dispatcher = TopKRouter(D, E, 2), LocalDispatcher()
     nn.init.normal_(router.weight)
     for dtype in (torch.float32, torch.bfloat16):
         x_TD = random(1, D, seed=3).to(dtype)
@@ -96,7 +96,7 @@ def test_decoding_equals_dispatch(format: Format) -> None:
 def test_in_a_layer(format: Format) -> None:
     quantised, plain = PackedExperts(format, E, D, F), Experts(E, D, F)
     pack_into(quantised, plain, format)
-    router = Router(D, E, 2)
+    router = TopKRouter(D, E, 2)
     nn.init.normal_(router.weight)
     x_TD = random(7, D)
     got, _ = MoE(router, quantised)(x_TD)  # type: ignore[arg-type]

@@ -23,9 +23,10 @@ EACH = list({spec.partition("?")[0]: spec for spec in SPECS}.values())
 
 
 def _state(spec: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    state = random_state(config(spec, shared_experts=2), dtype)
+    shape = config(spec, shared_experts=2)
+    state = random_state(shape, dtype)
     for name, tensor in state.items():
-        if fixed := fixed_dtype(name):
+        if fixed := fixed_dtype(name, shape):
             state[name] = (3 * tensor.float()).to(fixed)
     return state
 
@@ -37,7 +38,7 @@ def test_the_table_knows_every_tensor_of_the_model(spec: str) -> None:
         model = Mixtral(shape)
     assert {name: tuple(t.shape) for name, t in named_state(model).items()} == parameter_shapes(shape)
     fixed = {name: t.dtype for name, t in model.named_buffers()}
-    assert fixed == {name: fixed_dtype(name) for name in parameter_shapes(shape) if fixed_dtype(name)}
+    assert fixed == {name: fixed_dtype(name, shape) for name in parameter_shapes(shape) if fixed_dtype(name, shape)}
     assert sum(p.numel() for p in model.parameters()) == shape.n_params()
     for layout in ("per-expert", "fused"):
         filled = sum(math.prod(slot.shape) for slot in slots(shape, "hf", layout).values())
@@ -50,12 +51,12 @@ def test_saved_and_loaded_with_buffers_in_their_own_dtype(spec: str, fused: bool
     shape, state = config(spec, shared_experts=2), _state(spec)
     save_hf(state, shape, tmp_path / "a", dtype=torch.bfloat16, fused=fused)
     assert read_config(tmp_path / "a") == shape
-    expected = {name: t if fixed_dtype(name) else t.bfloat16() for name, t in state.items()}
+    expected = {name: t if fixed_dtype(name, shape) else t.bfloat16() for name, t in state.items()}
     assert_same(load_state(tmp_path / "a", shape), expected)
     assert_same(load_state(tmp_path / "a", shape, torch.bfloat16), expected)
     convert(tmp_path / "a", tmp_path / "b", to="hf", dtype=torch.float16)
     again = load_state(tmp_path / "b", shape)
-    assert all(torch.equal(again[name], state[name]) for name in state if fixed_dtype(name))
+    assert all(torch.equal(again[name], state[name]) for name in state if fixed_dtype(name, shape))
 
 
 def test_transformers_refuses_it(tmp_path: Path) -> None:

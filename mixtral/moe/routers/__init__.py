@@ -23,16 +23,17 @@ from mixtral.moe.routers.grouped import GroupedRouter
 from mixtral.moe.routers.learned_k import LearnedKRouter
 from mixtral.moe.routers.noise import JitterRouter, NoisyRouter
 from mixtral.moe.routers.score_weights import SigmoidRouter, SwitchRouter
+from mixtral.moe.routers.topk import TopKRouter
 
 _ROUTERS: dict[type[RouterOptions], type[Router]] = {
-    TopK: Router,
+    TopK: TopKRouter,
     Switch: SwitchRouter,
     Noisy: NoisyRouter,
     Jitter: JitterRouter,
     Sigmoid: SigmoidRouter,
     Grouped: GroupedRouter,
     LearnedK: LearnedKRouter,
-    TokenK: Router,
+    TokenK: TopKRouter,
     TopP: TopPRouter,
     MinP: MinPRouter,
     Threshold: ThresholdRouter,
@@ -46,4 +47,4 @@ def make_router(config: ModelConfig, n_experts: int | None = None) -> Router:
     return _ROUTERS[type(options)](config.dim, n_experts, config.experts_per_token, options)
 
 
-__all__ = ["make_router"]
+__all__ = ["TopKRouter", "make_router"]

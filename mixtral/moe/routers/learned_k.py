@@ -8,10 +8,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mixtral.moe.choice import choose_experts, chosen, reorder
-from mixtral.moe.router import Router, Routing
+from mixtral.moe.router import Routing
+from mixtral.moe.routers.topk import TopKRouter
 
 
-class LearnedKRouter(Router):
+class LearnedKRouter(TopKRouter):
     """A head [J, D] gives P(K = j); a token takes the most probable number of experts.
 
     The number is an argmax, so the layer's output has no gradient with respect to the head. In training the head gets

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from mixtral.config.router import Jitter
-from mixtral.moe.router import Router
+from mixtral.moe.routers.topk import TopKRouter
 
 
-class NoisyRouter(Router):
+class NoisyRouter(TopKRouter):
     """logits = x W^T + normal * softplus(x W_noise^T) (arXiv 1701.06538, equation 4)."""
 
     noise_weight: Tensor
@@ -25,7 +25,7 @@ class NoisyRouter(Router):
         return logits_TE + torch.randn_like(logits_TE) * size_TE
 
 
-class JitterRouter(Router):
+class JitterRouter(TopKRouter):
     """logits = (x * uniform(1 - eps, 1 + eps)) W^T (arXiv 2101.03961, section 2.4); experts see x itself."""
 
     options: Jitter

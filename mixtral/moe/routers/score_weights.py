@@ -10,10 +10,10 @@ from torch import Tensor
 
 from mixtral.config.router import Sigmoid
 from mixtral.moe.choice import chosen
-from mixtral.moe.router import Router
+from mixtral.moe.routers.topk import TopKRouter
 
 
-class SwitchRouter(Router):
+class SwitchRouter(TopKRouter):
     """weight = softmax(x W^T)_j of the chosen expert j, not normalised (arXiv 2101.03961, equation 2).
 
     So the router learns from one expert a token: normalised, the weight would always be 1.
@@ -24,7 +24,7 @@ class SwitchRouter(Router):
         return chosen(scores_TE, experts_TK, 0.0)
 
 
-class SigmoidRouter(Router):
+class SigmoidRouter(TopKRouter):
     """s = sigmoid(x W^T); weight = scale * s_j / sum of s over the chosen (arXiv 2412.19437, equations 13 to 16)."""
 
     options: Sigmoid

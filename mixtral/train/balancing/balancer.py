@@ -167,6 +167,8 @@ class Balancer:
         self.steps = config.steps
         k, self.layers = config.model.experts_per_token, config.model.sparse_layers[: len(routers)]
         entries = parse_balance(config.balance, config.model.n_layers) if routers else []
+        if idle := next((entry for entry in entries if not any(map(entry.covers, self.layers))), None):
+            raise ConfigError(f"balance {idle.name}: layers={idle.layers} are dense; only layers with a router balance")
         self.losses = [entry for entry in entries if entry.buffer is None]
         self.rules = [
             RULES[type(entry)](entry, layer, router, k)
