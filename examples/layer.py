@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from mixtral.moe import Experts, MoE, Router
+from mixtral.moe import Experts, MoE, TopKRouter
 from mixtral.moe.choice import counts_of
 from mixtral.moe.losses import load_balance, z_loss
 
@@ -33,7 +33,7 @@ def naive(moe: MoE, x_TD: Tensor) -> Tensor:
 
 def main() -> None:
     torch.manual_seed(0)
-    moe = MoE(Router(D, E, K), Experts(E, D, F))
+    moe = MoE(TopKRouter(D, E, K), Experts(E, D, F))
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     x_TD = torch.randn(T, D)

@@ -199,9 +199,9 @@ def test_loading_in_a_dtype_that_does_not_hold_a_weight(tmp_path: Path) -> None:
     state = {name: tensor.half() for name, tensor in random_state(CONFIG).items()}
     state["norm.weight"] = torch.full((32,), 1e5)
     save_hf(state, CONFIG, tmp_path / "mixed")
-    assert _one_dtype(dict(random_state(CONFIG)))["norm.weight"].dtype == torch.float32
+    assert _one_dtype(dict(random_state(CONFIG)), CONFIG)["norm.weight"].dtype == torch.float32
     with pytest.raises(WeightsError, match=r"^norm\.weight: its largest weight, 1e\+05, is too large for float16"):
-        _one_dtype(load_state(tmp_path / "mixed", CONFIG))
+        _one_dtype(load_state(tmp_path / "mixed", CONFIG), CONFIG)
 
 
 def test_loading_a_quantised_model_in_fp16(tmp_path: Path) -> None:
