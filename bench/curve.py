@@ -205,8 +205,8 @@ def main() -> None:
             run.mkdir()
             for curve in (our_curve(seeded, data, tokenizer, run), their_curve(seeded, data, args.balance)):
                 curves.append(curve)
-                told = f"{curve.side}, seed {seed}: {curve.validation[-1][1]:.4f}, {curve.seconds:.0f} s"
-                print(told, file=sys.stderr)
+                text = f"{curve.side}, seed {seed}: {curve.validation[-1][1]:.4f}, {curve.seconds:.0f} s"
+                print(text, file=sys.stderr)
     result = summary(curves)
     show(result, args.steps)
     whole = {**result, "curves": [c._asdict() for c in curves], "config": config.to_dict(),

@@ -58,7 +58,7 @@ def slowdowns(series: Sequence[Series], context: int) -> list[dict[str, Any]]:
         short = next(s for s in series if s.entry is one.entry and s.task == one.task._replace(context=SHORT))
         slower = statistics.median(a / b for a, b in zip(short.rates, one.rates, strict=True))
         found.append({
-            "engine": one.entry.engine.title, "format": one.entry.told_format, "slowdown": slower,
+            "engine": one.entry.engine.title, "format": one.entry.format_title, "slowdown": slower,
             "explained": one.entry.ideal(one.task) / one.entry.ideal(short.task),
             "cache_bytes": one.entry.ideal(one.task) - one.entry.ideal(one.task._replace(context=0, tokens=0)),
         })  # fmt: skip
@@ -89,9 +89,9 @@ def card(result: dict[str, Any]) -> None:
     for line in remarks(result):
         out.print(line, highlight=False)
     for r in result["slowdowns"]:
-        told = f"context {result['context']:,} against {SHORT}, {r['engine']} {r['format']}: {r['slowdown']:.2f} times"
+        text = f"context {result['context']:,} against {SHORT}, {r['engine']} {r['format']}: {r['slowdown']:.2f} times"
         explained = f"the cache's {r['cache_bytes'] / 1e6:.1f} MB a token explain {r['explained']:.2f}"
-        out.print(f"{told} the time a token; {explained}", highlight=False)
+        out.print(f"{text} the time a token; {explained}", highlight=False)
     for r in result["quality"]:
         out.print(f"{r['what']}: KL {r['kl']:.2e} nats, same choice {r['agreement']:.1%}", highlight=False)
 

@@ -184,7 +184,7 @@ def _trial(step: Step, ids_BS: Tensor) -> float:
 
 def card(contests: list[Contest], losses: dict[str, float]) -> Table:
     table = Table(title=f"mixtral against transformers {transformers.__version__}, same weights, tokens/s")
-    for column in ("task", "dtype", "tokens", "mixtral", "transformers", "ratio", "of matrix rate", "its best setting"):
+    for column in ("task", "dtype", "tokens", "mixtral", "transformers", "ratio", "of peak matmul", "its best setting"):
         table.add_column(column, justify="left" if column in ("task", "dtype", "its best setting") else "right")
     for c in contests:
         share = f"{c.of_matrix_rate:.0%} ({c.theirs_of_matrix_rate:.0%})"

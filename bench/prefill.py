@@ -1,4 +1,4 @@
-"""Reading a prompt: tokens/s against the machine's matrix rate, and against llama.cpp, transformers and vLLM.
+"""Prefill: tokens/s as a share of peak matmul throughput, and against llama.cpp, transformers and vLLM.
 
 The model, the engines and their turns are those of bench/decode.py. Before every run the rate of matrix products is
 measured: for bf16 the better of bf16 and fp32, as some processors only emulate bf16. The work of a prompt is every
@@ -25,7 +25,7 @@ from mixtral.config import ModelConfig
 from mixtral.runtime import set_threads
 
 TRIAL = Task(context=128, tokens=0)  # of transformers' settings
-COLUMNS = ("engine", "format", "tokens/s", "spread", "GFLOP/s", "of matrix rate", "ours / it", "memory")
+COLUMNS = ("engine", "format", "tokens/s", "spread", "GFLOP/s", "of peak matmul", "ours / it", "memory")
 
 
 def rate(threads: int) -> Callable[[], float]:
@@ -56,7 +56,7 @@ def card(result: dict[str, Any]) -> None:
         )  # fmt: skip
     out.print(table)
     tops = [top / 1e9 for r in result["rows"] for top in r["ceilings"]]
-    out.print(f"matrix rate, before each run: {min(tops):.1f} to {max(tops):.1f} GFLOP/s", highlight=False)
+    out.print(f"peak matmul throughput, before each run: {min(tops):.1f} to {max(tops):.1f} GFLOP/s", highlight=False)
     for line in remarks(result):
         out.print(line, highlight=False)
 
@@ -77,7 +77,7 @@ def main() -> None:
     card(result)
     path = publish("prefill", result, args.json_out)
     for file in filter(None, (path and path.with_suffix(".png"), args.plot)):
-        plot(result, file, "the black line is where the matrix rate ends")
+        plot(result, file, "the black line is where the peak matmul throughput ends")
 
 
 if __name__ == "__main__":

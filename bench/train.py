@@ -125,7 +125,7 @@ def main() -> None:
     rows = [contest(config, dtype, 1 if args.quick else args.repeats) for dtype in DTYPES]
     title = f"training step, {args.rows} x {LENGTH}, against transformers {transformers.__version__}: tokens/s"
     table = Table(title=title)
-    for column in ("dtype", "mixtral", "transformers", "ratio", "of matrix rate", "its best setting"):
+    for column in ("dtype", "mixtral", "transformers", "ratio", "of peak matmul", "its best setting"):
         table.add_column(column)
     for row in rows:
         share = f"{row['of_matrix_rate']:.0%} ({row['theirs_of_matrix_rate']:.0%})"

@@ -43,7 +43,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     synth,
 )
 
-_log = logging.getLogger("mixtral")  # its level tells whether --verbose was given
+_log = logging.getLogger("mixtral")  # its level says whether --verbose was given
 
 app = typer.Typer(
     name="mixtral",

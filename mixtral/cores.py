@@ -83,7 +83,7 @@ def threads() -> int:
     return _chosen or asked_threads() or cpu_count()
 
 
-# -- what Linux tells ------------------------------------------------------------------------------------------------
+# -- what Linux reports ------------------------------------------------------------------------------------------------
 
 
 def cgroup_folders(controller: str, root: Path) -> list[Path]:

@@ -79,7 +79,7 @@ def has_fast_bf16(device: torch.device | str) -> bool:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    # cpuinfo tells of AMX when the processor has it; torch's question also asks the kernel's permission to use it
+    # cpuinfo lists AMX when the processor has it; torch's question also asks the kernel's permission to use it
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
@@ -135,7 +135,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# -- what Linux tells ------------------------------------------------------------------------------------------------
+# -- what Linux reports ------------------------------------------------------------------------------------------------
 
 
 def _reclaimable(folder: Path) -> float:

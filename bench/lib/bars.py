@@ -20,8 +20,8 @@ def plot(result: dict[str, Any], path: Path, meaning: str) -> None:
         limit = statistics.median(top / r["needed_a_token"] for top in r["ceilings"])
         axes.barh(place, r["tokens_per_second"], height=0.7, color=COLOURS[r["engine"]])
         axes.plot([limit, limit], [place - 0.42, place + 0.42], color="black", linewidth=2)
-        told = f" {r['tokens_per_second']:.1f}, {r['of_ceiling']:.0%}"
-        axes.text(max(limit, r["tokens_per_second"]), place, told, va="center", fontsize=9)
+        text = f" {r['tokens_per_second']:.1f}, {r['of_ceiling']:.0%}"
+        axes.text(max(limit, r["tokens_per_second"]), place, text, va="center", fontsize=9)
     axes.set_yticks(range(len(rows)), [f"{r['engine']} {r['format']}" for r in rows])
     axes.invert_yaxis()
     axes.margins(x=0.18)

@@ -30,7 +30,7 @@ class Entry:
 
     engine: Engine
     format: str
-    told_format: str  # what the engine's own world calls it
+    format_title: str  # what the engine's own world calls it
     ideal: Callable[[Task], float]  # what a token needs of the ceiling: bytes, or FLOPs
     ours: bool = False
     many: bool = False
@@ -61,8 +61,8 @@ def take_turns(
     for number in range(rounds + 1):
         for one in series:
             top, run = ceiling(), one.entry.engine(one.task)
-            told = f"{one.entry.engine.title} {one.entry.told_format}, {one.task}"
-            print(f"round {number or 'to warm up'}, {told}: {run.rate:.1f} tokens/s", file=sys.stderr)
+            text = f"{one.entry.engine.title} {one.entry.format_title}, {one.task}"
+            print(f"round {number or 'to warm up'}, {text}: {run.rate:.1f} tokens/s", file=sys.stderr)
             if number:
                 one.ceilings.append(top)
                 one.rates.append(run.rate)
@@ -79,7 +79,7 @@ def row(one: Series, series: Sequence[Series]) -> dict[str, Any]:
     """What is kept of a series; `series` has the one of ours that a peer is set against."""
     ours = [s for s in series if s.entry.ours and (s.entry.format, s.task) == (one.entry.format, one.task)]
     return {
-        "engine": one.entry.engine.title, "format": one.entry.told_format, "settings": one.entry.engine.settings,
+        "engine": one.entry.engine.title, "format": one.entry.format_title, "settings": one.entry.engine.settings,
         **one.task._asdict(), "tokens_per_second": statistics.median(one.rates), "lowest": min(one.rates),
         "highest": max(one.rates), "of_ceiling": one.of_ceiling, "ceiling": statistics.median(one.ceilings),
         "needed_a_token": one.entry.ideal(one.task), "peak_bytes": one.peak,

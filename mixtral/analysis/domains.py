@@ -1,10 +1,10 @@
-"""Do experts specialise? What routing tells about the domain of a text: pure functions of counts.
+"""Do experts specialise? What routing says about the domain of a text: pure functions of counts.
 
 With P(m, e) the share of all assignments that are of domain m to expert e, the mutual information
 
     I(M; E) = sum over m, e of P(m, e) log2(P(m, e) / (P(m) P(e)))      bits an assignment
 
-is 0 when every domain uses the experts alike, and H(M), log2 M for equal domains, when the expert tells the domain.
+is 0 when every domain uses the experts alike, and H(M), log2 M for equal domains, when the expert is the domain's.
 
 Domains have words of their own, so a router that looks at the token alone has information about the domain as well.
 `token_information` is what such a router would have: each token's assignments, pooled over domains, given to every

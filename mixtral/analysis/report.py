@@ -25,7 +25,7 @@ _BELOW, _FAIR, _ABOVE = (60, 130, 250), (150, 150, 150), (250, 70, 50)  # blue, 
 def load_strip(load: Sequence[float], ascii_only: bool = False) -> str:
     """One character an expert, as high as its share: half height is the fair share, full height twice that or more.
 
-    `ascii_only` is for consoles that cannot show blocks (rich's `console.options.ascii_only` tells).
+    `ascii_only` is for consoles that cannot show blocks (rich's `console.options.ascii_only` says so).
     """
     heights = HEIGHTS_ASCII if ascii_only else HEIGHTS
     return "".join(heights[min(max(round(4 * share * len(load)), 1), 8) - 1] for share in load)

@@ -59,7 +59,7 @@ def doctor(threads: ThreadsOption = "auto", as_json: JsonOption = False) -> None
 
 
 def examine() -> dict[str, Any]:
-    """Everything that `mixtral doctor` tells, as JSON's types; dtypes by the names that torch gives them."""
+    """Everything that `mixtral doctor` reports, as JSON's types; dtypes by the names that torch gives them."""
     import torch
 
     from mixtral import hardware, kernels, runtime
@@ -158,7 +158,7 @@ def _machine(report: dict[str, Any]) -> Table:
         table.add_row("GPU", f"{gpu['name']}, {free}")
     table.add_row("default dtype", f"{report['dtype']}: {report['dtype_reason']}")
     table.add_row("bandwidth", f"{rate_text(report['bandwidth_bytes_per_second'], 'B/s')} reading memory, measured now")
-    table.add_row("matrix rate", f"{rates}, measured now")
+    table.add_row("peak matmul", f"{rates}, measured now")
     return table
 
 

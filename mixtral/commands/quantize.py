@@ -87,7 +87,7 @@ def _sequences(source: str, text: str, tokens: int) -> list[list[int]]:
 def _calibrated(
     source: str, text: str, tokens: int, progress: Progress
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """-> (the importance of inputs, what the scheme tells of the calibration)."""
+    """-> (the importance of inputs, what the scheme records of the calibration)."""
     from mixtral.config.formats import read_config
     from mixtral.quant.calibrate import second_moments
     from mixtral.weights.load import StateReader

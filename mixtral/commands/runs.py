@@ -22,7 +22,7 @@ def runs(
     """Compare training runs, finished or not, in a table and a plot; folders that are no runs are named and left out.
 
     size is active and all parameters; val and b/B (bits a byte) are of the validation with the lowest loss, tok/s and
-    matrix (the share of the machine's matrix rate) medians over steps, mem the most memory; max (the worst layer's
+    matmul (the share of peak matmul throughput) medians over steps, mem the most memory; max (the worst layer's
     largest load over the mean) and dead experts are of the last statistics.
 
     Examples:
@@ -43,7 +43,7 @@ def runs(
         return
     table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("run", overflow="fold")
-    for name in ("size", "step", "loss", "val", "b/B", "tok/s", "matrix", "mem", "max", "dead"):
+    for name in ("size", "step", "loss", "val", "b/B", "tok/s", "matmul", "mem", "max", "dead"):
         table.add_column(name, justify="right")
     for name, summary in zip(_short([summary.name for summary in summaries]), summaries, strict=True):
         table.add_row(name, *_row(summary))

@@ -108,7 +108,7 @@ def from_gguf(headers: Sequence[GgufHeader], where: str = "GGUF") -> ModelConfig
 def to_gguf(config: ModelConfig, text_end: int | None = None) -> dict[str, Any]:
     """Metadata that say the shape of a model, and which ids its first and last tokens have.
 
-    `text_end` is the tokenizer's end token: it comes first, since GGUF has one key for both. `named_end_tokens` tells
+    `text_end` is the tokenizer's end token: it comes first, since GGUF has one key for both. `named_end_tokens` says
     whether the metadata say the model's end tokens exactly.
     llama.cpp's "llama" has no sliding window: such a model is written with it, and computed there without.
     Raises ConfigError for a model that is not plain Mistral or Mixtral.

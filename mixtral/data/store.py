@@ -1,4 +1,4 @@
-"""Prepared token data on disk: a folder of memory-mapped shards and an index that tells what they are.
+"""Prepared token data on disk: a folder of memory-mapped shards and an index that says what they are.
 
     index.json                    what went in, which tokenizer, counts, and a record of every shard
     SPLIT-NNNNN-KEY.npy           tokens of whole documents end to end, uint16 or uint32; each is BOS + text + EOS

@@ -27,7 +27,7 @@ Encode = Callable[[Iterable[list[str]]], Iterator[Tokens]]
 
 
 class Progress(NamedTuple):
-    """Told while preparing; the total is not known, as sources are streams."""
+    """Called while preparing; the total is not known, as sources are streams."""
 
     documents: int
     text_bytes: int

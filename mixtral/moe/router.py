@@ -76,7 +76,7 @@ class Router(nn.Module):
         Args:
             replay: int64 [T, K]; take these experts and compute logits and weights anew, so that gradients flow. An
                 earlier `chosen_TK`; where there is a capacity, it drops from it what it dropped then, given the `k` of
-                then. A number may be left out, as the width tells it, but for all slots of learned_k or token_k.
+                then. A number may be left out, as the width gives it, but for all slots of learned_k or token_k.
             k: experts a token takes in this call: a number, or int64 [T] for each token its own (0: none; to learned_k
                 and token_k, whose slots do not depend on values, what lies beyond their range means its nearest end).
 

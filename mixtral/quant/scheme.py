@@ -87,7 +87,7 @@ def read_scheme(folder: str | Path) -> QuantScheme | None:
     file = Path(folder) / "config.json"
     try:
         values = read_object(file).get("quantization_config")
-    except ConfigError:  # what is wrong with a model's config.json, read_config tells
+    except ConfigError:  # what is wrong with a model's config.json, read_config says
         return None
     if not isinstance(values, dict) or values.get("quant_method") != QUANT_METHOD:
         return None

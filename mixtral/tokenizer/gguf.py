@@ -177,7 +177,7 @@ def _files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def _check_size(metadata: Mapping[str, Any], embedding: TensorInfo | None) -> None:
-    """Refuse, before anything is built of them, more tokens than the model has rows for. The rest tells their kind."""
+    """Refuse, before anything is built of them, more tokens than the model has rows for."""
     tokens, most, whose = metadata.get(_LISTS[0]), MOST_TOKENS, "that are read"
     if embedding is not None and embedding.shape and embedding.shape[0] < most:
         most, whose = embedding.shape[0], "rows of token_embd.weight"

@@ -33,7 +33,7 @@ class JsonDecoder(NamedTuple):
                 case {"type": "ByteLevel" | "ByteFallback" | "Fuse"}:
                     pass
                 case {"type": "Strip", "content": " ", "start": 0 | 1, "stop": 0} if "Fuse" in kinds:
-                    pass  # whether there is a space to take away, the encoder tells (tokenizer_json.py)
+                    pass  # whether there is a space to take away, the encoder says (tokenizer_json.py)
                 case {"type": "Metaspace", "replacement": mark}:
                     replaced.append((mark, " "))
                 case {"type": "Replace", "pattern": {"String": old}, "content": new} if old:

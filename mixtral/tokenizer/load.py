@@ -26,7 +26,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     (tokenizer/side_files.py).
 
     Of several files in a folder the first of these decides the ids, as in transformers: tekken.json, tokenizer.json, a
-    sentencepiece model that tells its version (own.model.v3), one that does not (tokenizer.model). A sentencepiece
+    sentencepiece model whose name has its version (own.model.v3), one that does not (tokenizer.model). A sentencepiece
     model of the same vocabulary beside a tokenizer.json gives the chat formats, and encodes where the tokenizer.json is
     what we would write for it. Raises UsageError when there is none or the choice is not clear, MixtralError when the
     file is damaged.

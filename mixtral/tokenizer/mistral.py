@@ -35,7 +35,7 @@ class SentencePieceTokenizer(Tokenizer):
     """
 
     def __init__(self, data: bytes, file_name: str, beside: Beside | None = None) -> None:
-        """`file_name` tells the version as mistral-common reads it: own.model.v3. Raises MixtralError, UsageError.
+        """`file_name` names the version as mistral-common reads it: own.model.v3. Raises MixtralError, UsageError.
 
         What lies beside decides about <s> and </s> around a text (`add_bos_token`, `add_eos_token`).
         """

@@ -1,6 +1,6 @@
 """A sentencepiece model file: its pieces with scores and kinds, and the settings that decide how it encodes.
 
-The sentencepiece library tells neither settings nor user-defined pieces, and its own reader wants the protobuf
+The sentencepiece library gives neither settings nor user-defined pieces, and its own reader wants the protobuf
 package; the wire format is simple enough to read here.
 """
 

@@ -21,7 +21,7 @@ LINE_SECONDS = 10  # between lines where there is no terminal
 
 
 class Display:
-    """Told of everything that happens in a run; this one says nothing, for tests and scripts."""
+    """Called at everything that happens in a run; this one prints nothing, for tests and scripts."""
 
     def say(self, text: str) -> None:
         """A line about what is going on."""
@@ -50,6 +50,7 @@ class TerminalDisplay(Display):
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self.numbers: tuple[int, ...] = ()  # of the sparse layers
         self.layers: list[LayerStats] = []
         self.figures = ""
         self.next_line = 0.0
@@ -76,6 +77,7 @@ class TerminalDisplay(Display):
 
     @contextlib.contextmanager
     def live(self, config: PretrainConfig, step: int) -> Iterator[None]:
+        self.numbers = config.model.sparse_layers
         self.progress.add_task("train", total=config.steps, completed=step)
         with self.panel if self.console.is_terminal else contextlib.nullcontext():
             yield
@@ -97,7 +99,8 @@ class TerminalDisplay(Display):
     def _render(self) -> Group:
         blocks = not self.console.options.ascii_only
         lines = [self.figures] if self.figures else []
-        lines += [f"layer {i:<3} {layer_line(layer, blocks)}" for i, layer in enumerate(self.layers)]
+        numbered = zip(self.numbers, self.layers, strict=True)
+        lines += [f"layer {i:<3} {layer_line(layer, blocks)}" for i, layer in numbered]
         rows: list[RenderableType] = [Text(f"  {line}", no_wrap=True, overflow="ellipsis") for line in lines]
         return Group(self.progress, *rows)
 
@@ -107,7 +110,7 @@ def figures_line(result: StepResult, bits_per_byte: float, speed: Speed) -> str:
     figures = [f"loss {result.cross_entropy:.3f}", f"{bits_per_byte:.2f} b/B", f"grad {result.grad_norm:.2f}"]
     figures.append(f"{speed.tokens_per_second:,.0f} tok/s")
     if speed.matrix_share is not None:
-        figures.append(f"{100 * speed.matrix_share:.0f} % of matrix rate")
+        figures.append(f"{100 * speed.matrix_share:.0f} % of peak matmul")
     return "  ".join([*figures, f"{speed.memory_bytes / 1e9:.1f} GB"])
 
 

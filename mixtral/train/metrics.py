@@ -45,7 +45,7 @@ class Speed(NamedTuple):
 
     seconds: float
     tokens_per_second: float
-    matrix_share: float | None  # the model's FLOPs a second as a share of the matrix rate, where that was measured
+    matrix_share: float | None  # the model's FLOPs a second as a share of peak matmul, where measured
     memory_bytes: int  # of the process, or the most that tensors have taken on a GPU
 
     @classmethod
@@ -71,7 +71,7 @@ def bits_per_byte(cross_entropy: float, parts: Iterable[TrainBatch], byte_length
 
 
 class MetricsLog:
-    """Appends to both files of a run's folder, and tells the trackers the same numbers.
+    """Appends to both files of a run's folder, and sends the trackers the same numbers.
 
     Opened at `step`, it first drops the lines of later steps.
     """
@@ -92,7 +92,8 @@ class MetricsLog:
         except OSError as error:
             raise MixtralError(f"cannot write {self.paths[name]}: {error.strerror}") from error
         if self.trackers:
-            self.trackers.log(line["step"], flatten(line, "timing" if name == "timings" else ""))
+            prefix = "timing" if name == "timings" else ""
+            self.trackers.log(line["step"], flatten(line, prefix, self.trackers.layers))
 
 
 def json_line(line: Any) -> str:

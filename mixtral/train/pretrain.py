@@ -188,7 +188,7 @@ def _run(config: PretrainConfig, tokenizer: Tokenizer, data: TokenData, out: Pat
     if config.recompute:
         recompute_layers(model)
     loader = Loader(data, config.rows, config.context, config.seed)
-    with display.working("measuring the matrix rate"):
+    with display.working("measuring the peak matmul throughput"):
         rate = MatrixRate.measure(dtype, device)
     watch = _watch(config, out, display) if device.type == "cpu" else None
     return Run(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,6 +79,7 @@ class Trackers:
 
     def __init__(self, folder: Path, config: PretrainConfig, step: int, say: Callable[[str], None]) -> None:
         self._say = say
+        self.layers = config.model.sparse_layers
         self._open: dict[str, Tracker] = {}
         for name in config.trackers:
             if tracker := self._attempt(name, partial(_KINDS[name], folder, config, step)):
@@ -102,19 +103,25 @@ class Trackers:
             self._say(f"{name} is left out from here on: {reason}; the run goes on, its lines are in metrics.jsonl")
 
 
-def flatten(line: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of a JSON line by flat names: `cross_entropy`, `aux/z_loss`, `layer3/gini`, `layer3/load/0`."""
-    return dict(_leaves(prefix, {key: value for key, value in line.items() if key != "step"}))
+def flatten(line: dict[str, Any], prefix: str = "", layers: Sequence[int] = ()) -> dict[str, float]:
+    """The numbers of a JSON line by flat names: `cross_entropy`, `aux/z_loss`, `layer3/gini`, `layer3/load/0`.
+
+    `layers` are the model's sparse layers, which a line lists in order.
+    """
+    found: dict[str, float] = {}
+    for key, value in line.items():
+        if key in ("layers", "val_loads"):
+            for number, layer in zip(layers, value, strict=True):
+                found |= dict(_leaves(f"layer{number}" + ("/val_load" if key == "val_loads" else ""), layer))
+        elif key != "step":
+            found |= dict(_leaves(f"{prefix}/{key}" if prefix else key, value))
+    return found
 
 
 def _leaves(path: str, value: Any) -> Iterator[tuple[str, float]]:
     if isinstance(value, dict):
         for key, inner in value.items():
-            if key in ("layers", "val_loads"):
-                for number, layer in enumerate(inner):
-                    yield from _leaves(f"layer{number}" + ("/val_load" if key == "val_loads" else ""), layer)
-            else:
-                yield from _leaves(f"{path}/{key}" if path else key, inner)
+            yield from _leaves(f"{path}/{key}", inner)
     elif isinstance(value, list):
         for number, inner in enumerate(value):
             yield from _leaves(f"{path}/{number}", inner)

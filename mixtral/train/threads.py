@@ -146,7 +146,7 @@ class Pace:
 
 
 class ThreadWatch:
-    """Tells when a run has become slow, and whether another number of threads would be faster now.
+    """Notices when a run has become slow, and whether another number of threads would be faster now.
 
     Args:
         threads: the run's.

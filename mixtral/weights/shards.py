@@ -29,7 +29,7 @@ _ADAPTERS = (  # Mistral's, PEFT's and MLX's
 
 
 class TensorFile(Protocol):
-    """A file of tensors that tells what it holds before it is read."""
+    """A file of tensors that says what it holds before it is read."""
 
     path: Path
     headers: dict[str, Header]

@@ -5,7 +5,7 @@
 
 Runs are single-threaded, as many side by side as there are cores: models this small gain little from a second thread.
 What is finished is not done again, and what was interrupted goes on. No run is started that would not end within the
-budget, by the pace of those that are done; the report then tells of what there is. docs/studies/balancing.md has the
+budget, by the pace of those that are done; the report then covers what there is. docs/studies/balancing.md has the
 questions and the method.
 """
 

@@ -16,14 +16,15 @@ from tests.train.tiny_run import train_config
 LAYER = LayerStats([0.25, *[0.125] * 5, 0.125, 0.0], 2.0, 0.1562, 0.98, 0.1, 0.46, 1)
 RESULT = StepResult(cross_entropy=3.41234, aux={}, grad_norm=0.8211, lr=1e-3, layers=[LAYER] * 3)
 SPEED = Speed(1.0, 5210.4, 0.409, 912_000_000)
-FIGURES = "loss 3.412  1.89 b/B  grad 0.82  5,210 tok/s  41 % of matrix rate  0.9 GB"
+FIGURES = "loss 3.412  1.89 b/B  grad 0.82  5,210 tok/s  41 % of peak matmul  0.9 GB"
 
 
 def seen(terminal: bool, width: int = 100) -> str:
     """What three steps of 1,000 and a validation leave on a console, with all that a live panel has drawn."""
     file = io.StringIO()
     display = TerminalDisplay(Console(file=file, force_terminal=terminal, width=width, _environ={}, color_system=None))
-    with display.live(train_config(steps=1000), 0):
+    config = train_config(model={"n_layers": 4, "experts_by_layer": (4, 1, 4, 4)}, steps=1000)  # layer 1 is dense
+    with display.live(config, 0):
         for step in (1, 2, 3):
             display.step(step, RESULT, 1.894, SPEED)
         display.panel.refresh()
@@ -34,7 +35,7 @@ def seen(terminal: bool, width: int = 100) -> str:
 def test_a_step_in_figures() -> None:
     assert figures_line(RESULT, 1.894, SPEED) == FIGURES
     unmeasured = SPEED._replace(matrix_share=None)
-    assert figures_line(RESULT, 1.894, unmeasured) == FIGURES.replace("  41 % of matrix rate", "")
+    assert figures_line(RESULT, 1.894, unmeasured) == FIGURES.replace("  41 % of peak matmul", "")
 
 
 def test_a_layer_in_figures() -> None:
@@ -48,7 +49,7 @@ def test_the_panel_does_not_wrap(width: int) -> None:
     lines = seen(terminal=True, width=width).splitlines()
     assert any(line.strip().endswith(FIGURES) for line in lines)
     assert any("step 3/1000" in line and "left" in line for line in lines)
-    assert any(line.strip() == f"layer 2   {layer_line(LAYER)}" for line in lines)
+    assert any(line.strip() == f"layer 3   {layer_line(LAYER)}" for line in lines)
     assert "step 3: validation 3.5000 nats a token, 1.9500 bits a byte" in "".join(lines)
 
 

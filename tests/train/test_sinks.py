@@ -58,7 +58,7 @@ def as_one(folder: Path) -> dict[int, dict[str, float]]:
     steps: dict[int, dict[str, float]] = {}
     for name, prefix in (("metrics", ""), ("timings", "timing")):
         for line in read_lines(folder / f"{name}.jsonl"):
-            steps.setdefault(line["step"], {}).update(flatten(line, prefix))
+            steps.setdefault(line["step"], {}).update(flatten(line, prefix, train_config().model.sparse_layers))
     return steps
 
 
@@ -83,9 +83,9 @@ def close_to(steps: dict[int, dict[str, float]]) -> dict[int, Any]:
 def test_flat_names() -> None:
     line = {"step": 3, "cross_entropy": 1.5, "aux": {"z_loss": 0.5}, "val_loads": [[0.25], [0.75]],
             "layers": [{"gini": 0.1, "load": [0.5, 0.5]}, {"gini": 0.2, "output_norms": None}]}  # fmt: skip
-    assert flatten(line) == {
-        "cross_entropy": 1.5, "aux/z_loss": 0.5, "layer0/val_load/0": 0.25, "layer1/val_load/0": 0.75,
-        "layer0/gini": 0.1, "layer0/load/0": 0.5, "layer0/load/1": 0.5, "layer1/gini": 0.2}  # fmt: skip
+    assert flatten(line, layers=(1, 3)) == {  # layers 0 and 2 are dense
+        "cross_entropy": 1.5, "aux/z_loss": 0.5, "layer1/val_load/0": 0.25, "layer3/val_load/0": 0.75,
+        "layer1/gini": 0.1, "layer1/load/0": 0.5, "layer1/load/1": 0.5, "layer3/gini": 0.2}  # fmt: skip
     timing = {"step": 3, "seconds": 2.0, "matrix_dtype": "float32"}
     assert flatten(timing, "timing") == {"timing/seconds": 2.0}
 

@@ -174,8 +174,8 @@ class Balancer:
             RULES[type(entry)](entry, layer, router, k)
             for entry in entries
             if entry.buffer
-            for layer, router in enumerate(routers)
-            if entry.covers(self.layers[layer])
+            for layer, router in zip(self.layers, routers, strict=True)
+            if entry.covers(layer)
         ]
         learns_k = all(isinstance(router.options, LearnedK) for router in routers)
         if not learns_k and any(isinstance(entry, KPrice) for entry in entries):
@@ -207,24 +207,24 @@ class Balancer:
             taken = [counts_of(routing.chosen_TK, routing.logits_TE.shape[1]) for routing in routings]
             self.counts = [a + b for a, b in zip(self.counts, taken, strict=True)] if self.counts else taken
         for rule in self.live:
-            rule.observe(routings[rule.layer])
+            rule.observe(routings[self.layers.index(rule.layer)])
 
     def terms(self, routings: Sequence[Routing], domains_T: Tensor | None = None) -> Iterator[Term]:
         """The losses of a part that was observed; those whose weight is 0 at this step are not computed."""
         for entry in self.losses:
             coefficient = entry.coefficient(self.step, self.steps)
-            covered = [layer for layer, number in enumerate(self.layers) if entry.covers(number)]
+            covered = [i for i, layer in enumerate(self.layers) if entry.covers(layer)]
             if coefficient > 0 and covered:
-                values = [self._value(entry, layer, routings[layer], domains_T) for layer in covered]
+                values = [self._value(entry, i, routings[i], domains_T) for i in covered]
                 yield Term(entry.name, coefficient * (len(covered) / len(routings)), values)
 
-    def _value(self, entry: BalanceOptions, layer: int, routing: Routing, domains_T: Tensor | None) -> Tensor:
+    def _value(self, entry: BalanceOptions, i: int, routing: Routing, domains_T: Tensor | None) -> Tensor:
         match entry:
             case MicroBatch():
                 return load_balance(routing)
             case GlobalBatch():
                 whole = self.known if entry.exact else None
-                counts_E = self.sum_over_ranks(self.counts[layer]) if whole is None else whole[layer]
+                counts_E = self.sum_over_ranks(self.counts[i]) if whole is None else whole[i]
                 return load_balance(routing, counts_E=counts_E)
             case ZLoss():
                 return z_loss(routing)
@@ -245,7 +245,7 @@ class Balancer:
         """
         violations: dict[str, list[Tensor]] = {}
         for rule in self.live:
-            counts_E = self.sum_over_ranks(self.counts[rule.layer])
+            counts_E = self.sum_over_ranks(self.counts[self.layers.index(rule.layer)])
             weight = rule.options.coefficient(self.step, self.steps)
             rule.moved_E.lerp_(rule.propose(counts_E, self.sum_over_ranks), weight)
             mean = counts_E.float().mean().clamp(min=1e-20)
