@@ -65,7 +65,7 @@ def test_the_table_has_a_run_on_a_line(run: Path, capsys: pytest.CaptureFixture[
     monkeypatch.chdir(run.parent)
     assert main(["runs", "run"]) == 0
     head, row = capsys.readouterr().out.splitlines()
-    assert head.split() == "run size step loss val b/B tok/s matrix mem max dead".split()
+    assert head.split() == "run size step loss val b/B tok/s matmul mem max dead".split()
     assert row.split()[2:] == "2/9 6.000 7.000 3.000 200 30% 3.0GB 1.00 2".split()
 
 
