@@ -76,14 +76,14 @@ class NativeRunner:
         self, batch: Ragged, rows: Tensor | None = None, k: int | Tensor | None = None, keep_routing: bool = True
     ) -> Output:
         """See Runner. Without `keep_routing` that is left empty, which saves a tenth of a millisecond."""
-        assert batch.context_lens is not None and batch.block_tables is not None
+        assert batch.context_lens is not None
         n, last = len(batch.tokens_T), max(batch.context_lens.tolist(), default=0)
         with torch.inference_mode(False), self.pool.lock:
             angles = self._angles_to(last)
             parts = [
                 self._step.run(
                     batch.tokens_T[begin:end], piece.spans,
-                    Pages(self.pool.pool_L2GSC, self.pool.block_size, batch.block_tables[piece.sequences]), angles,
+                    Pages(self.pool.pool_L2GSC, self.pool.block_size, _tables(batch, piece)), angles,
                     _within(rows, begin, end, n), k[begin:end] if isinstance(k, Tensor) else k,
                 )
                 for begin, end, piece in _pieces(batch)
@@ -143,6 +143,12 @@ def _pieces(batch: Ragged) -> Iterator[tuple[int, int, _Piece]]:
                 begin, rows, piece = begin + rows, 0, _Piece([], [])
     if piece.spans:
         yield begin, begin + rows, piece
+
+
+def _tables(batch: Ragged, piece: _Piece) -> Tensor:
+    assert batch.block_tables is not None
+    whole = piece.sequences == list(range(len(batch.block_tables)))
+    return batch.block_tables if whole else batch.block_tables[piece.sequences]
 
 
 def _within(rows: Tensor | None, begin: int, end: int, n: int) -> Tensor:

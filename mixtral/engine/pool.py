@@ -53,6 +53,7 @@ class KVPool:
         self._free = n_blocks  # how many have none
         self._sequences: dict[int, _Sequence] = {}
         self._next_id = 0
+        self._tables: tuple[tuple[int, ...], Tensor] | None = None  # of the last batch; None once some block changed
 
     # -- what there is -------------------------------------------------------------------------------------------------
 
@@ -143,15 +144,15 @@ class KVPool:
             self._reserve(sum(self._needed(s, len(t)) for s, (_, t) in zip(sequences, chunks, strict=True)))
             for sequence, (_, tokens) in zip(sequences, chunks, strict=True):
                 self._extend(sequence, len(tokens))
-            batch = Ragged.of([tokens for _, tokens in chunks], starts, self.pool_L2GSC.device)
+            tokens = [t for _, chunk in chunks for t in chunk]
+            positions = [p for s, start in zip(sequences, starts, strict=True) for p in range(start, s.length)]
             slots = [slot for s, start in zip(sequences, starts, strict=True) for slot in self._slots(s, start)]
-            most = max((len(s.blocks) for s in sequences), default=0)
-            tables = [s.blocks + [-1] * (most - len(s.blocks)) for s in sequences]
-            return batch._replace(
-                block_tables=torch.tensor(tables, dtype=torch.int64).view(len(sequences), most),
-                context_lens=torch.tensor([s.length for s in sequences], dtype=torch.int64),
-                slots_T=torch.tensor(slots, dtype=torch.int64, device=self.pool_L2GSC.device),
-            )
+            of_tokens = torch.tensor([tokens, positions, slots], dtype=torch.int64, device=self.pool_L2GSC.device)
+            tokens_T, positions_T, slots_T = of_tokens.unbind()
+            context_lens = torch.tensor([s.length for s in sequences], dtype=torch.int64)
+            cu_seqlens = Ragged.offsets([len(chunk) for _, chunk in chunks])
+            tables = self._block_tables(tuple(id for id, _ in chunks), sequences)
+            return Ragged(tokens_T, positions_T, cu_seqlens, tables, context_lens, slots_T)
 
     # -- blocks --------------------------------------------------------------------------------------------------------
 
@@ -159,6 +160,14 @@ class KVPool:
         if id not in self._sequences:
             raise UsageError(f"KV pool: no sequence {id}; it was never added, or has been freed")
         return self._sequences[id]
+
+    def _block_tables(self, ids: tuple[int, ...], sequences: list[_Sequence]) -> Tensor:
+        """See Ragged. That of the last batch while these sequences have the blocks that they had."""
+        if self._tables is None or self._tables[0] != ids:
+            most = max((len(s.blocks) for s in sequences), default=0)
+            tables = [s.blocks + [-1] * (most - len(s.blocks)) for s in sequences]
+            self._tables = ids, torch.tensor(tables, dtype=torch.int64).view(len(sequences), most)
+        return self._tables[1]
 
     def _blocks_of(self, length: int) -> int:
         return -(-length // self.block_size)
@@ -174,6 +183,7 @@ class KVPool:
             raise UsageError(f"KV pool: positions before {length} of sequence {id} are out of its window, and freed")
 
     def _release(self, blocks: Iterable[int]) -> None:
+        self._tables = None
         for block in blocks:
             if block >= 0:
                 self._users[block] -= 1
@@ -230,6 +240,7 @@ class KVPool:
             wanted = self._roomiest()
         self._users[wanted] = 1
         self._free -= 1
+        self._tables = None
         return wanted
 
     def _roomiest(self) -> int:

@@ -6,6 +6,7 @@ Legend: T tokens of all sequences, S sequences.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -31,9 +32,13 @@ class Ragged(NamedTuple):
         starts = [0] * len(lengths) if starts is None else list(starts)
         tokens = torch.tensor([t for s in sequences for t in s], dtype=torch.int64, device=device)
         positions = [p for n, first in zip(lengths, starts, strict=True) for p in range(first, first + n)]
-        cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         positions_T = torch.tensor(positions, dtype=torch.int64, device=device)
-        return cls(tokens, positions_T, cu_seqlens)
+        return cls(tokens, positions_T, cls.offsets(lengths))
+
+    @staticmethod
+    def offsets(lengths: Sequence[int]) -> Tensor:
+        """-> cu_seqlens of sequences of these lengths."""
+        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
     def to(self, device: torch.device | str) -> Ragged:
         """On `device`, but for what the host reads."""

@@ -68,8 +68,9 @@ struct Network {
 std::vector<float> answer(const Network &network, const std::vector<int> &chunks, unsigned seed) {
   const int64_t head = int64_t{kPositions} * kWidth * 4, value = kKvHeads * head, layer = 2 * value;
   std::vector<uint8_t> cache(static_cast<size_t>(kLayers * layer));
-  std::vector<uint8_t *> blocks;
-  for (int b = 0; b < kBlocks; ++b) blocks.push_back(cache.data() + (kBlocks - 1 - b) * kBlockSize * kWidth * 4);
+  std::vector<int64_t> blocks;
+  for (int b = 0; b < kBlocks; ++b) blocks.push_back(kBlocks - 1 - b);
+  const mx::Pages pages{cache.data(), kBlockSize, layer, value, kWidth * 4, head};
   const std::vector<float> angles = numbers(kPositions * kWidth / 2, 7, 1.0f);
   std::mt19937 random(seed);
   std::vector<float> all;
@@ -79,8 +80,8 @@ std::vector<float> answer(const Network &network, const std::vector<int> &chunks
     std::vector<float> x(tokens.size() * kDim), logits(tokens.size() * kVocab), weights(experts.size());
     std::vector<float> router(tokens.size() * kLayers * kExperts);
     for (int i = 0; i < n; ++i) tokens[static_cast<size_t>(i)] = random() % kVocab, wanted[static_cast<size_t>(i)] = i;
-    const mx::Sequence sequence{0, n, done, kBlocks, kBlockSize, layer, value, kWidth * 4, head, blocks.data()};
-    mx::Plan plan{&network.model, n, 1, n, kTaken, 0, kLayers, 0, 0, mx::kFloat32, &sequence, nullptr, nullptr,
+    const mx::Sequence sequence{0, n, done, blocks.data()};
+    mx::Plan plan{&network.model, n, 1, n, kTaken, 0, kLayers, 0, 0, mx::kFloat32, pages, &sequence, nullptr, nullptr,
                   tokens.data(), angles.data(), angles.data(), wanted.data(), x.data(), logits.data(), router.data(),
                   experts.data(), weights.data(), nullptr};
     int32_t failed = 1;

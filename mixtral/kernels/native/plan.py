@@ -43,9 +43,14 @@ class Model(ctypes.Structure):
 
 class Sequence(ctypes.Structure):
     _fields_ = (
-        ("begin", c_int32), ("n", c_int32), ("first", c_int64), ("n_blocks", c_int32), ("block_size", c_int32),
-        ("layer_stride", c_int64), ("value_stride", c_int64), ("slot_stride", c_int64), ("head_stride", c_int64),
-        ("blocks", c_void_p),
+        ("begin", c_int32), ("n", c_int32), ("first", c_int64), ("blocks", c_void_p),
+    )  # fmt: skip
+
+
+class Pages(ctypes.Structure):
+    _fields_ = (
+        ("pool", c_void_p), ("block_size", c_int64), ("layer_stride", c_int64), ("value_stride", c_int64),
+        ("slot_stride", c_int64), ("head_stride", c_int64),
     )  # fmt: skip
 
 
@@ -53,10 +58,10 @@ class Plan(ctypes.Structure):
     _fields_ = (
         ("model", POINTER(Model)), ("rows", c_int32), ("n_sequences", c_int32), ("n_wanted", c_int32), ("k", c_int32),
         ("first_layer", c_int32), ("last_layer", c_int32), ("from_experts", c_int32), ("to_router", c_int32),
-        ("cache_dtype", c_int32), ("sequences", POINTER(Sequence)), ("row_k", c_void_p), ("active", c_void_p),
-        ("tokens", c_void_p), ("cosines", c_void_p), ("sines", c_void_p), ("wanted", c_void_p), ("x", c_void_p),
-        ("logits", c_void_p), ("router_logits", c_void_p), ("experts", c_void_p), ("weights", c_void_p),
-        ("scratch", c_void_p),
+        ("cache_dtype", c_int32), ("pages", Pages), ("sequences", POINTER(Sequence)), ("row_k", c_void_p),
+        ("active", c_void_p), ("tokens", c_void_p), ("cosines", c_void_p), ("sines", c_void_p), ("wanted", c_void_p),
+        ("x", c_void_p), ("logits", c_void_p), ("router_logits", c_void_p), ("experts", c_void_p),
+        ("weights", c_void_p), ("scratch", c_void_p),
     )  # fmt: skip
 
 

@@ -142,19 +142,19 @@ class Step:
         )
         if routed is not None:
             result.experts_MTK[0], result.weights_MTK[0] = routed.experts_TK, routed.weights_TK
-        sequences, blocks_NB = _sequences(spans, pages)
+        tables_NB = pages.tables_NB.contiguous()
         tokens, active = source.contiguous(), _active(spans, rows)
         call = plan.Plan(
             ctypes.pointer(self._model), rows, len(spans), 0 if wanted_R is None else len(wanted_R), most_k,
-            layers.start, layers.stop, routed is not None, to_router, DTYPES[pages.pool_L2GSC.dtype], sequences,
-            _address(row_k), _address(active), tokens.data_ptr() if source.dim() == 1 else None,
-            angles[0].data_ptr(), angles[1].data_ptr(), _address(wanted_R), x_TD.data_ptr(), _address(result.logits_RV),
+            layers.start, layers.stop, routed is not None, to_router, DTYPES[pages.pool_L2GSC.dtype], _pages(pages),
+            _sequences(spans, tables_NB), _address(row_k), _address(active),
+            tokens.data_ptr() if source.dim() == 1 else None, angles[0].data_ptr(), angles[1].data_ptr(),
+            _address(wanted_R), x_TD.data_ptr(), _address(result.logits_RV),
             *(t.data_ptr() if sparse else None for t in (result.router_logits_MTE, result.experts_MTK,
                                                          result.weights_MTK)), None,
         )  # fmt: skip
         if rows:
             self._call(call)
-        del blocks_NB  # the plan points to it
         return result
 
     def _call(self, call: plan.Plan) -> None:
@@ -307,20 +307,16 @@ def _check_pages(spans: Sequence[Span], pages: Pages, config: ModelConfig) -> No
             raise UsageError(f"native step: a block table names a block that is not one of 0..{blocks - 1}")
 
 
-def _sequences(spans: Sequence[Span], pages: Pages) -> tuple[ctypes.Array, Tensor]:
-    """-> the C structures, and the table of the blocks' addresses that they point to, which must live as long."""
+def _sequences(spans: Sequence[Span], tables_NB: Tensor) -> ctypes.Array:
+    address, row_bytes = tables_NB.data_ptr(), 8 * tables_NB.shape[1]
+    rows = (plan.Sequence(*span, address + i * row_bytes) for i, span in enumerate(spans))
+    return (plan.Sequence * len(spans))(*rows)
+
+
+def _pages(pages: Pages) -> plan.Pages:
     pool, size = pages.pool_L2GSC, pages.pool_L2GSC.element_size()
     layer, value, head, slot, _ = (size * stride for stride in pool.stride())
-    blocks_NB = pool.data_ptr() + pages.tables_NB * (slot * pages.block_size)
-    row_bytes, n_blocks = 8 * blocks_NB.shape[1], blocks_NB.shape[1]
-    sequences = (plan.Sequence * len(spans))()
-    for i, (sequence, span) in enumerate(zip(sequences, spans, strict=True)):
-        sequence.begin, sequence.n, sequence.first = span.begin, span.n, span.first
-        sequence.n_blocks, sequence.block_size = n_blocks, pages.block_size
-        sequence.layer_stride, sequence.value_stride = layer, value
-        sequence.slot_stride, sequence.head_stride = slot, head
-        sequence.blocks = blocks_NB.data_ptr() + i * row_bytes
-    return sequences, blocks_NB
+    return plan.Pages(pool.data_ptr(), pages.block_size, layer, value, slot, head)
 
 
 def _active(spans: Sequence[Span], rows: int) -> Tensor | None:

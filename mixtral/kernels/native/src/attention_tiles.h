@@ -21,9 +21,7 @@ struct Tile {
 
 // This head's keys of a position; its values lie value_stride further.
 inline const uint8_t *in_blocks(const AttentionTask &t, int64_t position) {
-  const Sequence &s = *t.sequence;
-  const int64_t slot = position % s.block_size;
-  return s.blocks[position / s.block_size] + t.layer_offset + slot * s.slot_stride + t.head * s.head_stride;
+  return t.pages->at(*t.sequence, position) + t.layer_offset + t.head * t.pages->head_stride;
 }
 
 // The tile that starts at position `start`, copied position by position, from .. to - 1.
@@ -31,7 +29,7 @@ inline Tile copied(const AttentionTask &t, int64_t start, int64_t from, int64_t 
   const int64_t size = bytes_of(t.cache_dtype), head_bytes = size * t.head_dim, stride = size * width;
   if (width != t.head_dim) std::memset(copy, 0, static_cast<size_t>(2 * kTile * stride));
   for (int64_t at = from; at < to; ++at) {
-    const uint8_t *keys = in_blocks(t, at), *values = keys + t.sequence->value_stride;
+    const uint8_t *keys = in_blocks(t, at), *values = keys + t.pages->value_stride;
     std::memcpy(copy + (at - start) * stride, keys, static_cast<size_t>(head_bytes));
     std::memcpy(copy + (kTile + at - start) * stride, values, static_cast<size_t>(head_bytes));
   }
@@ -40,11 +38,11 @@ inline Tile copied(const AttentionTask &t, int64_t start, int64_t from, int64_t 
 
 // The same, where it lies if it can be read there: in one block, and no padding to add.
 inline Tile find(const AttentionTask &t, int64_t start, int64_t from, int64_t to, int width, uint8_t *copy) {
-  const Sequence &s = *t.sequence;
-  if (width != t.head_dim || start % s.block_size + kTile > s.block_size)
+  const Pages &pages = *t.pages;
+  if (width != t.head_dim || start % pages.block_size + kTile > pages.block_size)
     return copied(t, start, from, to, width, copy);
   const uint8_t *keys = in_blocks(t, start);
-  return {keys, keys + s.value_stride, s.slot_stride};
+  return {keys, keys + pages.value_stride, pages.slot_stride};
 }
 
 constexpr int kRowsAhead = 3, kToSecondLevel = 2;  // the latter as __builtin_prefetch has it

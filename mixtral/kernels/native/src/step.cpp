@@ -160,12 +160,12 @@ class Thread {
     const Share mine = rows_of(s.n);
     for (int i = mine.first; i < mine.last; ++i) {
       const int64_t row = s.begin + i, position = s.first + i, angles = position * (c / 2);
-      uint8_t *slot = s.blocks[position / s.block_size] + layer * s.layer_stride + position % s.block_size * s.slot_stride;
+      uint8_t *slot = p_.pages.at(s, position) + layer * p_.pages.layer_stride;
       for (int g = 0; g < m_.n_kv_heads; ++g) {
         float *head = shared_.qkv + row * sizes_.qkv + static_cast<int64_t>(g) * (queries + 2) * c;
         MX_PICK(rotate)(head, p_.cosines + angles, p_.sines + angles, c, queries + 1);
-        MX_PICK(narrow)(head + queries * c, p_.cache_dtype, c, slot + g * s.head_stride);
-        MX_PICK(narrow)(head + (queries + 1) * c, p_.cache_dtype, c, slot + g * s.head_stride + s.value_stride);
+        MX_PICK(narrow)(head + queries * c, p_.cache_dtype, c, slot + g * p_.pages.head_stride);
+        MX_PICK(narrow)(head + (queries + 1) * c, p_.cache_dtype, c, slot + g * p_.pages.head_stride + p_.pages.value_stride);
       }
     }
   }
@@ -192,6 +192,7 @@ class Thread {
     const int64_t first = s.begin;
     AttentionTask task{};
     task.sequence = &s;
+    task.pages = &p_.pages;
     task.begin = begin;
     task.end = begin + kAttentionRows < s.n ? begin + kAttentionRows : s.n;
     task.heads = mine.last - mine.first;
@@ -199,7 +200,7 @@ class Thread {
     task.head_dim = m_.head_dim;
     task.window = m_.window;
     task.cache_dtype = p_.cache_dtype;
-    task.layer_offset = layer * s.layer_stride;
+    task.layer_offset = layer * p_.pages.layer_stride;
     task.queries = shared_.qkv + first * sizes_.qkv + static_cast<int64_t>(g * (queries + 2) + mine.first) * m_.head_dim;
     task.stride = sizes_.qkv;
     task.out = shared_.heads + first * sizes_.heads + static_cast<int64_t>(g * queries + mine.first) * m_.head_dim;

@@ -46,18 +46,27 @@ struct Model {
   Matrix output;            // [V, D]
 };
 
-// The rows begin .. begin + n - 1, in ascending positions, and the pages of their keys and values. Position p lies in slot
-// p % block_size of block p / block_size; a block that no row sees any more may be null. A block holds keys and values of
-// block_size slots for each layer, in any order; the C numbers of one slot and head lie in one piece.
+// The rows begin .. begin + n - 1, in ascending positions. Position p lies in slot p % block_size of the block number
+// blocks[p / block_size]; the number of a block that no row sees any more is not read.
 struct Sequence {
   int32_t begin, n;
   int64_t first;  // position of row `begin`
-  int32_t n_blocks, block_size;
+  const int64_t *blocks;
+};
+
+// The pool of keys and values. The C numbers of one slot and head lie in one piece.
+struct Pages {
+  uint8_t *pool;
+  int64_t block_size;    // slots
   int64_t layer_stride;  // bytes from one layer's keys to the next one's
   int64_t value_stride;  // bytes from a layer's keys to its values
   int64_t slot_stride;   // bytes from one slot's keys to the next one's
   int64_t head_stride;   // bytes from one key/value head's keys to the next one's
-  uint8_t *const *blocks;
+
+  // The first key/value head's key of a sequence's position, in layer 0.
+  uint8_t *at(const Sequence &s, int64_t position) const {
+    return pool + (s.blocks[position / block_size] * block_size + position % block_size) * slot_stride;
+  }
 };
 
 struct Plan {
@@ -67,6 +76,7 @@ struct Plan {
   int32_t from_experts;             // begin behind the first layer's router, with the experts and weights given here
   int32_t to_router;                // end behind the last layer's router
   int32_t cache_dtype;
+  Pages pages;
   const Sequence *sequences;  // of disjoint rows; a row of none is inactive: it has no keys and takes no experts
   const int32_t *row_k;       // [T] how many experts each row takes, at most k; null: k
   const uint8_t *active;      // [T] whether it is a sequence's; null: all

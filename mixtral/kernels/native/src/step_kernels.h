@@ -11,11 +11,12 @@ namespace mx {
 // Some rows of one sequence against one key/value head, for some of its query heads.
 struct AttentionTask {
   const Sequence *sequence;
+  const Pages *pages;
   int32_t begin, end;  // rows of the sequence, from 0
   int32_t heads;       // how many query heads
   int32_t head;        // this key/value head
   int32_t head_dim, window, cache_dtype;
-  int64_t layer_offset;  // bytes from a block's start to this layer's keys
+  int64_t layer_offset;  // bytes from the first layer's keys to this one's
   const float *queries;  // rotated; row 0's [heads, C], the next row's `stride` floats on
   int64_t stride;
   float *out;  // row 0's [heads, C], the next row's `out_stride` floats on
