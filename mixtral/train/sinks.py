@@ -108,14 +108,16 @@ def flatten(line: dict[str, Any], prefix: str = "", layers: Sequence[int] = ()) 
 
     `layers` are the model's sparse layers, which a line lists in order.
     """
-    found: dict[str, float] = {}
-    for key, value in line.items():
-        if key in ("layers", "val_loads"):
-            for number, layer in zip(layers, value, strict=True):
-                found |= dict(_leaves(f"layer{number}" + ("/val_load" if key == "val_loads" else ""), layer))
-        elif key != "step":
-            found |= dict(_leaves(f"{prefix}/{key}" if prefix else key, value))
-    return found
+    return dict(leaf for key, value in line.items() if key != "step" for leaf in _named(key, value, prefix, layers))
+
+
+def _named(key: str, value: Any, prefix: str, layers: Sequence[int]) -> Iterator[tuple[str, float]]:
+    if key in ("layers", "val_loads"):
+        of_layer = "/val_load" if key == "val_loads" else ""
+        for number, layer in zip(layers, value, strict=True):
+            yield from _leaves(f"layer{number}{of_layer}", layer)
+    else:
+        yield from _leaves(f"{prefix}/{key}" if prefix else key, value)
 
 
 def _leaves(path: str, value: Any) -> Iterator[tuple[str, float]]:

@@ -53,12 +53,12 @@ def told(folder: Path) -> list[Any]:
     return [json.loads(line) for line in (folder / "told.jsonl").read_text().splitlines()]
 
 
-def as_one(folder: Path) -> dict[int, dict[str, float]]:
+def as_one(folder: Path, layers: tuple[int, ...] = (0, 1)) -> dict[int, dict[str, float]]:
     """The lines of both files by step, with flat names."""
     steps: dict[int, dict[str, float]] = {}
     for name, prefix in (("metrics", ""), ("timings", "timing")):
         for line in read_lines(folder / f"{name}.jsonl"):
-            steps.setdefault(line["step"], {}).update(flatten(line, prefix, train_config().model.sparse_layers))
+            steps.setdefault(line["step"], {}).update(flatten(line, prefix, layers))
     return steps
 
 
@@ -100,6 +100,16 @@ def test_tensorboard_shows_what_the_lines_say(run_in: MakeRun, tmp_path: Path) -
     )
     run_in(tmp_path / "plain", config.replace(trackers=())).train()
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == (tmp_path / "plain/metrics.jsonl").read_bytes()
+
+
+def test_tensorboard_names_layers_by_their_number_in_the_model(run_in: MakeRun, tmp_path: Path) -> None:
+    """Of four layers 0 and 2 are dense: what stands first in a line is layer 1's."""
+    pytest.importorskip("tensorboard")
+    shape = {"n_layers": 4, "experts_by_layer": (1, 4, 1, 4)}
+    run_in(tmp_path, train_config(shape, steps=2, stats_every=2, trackers=("tensorboard",))).train()
+    shown = scalars(tmp_path)
+    assert shown == close_to(as_one(tmp_path, layers=(1, 3)))
+    assert {tag.split("/")[0] for tag in shown[2] if tag.startswith("layer")} == {"layer1", "layer3"}
 
 
 def test_tensorboard_after_a_kill_has_no_step_twice(run_in: MakeRun, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -421,3 +422,28 @@ def test_guided_without_labels_in_the_batch_is_refused(loader: Loader) -> None:
 def test_every_sparse_layer_is_balanced() -> None:
     model, train_state = fresh_state(config_of(*RULES[:1], model=BIASED))
     assert len(train_state.balancer.rules) == sum(isinstance(m, MoE) for m in model.modules()) == 2
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_moves_the_router_whose_routing_it_watched(loader: Loader, rule: str) -> None:
+    """Layers 0 and 2 are dense. Oracle: each sparse layer's router alone, as a model of one layer."""
+    shape = {"n_layers": 4, "experts_by_layer": (1, 4, 1, 4)}
+    config, alone = (config_of(rule, model={**router_for(rule), **s}) for s in (shape, {"n_layers": 1}))
+    model, train_state = fresh_state(config)
+    part = loader.batch(0)
+    with torch.no_grad():
+        routings = model(part.batch).routing
+    wanted = {}
+    for layer, seen in zip((1, 3), routings, strict=True):
+        router = copy.deepcopy(model.layers[layer].ffn.router)
+        balancer = Balancer([router], alone)
+        balancer.begin(0)
+        balancer.observe([seen])
+        balancer.update()
+        wanted[layer] = balancer.rules[0].moved_E
+    train_step(train_state, [part], next_token, config, 0, False)
+    assert [r.layer for r in train_state.balancer.rules] == [1, 3] and not torch.equal(wanted[1], wanted[3])
+    for moved in train_state.balancer.rules:
+        torch.testing.assert_close(moved.moved_E, wanted[moved.layer])
+        buffer = train_state.buffers[f"layers.{moved.layer}.ffn.router.{moved.options.buffer}"]
+        assert torch.equal(buffer, moved.moved_E)
