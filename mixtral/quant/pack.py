@@ -5,7 +5,7 @@ Legend: E experts, N outputs, D inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -43,11 +43,11 @@ def pack_state(config: ModelConfig, state: Mapping[str, Tensor], dtype: torch.dt
     buffers = dict(model.named_buffers())
     plain: dict[str, Tensor] = {}
     for name in state:
-        tensor = state[name]
         if name + PACKED in buffers:
-            require_range(name, tensor, dtype)
-            plain[name + PACKED] = _pack_matrices(tensor, dtype)
+            empty = torch.empty(buffers[name + PACKED].shape, dtype=torch.uint8)
+            plain[name + PACKED] = _pack_into(empty, name, _slices(state, name), dtype)
             continue
+        tensor = state[name]
         wanted = fixed_dtype(name, config) or (dtype if name == "embedding.weight" else ACTIVATIONS)
         require_range(name, tensor, wanted)
         plain[name] = tensor.to(wanted).clone() if tensor.dtype == wanted else tensor.to(wanted)
@@ -127,13 +127,21 @@ def packed_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _pack_matrices(w: Tensor, dtype: torch.dtype) -> Tensor:
-    """[..., N, D] -> packed; matrix by matrix, so that no second copy of a stack is ever whole."""
-    if w.dim() == 2:
-        return pack(w.to(dtype), PLAIN[dtype].name)
-    first = _pack_matrices(w[0], dtype)
-    packed = first.new_empty(len(w), *first.shape)
-    packed[0] = first
-    for i in range(1, len(w)):
-        packed[i] = _pack_matrices(w[i], dtype)
+def _slices(state: Mapping[str, Tensor], name: str) -> Iterable[Tensor]:
+    """What lies along a tensor's first axis, one at a time; a matrix: itself."""
+    if isinstance(state, LazyState) and len(state.shapes[name]) > 2:
+        return state.slices(name)
+    tensor = state[name]
+    return tensor if tensor.dim() > 2 else [tensor]
+
+
+def _pack_into(packed: Tensor, name: str, slices: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
+    """Fill `packed` matrix by matrix, so that no second copy of a stack is ever whole."""
+    matrices = packed.view(-1, *packed.shape[-2:])
+    done = 0
+    for part in slices:
+        require_range(name, part, dtype)
+        for w in part.reshape(-1, *part.shape[-2:]):
+            matrices[done] = pack(w.to(dtype), PLAIN[dtype].name)
+            done += 1
     return packed

@@ -24,6 +24,10 @@ class LazyState(Mapping[str, Tensor], ABC):
     def read(self, ours: str) -> Tensor:
         """The tensor of that name, in new memory."""
 
+    def slices(self, ours: str) -> Iterator[Tensor]:
+        """The slices of a tensor along its first axis, in order: of a stack of experts, one expert at a time."""
+        yield from self[ours]
+
     def described(self) -> dict[str, Tensor]:
         """Shapes and dtypes of all, as tensors without data."""
         return {name: torch.empty(shape, dtype=self.dtype(name), device="meta") for name, shape in self.shapes.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
@@ -108,14 +109,31 @@ class StateReader(LazyState):
     def read(self, ours: str) -> Tensor:
         tensor = torch.empty(self.shapes[ours], dtype=self.dtype(ours))
         for name in self._sources[ours]:
-            foreign = self._file_of[name].read(name)
             if name == self._output:
-                _check_tied(tensor, foreign, f"{self._folder}: {name}")
-                continue
-            view = self._found[name].view(tensor)
-            require_range(name, foreign, view.dtype)
-            view.copy_(foreign.reshape(view.shape))
+                _check_tied(tensor, self._file_of[name].read(name), f"{self._folder}: {name}")
+            else:
+                self._fill(name, self._found[name].view(tensor))
         return tensor
+
+    def slices(self, ours: str) -> Iterator[Tensor]:
+        """See LazyState; only one slice is in memory, but where one foreign tensor holds parts of several."""
+        whole = torch.empty(self.shapes[ours], device="meta")
+        size = whole[0].numel()
+        views = {name: self._found[name].view(whole) for name in self._sources[ours]}
+        if self._output in views or any(view.storage_offset() % size + _extent(view) > size for view in views.values()):
+            yield from super().slices(ours)
+            return
+        for i in range(len(whole)):
+            part = torch.empty(whole.shape[1:], dtype=self.dtype(ours))
+            for name, view in views.items():
+                if view.storage_offset() // size == i:
+                    self._fill(name, part.as_strided(view.shape, view.stride(), view.storage_offset() % size))
+            yield part
+
+    def _fill(self, name: str, view: Tensor) -> None:
+        foreign = self._file_of[name].read(name)
+        require_range(name, foreign, view.dtype)
+        view.copy_(foreign.reshape(view.shape))
 
 
 # -- which files -------------------------------------------------------------------------------------------------------
@@ -258,6 +276,11 @@ def _allocate(
 
 def _widest(sources: list[Header]) -> torch.dtype:
     return reduce(torch.promote_types, (header.dtype for header in sources if header.dtype is not None))
+
+
+def _extent(view: Tensor) -> int:
+    """Elements of its storage from a view's first to its last."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(view.shape, view.stride(), strict=True))
 
 
 def _check_tied(embedding: Tensor, output: Tensor, what: str) -> None:

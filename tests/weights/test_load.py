@@ -131,6 +131,13 @@ def test_one_tensor_at_a_time(config: ModelConfig, format: str, tmp_path: Path) 
         (folder / "consolidated.safetensors").unlink()
     reader = StateReader(folder, config)
     assert_same({name: reader.read(name) for name in state}, state)
+    for name, tensor in state.items():
+        if tensor.dim() > 2:
+            slices = list(reader.slices(name))
+            assert_same({name: torch.stack(slices)}, {name: tensor})
+            one_each = format in ("hf", "shards") or not config.is_sparse  # else a foreign tensor holds all experts
+            if one_each:
+                assert {part.untyped_storage().nbytes() for part in slices} == {tensor[0].nbytes}
 
 
 def test_one_tensor_at_a_time_is_checked_as_all_are(tmp_path: Path) -> None:
