@@ -114,6 +114,18 @@ class Mixtral(nn.Module):
             k: how many experts a token takes in this call, in every layer: a number, or int64 [T]. Routers that find
                 the number themselves (top_p, min_p, threshold) raise UsageError, and so does a dense model.
         """
+        x_TD, routing = self.hidden(batch, cache, replay, k)
+        if targets is None:
+            return Output(logits=self.logits(self.norm(x_TD if rows is None else x_TD[rows])), routing=routing)
+        if loss_weights is None:
+            return Output(nll_T=self._nll(self.norm(x_TD), targets), routing=routing)
+        return Output(loss=self._loss(self.norm(x_TD), targets, loss_weights), routing=routing)
+
+    def hidden(
+        self, batch: Ragged, cache: KVCache | None = None, replay: Sequence[Tensor] | None = None,
+        k: int | Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Routing, ...]]:  # fmt: skip
+        """The residual stream after the last layer, [T, D], which the norm and the output read; and the routing."""
         if k is None and replay is None and self.k_of_token is not None:
             k = self.k_of_token[batch.tokens_T]
         elif k is not None and not self.config.is_sparse:
@@ -128,14 +140,10 @@ class Mixtral(nn.Module):
             x_TD, routing = block(x_TD, angles, batch, i, cache, choice, k)
             if routing is not None:
                 routings.append(routing)
-        if targets is None:
-            logits = self._logits(self.norm(x_TD if rows is None else x_TD[rows]))
-            return Output(logits=logits, routing=tuple(routings))
-        if loss_weights is None:
-            return Output(nll_T=self._nll(self.norm(x_TD), targets), routing=tuple(routings))
-        return Output(loss=self._loss(self.norm(x_TD), targets, loss_weights), routing=tuple(routings))
+        return x_TD, tuple(routings)
 
-    def _logits(self, h_RD: Tensor) -> Tensor:
+    def logits(self, h_RD: Tensor) -> Tensor:
+        """The output product of rows that the norm has been over -> fp32 [R, V]."""
         h_RV = self.embedding.logits(h_RD) if self.output is None else self.output(h_RD)
         return h_RV.float()
 
@@ -150,7 +158,7 @@ class Mixtral(nn.Module):
             return kernels.token_nll(h_TD, self.output_weight, targets_T)
 
         def block(h_tD: Tensor, targets_t: Tensor) -> Tensor:
-            return nn.functional.cross_entropy(self._logits(h_tD), targets_t, ignore_index=-100, reduction="none")
+            return nn.functional.cross_entropy(self.logits(h_tD), targets_t, ignore_index=-100, reduction="none")
 
         size = max(1, _BLOCK_BYTES // (4 * self.config.vocab_size))
         pairs = zip(h_TD.split(size), targets_T.split(size), strict=True)

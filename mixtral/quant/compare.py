@@ -16,6 +16,8 @@ from torch import Tensor
 from mixtral.model import Mixtral, Ragged
 from mixtral.weights.progress import Progress
 
+_BLOCK_BYTES = 64 << 20  # of log-probabilities at once: [T, V] is never whole
+
 
 @dataclass(frozen=True)
 class Distance:
@@ -78,22 +80,19 @@ def distances(
         batches: tokens, and for each the one that follows it; below 0: none, and the row is not counted.
         progress: called after each batch.
     """
-    sums = {what: _Sums() for what in ("plain", *models)}
+    both = {"plain": plain, **models}
+    sums = {what: _Sums() for what in both}
+    size = max(1, _BLOCK_BYTES // (4 * len(both) * plain.config.vocab_size))
     for number, (batch, targets_T) in enumerate(batches, start=1):
         rows = (targets_T >= 0).nonzero().flatten()
-        plain_TV = _logp(plain, batch, rows)
-        sums["plain"].add(plain_TV, plain_TV, targets_T[rows])
-        for what, model in models.items():
-            sums[what].add(_logp(model, batch, rows), plain_TV, targets_T[rows])
+        hidden = {what: model.norm(model.hidden(batch)[0][rows]) for what, model in both.items()}
+        for some in torch.arange(len(rows), device=rows.device).split(size):
+            logp = {what: model.logits(hidden[what][some]).log_softmax(-1) for what, model in both.items()}
+            for what, sum_ in sums.items():
+                sum_.add(logp[what], logp["plain"], targets_T[rows[some]])
         if progress is not None:
             progress("comparing", number, len(batches))
     return [sum_.distance(what) for what, sum_ in sums.items()]
-
-
-def _logp(model: Mixtral, batch: Ragged, rows: Tensor) -> Tensor:
-    logits_TV = model(batch, rows=rows).logits
-    assert logits_TV is not None
-    return logits_TV.log_softmax(-1)
 
 
 def _mixtures(plain: Mixtral, quantised: Mixtral) -> Iterator[tuple[str, Mixtral]]:

@@ -8,6 +8,7 @@ import torch
 
 from mixtral.lm import load
 from mixtral.model import Ragged
+from mixtral.quant import compare as compare_module
 from mixtral.quant.compare import compare, distances
 from mixtral.quant.quantize import quantise_folder
 from mixtral.quant.scheme import QuantScheme
@@ -51,6 +52,18 @@ def test_tokens_without_a_target_are_not_counted(tmp_path: Path) -> None:
     assert (itself.what, itself.kl, itself.agreement, other.what) == ("plain", 0, 1, "q")
     assert itself.perplexity == pytest.approx(math.exp(-p.gather(1, next_n[:, None]).mean()), rel=1e-5)
     assert other.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+
+
+def test_some_rows_at_a_time_are_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_folder(tmp_path / "model")
+    quantise_folder(folder, tmp_path / "q", QuantScheme.of("4"))
+    plain, quantised = (load(f, dtype="fp32", device="cpu", runner="torch").model for f in (folder, tmp_path / "q"))
+    whole = compare(plain, quantised, SEQUENCES)
+    monkeypatch.setattr(compare_module, "_BLOCK_BYTES", 7 * 4 * 4 * plain.config.vocab_size)  # 7 rows of 4 models
+    cut = compare(plain, quantised, SEQUENCES)
+    for got, wanted in zip((cut.whole, *cut.parts), (whole.whole, *whole.parts), strict=True):
+        assert (got.what, got.agreement) == (wanted.what, wanted.agreement)
+        assert (got.perplexity, got.kl) == pytest.approx((wanted.perplexity, wanted.kl), rel=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
