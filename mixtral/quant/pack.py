@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from mixtral.config import ModelConfig
 from mixtral.errors import UsageError
-from mixtral.kernels.packing import pack, unpack
+from mixtral.kernels.allocator import giving_back_freed_memory
+from mixtral.kernels.packing import LANES, pack, unpack
 from mixtral.model import Mixtral
 from mixtral.model.embedding import Embedding
 from mixtral.model.linear import Linear
@@ -25,6 +26,7 @@ from mixtral.weights.finite import require_range
 from mixtral.weights.lazy_state import LazyState
 from mixtral.weights.names import fixed_dtype, parameter_shapes
 
+_ROWS = 64 * LANES  # of a matrix that are packed at once
 ACTIVATIONS = torch.float32  # of a packed model: products sum in fp32, and nothing in between is rounded
 
 _Packed = PackedLinear | PackedEmbedding | PackedExperts | PackedFeedForward
@@ -39,6 +41,11 @@ def pack_state(config: ModelConfig, state: Mapping[str, Tensor], dtype: torch.dt
 
     Raises UsageError for another dtype; WeightsError for a weight that is too large for it.
     """
+    with giving_back_freed_memory():
+        return _pack_state(config, state, dtype)
+
+
+def _pack_state(config: ModelConfig, state: Mapping[str, Tensor], dtype: torch.dtype) -> Mixtral:
     model = empty_packed(config, dtype)
     buffers = dict(model.named_buffers())
     plain: dict[str, Tensor] = {}
@@ -136,12 +143,13 @@ def _slices(state: Mapping[str, Tensor], name: str) -> Iterable[Tensor]:
 
 
 def _pack_into(packed: Tensor, name: str, slices: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
-    """Fill `packed` matrix by matrix, so that no second copy of a stack is ever whole."""
+    """Fill `packed` some rows at a time, so that no second copy of a matrix is ever whole."""
     matrices = packed.view(-1, *packed.shape[-2:])
     done = 0
     for part in slices:
         require_range(name, part, dtype)
         for w in part.reshape(-1, *part.shape[-2:]):
-            matrices[done] = pack(w.to(dtype), PLAIN[dtype].name)
+            for rows, to in zip(w.split(_ROWS), matrices[done].split(_ROWS // LANES), strict=True):
+                to.copy_(pack(rows.to(dtype), PLAIN[dtype].name))
             done += 1
     return packed
