@@ -20,7 +20,9 @@ ROOT = Path(__file__).parent.parent.parent
 SOURCES = ROOT / "mixtral/kernels/native/src"
 BUILD = ROOT / "build/sanitize"
 FLAGS = "-std=c++17 -O1 -g -fPIC -pthread -ffp-contract=off -fno-math-errno -fno-trapping-math".split()
-SETS = {"portable": [], "avx2": ["-mavx2", "-mfma", "-mf16c"]}  # what a processor without AVX-512 can run
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, *"-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16".split()]
+SETS = {"portable": [], "avx2": AVX2, "avx512": AVX512}  # the library takes the best that the processor has
 
 
 def main() -> None:
@@ -65,7 +67,7 @@ def compile_all(folder: Path, sanitizer: str) -> list[str]:
     from mixtral.kernels.native.library import headers_hash
 
     folder.mkdir(parents=True)
-    macros = ["-DMX_HAVE_AVX2", f'-DMX_HEADERS="{headers_hash(SOURCES.parent)}"']
+    macros = ["-DMX_HAVE_AVX2", "-DMX_HAVE_AVX512", f'-DMX_HEADERS="{headers_hash(SOURCES.parent)}"']
     jobs = []
     for source in sorted(SOURCES.glob("*.cpp")):
         for name, flags in SETS.items() if source.name.endswith(".isa.cpp") else (("", []),):
