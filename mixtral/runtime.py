@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import platform
-import random
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy
 import torch
 
 import mixtral
@@ -57,18 +55,6 @@ def choose_dtype(name: str | torch.dtype | None, device: torch.device | str) -> 
     if name not in DTYPES:
         raise UsageError(f"dtype: unknown name {name!r}; {did_you_mean(name, ['auto', *DTYPES])}")
     return DTYPES[name]
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's, numpy's and torch's (every device's) global random states.
-
-    Raises UsageError for what is no integer, and unless 0 <= seed < 2^32, which is what numpy takes.
-    """
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
-        raise UsageError(f"seed: must lie in 0..{2**32 - 1}, not {seed}")
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def set_threads(threads: int | str | None = None) -> int:

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import logging
-import random
 import subprocess
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
 
@@ -45,18 +43,6 @@ def test_dtype_by_name_and_by_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
         runtime.choose_dtype("bfloat", "cpu")
     with pytest.raises(UsageError, match=r"unknown name 'int8'"):
         runtime.choose_dtype(torch.int8, "cpu")
-
-
-def test_one_seed_sets_all_three_generators() -> None:
-    def draw(seed: int) -> tuple[float, ...]:
-        runtime.seed_everything(seed)
-        return random.random(), float(numpy.random.rand()), torch.rand(()).item()
-
-    assert draw(7) == draw(7)
-    assert all(a != b for a, b in zip(draw(7), draw(8), strict=True))
-    for seed in (-1, 2**32, 1.5, True):
-        with pytest.raises(UsageError, match=r"seed: must lie in 0\.\.4294967295"):
-            runtime.seed_everything(seed)
 
 
 def test_threads_by_number_by_environment_and_by_cores(monkeypatch: pytest.MonkeyPatch) -> None:

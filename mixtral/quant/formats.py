@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixtral.errors import UsageError, WeightsError, did_you_mean
+from mixtral.errors import WeightsError
 from mixtral.kernels import packing
 from mixtral.kernels.packing import GROUP
 from mixtral.quant.gptq import round_with_feedback
@@ -55,13 +55,6 @@ INT8 = QuantFormat("int8", -127, 127, (126.0, 126.5, 127.0, 127.5))
 INT4 = QuantFormat("int4", -8, 7, tuple(7.0 + 0.3 * step for step in range(12)))
 FORMATS = {format.name: format for format in (INT8, INT4)}
 PLAIN = {dtype: Format(name) for name, dtype in packing.DTYPES.items()}  # formats that round nothing, by dtype
-
-
-def find_format(name: str) -> Format:
-    """Raises UsageError for an unknown name, with the nearest known one."""
-    if name not in FORMATS:
-        raise UsageError(f"unknown weight format {name!r}; {did_you_mean(name, FORMATS)}")
-    return FORMATS[name]
 
 
 def quantise(

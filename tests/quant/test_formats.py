@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral.errors import UsageError, WeightsError
+from mixtral.errors import WeightsError
 from mixtral.kernels.torch.dequantise import expand
-from mixtral.quant.formats import INT4, INT8, Format, find_format, quantise, round_weights
+from mixtral.quant.formats import INT4, INT8, Format, quantise, round_weights
 
 
 def random_matrix(n: int, d: int, seed: int = 0) -> Tensor:
@@ -101,9 +101,3 @@ def test_chunks_do_not_show() -> None:
     q_ND, scale_NG = round_weights(w_ND, INT4)
     last_q_ND, last_scale_NG = round_weights(w_ND[2990:], INT4)
     assert torch.equal(q_ND[2990:], last_q_ND) and torch.equal(scale_NG[2990:], last_scale_NG)
-
-
-def test_an_unknown_format() -> None:
-    assert find_format("int4") is INT4
-    with pytest.raises(UsageError, match="unknown weight format 'int5'; did you mean 'int"):
-        find_format("int5")
