@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Iterator
 
@@ -293,3 +294,33 @@ def test_threads_that_share_a_pool() -> None:
     for thread in threads:
         thread.join()
     assert not wrong and pool.n_free == pool.n_blocks
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("block_size", [1, 2, 4])
+def test_tables_kept_between_batches_are_what_the_sequences_have(window: int | None, block_size: int) -> None:
+    """Random steps of a pool; oracle: the tables written down anew from the sequences' blocks."""
+    draw, refused, checked = random.Random(block_size), 0, 0
+    pool = KVPool(CONFIG.replace(sliding_window=window), torch.float32, block_size=block_size)
+    for _ in range(600):
+        ids, step = pool.ids, draw.random()
+        try:
+            if step < 0.1 or not ids:
+                pool.add()
+            elif step < 0.2:
+                pool.share(draw.choice(ids))
+            elif step < 0.3:
+                id = draw.choice(ids)
+                pool.truncate(id, draw.randrange(pool.length(id) + 1))
+            elif step < 0.45:
+                pool.free(draw.choice(ids))
+            else:
+                some = ids if draw.random() < 0.6 else draw.sample(ids, draw.randrange(1, len(ids) + 1))
+                tables = pool.batch([(id, [1] * draw.randrange(4)) for id in some]).block_tables
+                blocks = [pool._sequences[id].blocks for id in some]
+                most = max(map(len, blocks))
+                assert tables is not None and tables.tolist() == [b + [-1] * (most - len(b)) for b in blocks]
+                checked += 1
+        except UsageError:  # positions that are out of the window
+            refused += 1
+    assert checked > 200 and (refused > 0) == (window is not None)
