@@ -162,7 +162,7 @@ class KVPool:
         return self._sequences[id]
 
     def _block_tables(self, ids: tuple[int, ...], sequences: list[_Sequence]) -> Tensor:
-        """See Ragged. That of the last batch while these sequences have the blocks that they had."""
+        """See Ragged. Read only: that of the last batch, while these sequences have the blocks that they had."""
         if self._tables is None or self._tables[0] != ids:
             most = max((len(s.blocks) for s in sequences), default=0)
             tables = [s.blocks + [-1] * (most - len(s.blocks)) for s in sequences]
