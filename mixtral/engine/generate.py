@@ -291,7 +291,7 @@ class _Run:
                 "fp32)"
             )
         rows, ready = self._with_followers(ready)
-        if len(rows) > len(logits_BV):
+        if len(rows) > logits_BV.shape[0]:
             logits_BV, norm_B = logits_BV[rows], norm_B[rows]
         ids_B = sample(_after_history(logits_BV, ready), [s.params for s in ready], [s.generator for s in ready])
         logprobs_B = logits_BV.gather(1, ids_B[:, None])[:, 0] - norm_B

@@ -77,7 +77,7 @@ class NativeRunner:
     ) -> Output:
         """See Runner. Without `keep_routing` that is left empty, which saves a tenth of a millisecond."""
         assert batch.context_lens is not None
-        n, last = len(batch.tokens_T), max(batch.context_lens.tolist(), default=0)
+        n, last = batch.tokens_T.shape[0], max(batch.context_lens.tolist(), default=0)
         with torch.inference_mode(False), self.pool.lock:
             angles = self._angles_to(last)
             parts = [
@@ -105,7 +105,7 @@ class NativeRunner:
 
     def _angles_to(self, n: int) -> tuple[Tensor, Tensor]:
         """Rotary cos and sin of the positions 0 .. n - 1 at least, kept from call to call."""
-        have = len(self._angles[0])
+        have = self._angles[0].shape[0]
         if n > have:
             positions = torch.arange(max(n, min(2 * have, self.config.context)))
             self._angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
@@ -147,7 +147,7 @@ def _pieces(batch: Ragged) -> Iterator[tuple[int, int, _Piece]]:
 
 def _tables(batch: Ragged, piece: _Piece) -> Tensor:
     assert batch.block_tables is not None
-    whole = piece.sequences == list(range(len(batch.block_tables)))
+    whole = piece.sequences == list(range(batch.block_tables.shape[0]))
     return batch.block_tables if whole else batch.block_tables[piece.sequences]
 
 

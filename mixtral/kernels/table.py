@@ -77,11 +77,16 @@ def use_backend(name: str) -> Iterator[None]:
 
 def choose(op: str, call: Call) -> Choice:
     """The implementation of `op` for such a call, with the reason for it."""
+    implementation, refused = _first_that_serves(op, call)
+    return Choice(implementation, "; ".join([implementation.why, *refused]))
+
+
+def _first_that_serves(op: str, call: Call) -> tuple[Implementation, list[str]]:
     refused: list[str] = []
     for implementation in _candidates(op):
         reason = implementation.supports(call) if implementation.supports else ""
         if not reason:
-            return Choice(implementation, "; ".join([implementation.why, *refused]))
+            return implementation, refused
         refused.append(f"not {implementation.backend}: {reason}")
     raise UsageError(f"op {op!r} on {call.device.type} in {call.dtype}: {'; '.join(refused)}")
 
@@ -99,8 +104,8 @@ def run(op: str, like: Tensor, *args: Any) -> Any:
         return first.function(*args)
     tensors = [a for a in args if isinstance(a, Tensor)]
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    shapes = tuple(tuple(t.shape) for t in tensors)
-    return choose(op, Call(like.device, like.dtype, shapes, needs_grad)).implementation.function(*args)
+    wanted = Call(like.device, like.dtype, tuple([t.shape for t in tensors]), needs_grad)
+    return _first_that_serves(op, wanted)[0].function(*args)
 
 
 def call(op: str, like: Tensor, *args: Any) -> Any:

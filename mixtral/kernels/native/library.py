@@ -128,9 +128,9 @@ def packed_linear(x_TD: Tensor, packed: Tensor, name: str, n: int) -> Tensor:
     Raises UsageError for inputs that the library cannot read.
     """
     if x_TD.dim() != 2 or x_TD.device.type != "cpu" or x_TD.dtype not in (torch.float32, torch.bfloat16):
-        raise UsageError(f"native product: x must be fp32 or bf16 [T, D] on the CPU, not {_told(x_TD)}")
+        raise UsageError(f"native product: x must be fp32 or bf16 [T, D] on the CPU, not {_described(x_TD)}")
     if packed.dim() != 2 or packed.device.type != "cpu" or not packed.is_contiguous():
-        raise UsageError(f"native product: the weight must be one contiguous matrix on the CPU, not {_told(packed)}")
+        raise UsageError(f"native product: the weight must be one contiguous matrix on the CPU, not {_described(packed)}")
     check_packed(packed, name, n, x_TD.shape[1])
     return with_gradient(_packed_linear, x_TD, packed, name, n)
 
@@ -162,11 +162,12 @@ def log_sum_exp(x_RN: Tensor) -> Tensor:
     Not finite when some number of the row is NaN or +infinity. UsageError for other tensors, and rows without a number.
     """
     if x_RN.dim() != 2 or x_RN.device.type != "cpu" or x_RN.dtype != torch.float32 or not x_RN.shape[1]:
-        raise UsageError(f"native log_sum_exp: x must be fp32 [R, N] on the CPU, N at least 1, not {_told(x_RN)}")
+        raise UsageError(f"native log_sum_exp: x must be fp32 [R, N] on the CPU, N at least 1, not {_described(x_RN)}")
     x_RN = x_RN if x_RN.stride(1) == 1 else x_RN.contiguous()
-    out = torch.empty(len(x_RN))
-    if len(x_RN):
-        library().mx_log_sum_exp(ctypes.c_void_p(x_RN.data_ptr()), len(x_RN), x_RN.shape[1],
+    rows, n = x_RN.shape
+    out = torch.empty(rows)
+    if rows:
+        library().mx_log_sum_exp(ctypes.c_void_p(x_RN.data_ptr()), rows, n,
                                  ctypes.c_int64(x_RN.stride(0)), ctypes.c_void_p(out.data_ptr()))  # fmt: skip
     return out
 
@@ -192,7 +193,7 @@ def measure_read(n_bytes: int = 1 << 30, seconds: float = 0.5) -> float:
     return 8 * len(words) / statistics.median(times)
 
 
-def _told(tensor: Tensor) -> str:
+def _described(tensor: Tensor) -> str:
     laid = "" if tensor.is_contiguous() else ", not contiguous"
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}{laid}"
 

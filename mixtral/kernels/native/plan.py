@@ -110,7 +110,7 @@ def matrix(weight: Weight, name: str, n: int, d: int) -> Matrix:
 
 def pointer(tensor: Tensor, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> int:
     """The address of a tensor's data; UsageError unless it has this shape and a dtype of these, on the CPU."""
-    good = tuple(tensor.shape) == shape and tensor.dtype in dtypes
+    good = tensor.shape == shape and tensor.dtype in dtypes
     if not good or not tensor.is_contiguous() or tensor.device.type != "cpu":
         want = f"a contiguous {' or '.join(str(d).removeprefix('torch.') for d in dtypes)} {list(shape)} on the CPU"
         have = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"

@@ -125,7 +125,7 @@ class Step:
         """
         config, layers = self.config, range(self.config.n_layers) if layers is None else layers
         k = config.experts_per_token if k is None else k
-        rows, most_k = len(source), int(k.max()) if isinstance(k, Tensor) and len(k) else k if isinstance(k, int) else 1
+        rows, most_k = source.shape[0], int(k.max()) if isinstance(k, Tensor) and len(k) else k if isinstance(k, int) else 1
         row_k = k.to(torch.int32) if isinstance(k, Tensor) else None
         most_k = max(most_k, 1 if routed is None else routed.experts_TK.shape[1])
         self._check(source, spans, pages, angles, wanted_R, layers)
@@ -135,7 +135,7 @@ class Step:
         wanted_R = None if wanted_R is None else wanted_R.contiguous()
         result = Result(
             x_TD,
-            None if wanted_R is None else torch.empty(len(wanted_R), config.vocab_size),
+            None if wanted_R is None else torch.empty(wanted_R.shape[0], config.vocab_size),
             torch.empty(sparse, rows, config.n_experts),
             torch.empty(sparse, rows, most_k),
             torch.empty(sparse, rows, most_k, dtype=torch.int64),
@@ -145,7 +145,7 @@ class Step:
         tables_NB = pages.tables_NB.contiguous()
         tokens, active = source.contiguous(), _active(spans, rows)
         call = plan.Plan(
-            ctypes.pointer(self._model), rows, len(spans), 0 if wanted_R is None else len(wanted_R), most_k,
+            ctypes.pointer(self._model), rows, len(spans), 0 if wanted_R is None else wanted_R.shape[0], most_k,
             layers.start, layers.stop, routed is not None, to_router, DTYPES[pages.pool_L2GSC.dtype], _pages(pages),
             _sequences(spans, tables_NB), _address(row_k), _address(active),
             tokens.data_ptr() if source.dim() == 1 else None, angles[0].data_ptr(), angles[1].data_ptr(),
@@ -162,7 +162,7 @@ class Step:
         library.mx_step_scratch.restype = ctypes.c_int64
         while failed:  # another thread has meanwhile asked for more threads
             size = library.mx_step_scratch(ctypes.byref(call))
-            if len(self._scratch) < size + 64:
+            if self._scratch.shape[0] < size + 64:
                 self._scratch = torch.empty(size + 64, dtype=torch.uint8)
             call.scratch = (self._scratch.data_ptr() + 63) // 64 * 64
             failed = bool(library.mx_step(ctypes.byref(call), ctypes.c_int64(size)))
@@ -204,7 +204,7 @@ class Step:
         self, source: Tensor, spans: Sequence[Span], pages: Pages, angles: tuple[Tensor, Tensor],
         wanted_R: Tensor | None, layers: range,
     ) -> None:  # fmt: skip
-        config, rows = self.config, len(source)
+        config, rows = self.config, source.shape[0]
         if source.dim() == 1:
             pointer(source.contiguous(), "tokens", (rows,), torch.int64)
             if not _all_within(source, config.vocab_size):
@@ -220,13 +220,13 @@ class Step:
         if layers.step != 1 or not 0 <= layers.start <= layers.stop <= config.n_layers:
             raise UsageError(f"native step: layers must be a range within 0..{config.n_layers}, not {layers}")
         if wanted_R is not None:
-            pointer(wanted_R.contiguous(), "wanted rows", (len(wanted_R),), torch.int64)
+            pointer(wanted_R.contiguous(), "wanted rows", (wanted_R.shape[0],), torch.int64)
             if not _all_within(wanted_R, rows):
                 raise UsageError(f"native step: a wanted row is not one of 0..{rows - 1}")
         _check_pages(spans, pages, config)
         last = max((span.first + span.n for span in spans), default=0)
         for table in angles:
-            pointer(table, "rotary angles", (max(last, len(table)), config.head_dim // 2), torch.float32)
+            pointer(table, "rotary angles", (max(last, table.shape[0]), config.head_dim // 2), torch.float32)
 
     def _check_routing(
         self, rows: int, k: int | Tensor, most_k: int, layers: range, routed: Routed | None
@@ -293,7 +293,7 @@ def _check_pages(spans: Sequence[Span], pages: Pages, config: ModelConfig) -> No
             f"its last axis in one piece; not {pool.dtype} {list(pool.shape)}"
         )
     tables_NB = pages.tables_NB
-    if tables_NB.dtype != torch.int64 or tables_NB.dim() != 2 or len(tables_NB) != len(spans):
+    if tables_NB.dtype != torch.int64 or tables_NB.dim() != 2 or tables_NB.shape[0] != len(spans):
         raise UsageError(f"native step: {len(spans)} spans need block tables int64 [{len(spans)}, blocks], not "
                          f"{tables_NB.dtype} {list(tables_NB.shape)}")
     blocks = pool.shape[3] // size
