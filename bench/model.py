@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import transformers
-from lib.common import interleave, matrix_rate, publish, seconds
+from lib.common import interleave, peak_matmul, publish, seconds
 from lib.peer import EXPERTS, peer
 from rich.console import Console
 from rich.table import Table
@@ -50,8 +50,8 @@ class Contest:
     ours: float  # tokens/s
     theirs: float  # tokens/s
     ratio: float
-    of_matrix_rate: float  # ours
-    theirs_of_matrix_rate: float
+    of_peak_matmul: float  # ours
+    theirs_of_peak_matmul: float
     settings_tried: dict[str, float]  # seconds on the trial batch
     repeats: int  # timed runs of each side
 
@@ -168,7 +168,7 @@ def contest(config: ModelConfig, task: str, dtype: str, ids_BS: Tensor, repeats:
     repeats = 1 if slow else repeats
     medians = interleave(runs, repeats, warm_up=0 if slow else 1)
     print(f"{dtype} {task}: {medians}", file=sys.stderr)
-    ideal = config.flops_per_token(LENGTH, backward=training) * tokens / matrix_rate(DTYPES[dtype])  # s
+    ideal = config.flops_per_token(LENGTH, backward=training) * tokens / peak_matmul(DTYPES[dtype])  # s
     fractions = {name: ideal / taken for name, taken in medians.items()}
     return Contest(
         task, dtype, fastest, tokens, tokens / medians["ours"], tokens / medians["theirs"],
@@ -187,7 +187,7 @@ def card(contests: list[Contest], losses: dict[str, float]) -> Table:
     for column in ("task", "dtype", "tokens", "mixtral", "transformers", "ratio", "of peak matmul", "its best setting"):
         table.add_column(column, justify="left" if column in ("task", "dtype", "its best setting") else "right")
     for c in contests:
-        share = f"{c.of_matrix_rate:.0%} ({c.theirs_of_matrix_rate:.0%})"
+        share = f"{c.of_peak_matmul:.0%} ({c.theirs_of_peak_matmul:.0%})"
         speeds = (f"{c.ours:,.0f}", f"{c.theirs:,.0f}", f"{c.ratio:.2f}", share)
         table.add_row(c.task, c.dtype, f"{c.tokens:,}", *speeds, c.setting)
     table.caption = "our loss minus theirs: " + ", ".join(f"{dtype} {value:+.1e}" for dtype, value in losses.items())

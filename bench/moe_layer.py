@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from lib.common import interleave, matrix_rate, publish
+from lib.common import interleave, peak_matmul, publish
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -90,7 +90,7 @@ def measure(dtype_name: str, repeats: int) -> dict[str, float]:
         "32 experts / dense": first["32 experts"] / first["dense"],
         "skewed / balanced": first["8 experts, skewed"] / first["8 experts"],
         "64 / 8 experts at 8192 tokens": second["64 experts, 8192 tokens"] / second["8 experts, 8192 tokens"],
-        "8 experts, of peak matmul": flops / first["8 experts"] / matrix_rate(dtype),
+        "8 experts, of peak matmul": flops / first["8 experts"] / peak_matmul(dtype),
     }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from lib.bars import plot
-from lib.common import Apart, matrix_rate, publish
+from lib.common import Apart, peak_matmul, publish
 from lib.contest import add_common, close, entries, head, remarks, row, take_turns
 from lib.engines import Task
 from lib.model_files import ModelFiles, find_config
@@ -31,7 +31,7 @@ COLUMNS = ("engine", "format", "tokens/s", "spread", "GFLOP/s", "of peak matmul"
 def rate(threads: int) -> Callable[[], float]:
     """The ceiling, in a process of its own."""
     set_threads(threads)
-    return partial(matrix_rate, torch.bfloat16)
+    return partial(peak_matmul, torch.bfloat16)
 
 
 def flops(config: ModelConfig, weights: float, cache_bits: int, task: Task) -> float:

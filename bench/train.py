@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from lib.common import PEERS, Apart, interleave, matrix_rate, publish, seconds
+from lib.common import PEERS, Apart, interleave, peak_matmul, publish, seconds
 from lib.peer import EXPERTS, peer
 from model import DTYPES, make_ours, pack
 from rich.console import Console
@@ -96,9 +96,9 @@ def contest(config: PretrainConfig, dtype: str, repeats: int) -> dict[str, Any]:
     slow = 4 * tried[fastest] > SLOW_SECONDS
     ours = Apart(our_step, (config, dtype))
     theirs = Apart(their_step, (config, fastest, dtype, config.rows), environment=PEERS)
-    rate = matrix_rate(DTYPES[dtype])
+    rate = peak_matmul(DTYPES[dtype])
     medians = interleave({"ours": ours, "theirs": theirs}, 1 if slow else repeats, warm_up=0 if slow else 1)
-    rate = max(rate, matrix_rate(DTYPES[dtype]))
+    rate = max(rate, peak_matmul(DTYPES[dtype]))
     for side in (ours, theirs):
         side.close()
     tokens = config.tokens_per_step
@@ -106,8 +106,8 @@ def contest(config: PretrainConfig, dtype: str, repeats: int) -> dict[str, Any]:
     return {
         "dtype": dtype, "setting": fastest, "settings_tried": tried, "runs": 1 if slow else repeats,
         "ours": tokens / medians["ours"], "theirs": tokens / medians["theirs"],
-        "ratio": medians["theirs"] / medians["ours"], "of_matrix_rate": flops / medians["ours"] / rate,
-        "theirs_of_matrix_rate": flops / medians["theirs"] / rate, "matrix_rate": rate,
+        "ratio": medians["theirs"] / medians["ours"], "of_peak_matmul": flops / medians["ours"] / rate,
+        "theirs_of_peak_matmul": flops / medians["theirs"] / rate, "peak_matmul": rate,
     }  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def main() -> None:
     for column in ("dtype", "mixtral", "transformers", "ratio", "of peak matmul", "its best setting"):
         table.add_column(column)
     for row in rows:
-        share = f"{row['of_matrix_rate']:.0%} ({row['theirs_of_matrix_rate']:.0%})"
+        share = f"{row['of_peak_matmul']:.0%} ({row['theirs_of_peak_matmul']:.0%})"
         speeds = (f"{row['ours']:,.0f}", f"{row['theirs']:,.0f}", f"{row['ratio']:.2f}", share)
         table.add_row(row["dtype"], *speeds, row["setting"])
     Console(width=110).print(table)

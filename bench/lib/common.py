@@ -125,7 +125,7 @@ def interleave(runs: Mapping[str, Callable[[], object]], repeats: int, warm_up: 
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
-def matrix_rate(dtype: torch.dtype, device: str = "cpu") -> float:
+def peak_matmul(dtype: torch.dtype, device: str = "cpu") -> float:
     """FLOP/s of matrix products for work in `dtype`: its own rate, or fp32's where the processor only emulates it."""
     return max(measure_matmul(dtype, device), measure_matmul(torch.float32, device))
 

@@ -84,7 +84,7 @@ def _row(s: RunSummary) -> list[str]:
         _text(s.best_val_cross_entropy, "{:.3f}"),
         _text(s.best_val_bits_per_byte, "{:.3f}"),
         _text(s.tokens_per_second, "{:,.0f}"),
-        _text(s.matrix_share, "{:.0%}"),
+        _text(s.share_of_peak, "{:.0%}"),
         _text(None if s.memory_bytes is None else s.memory_bytes / 1e9, "{:.1f}GB"),
         _text(s.max_over_mean, "{:.2f}"),
         _text(s.dead, "{}"),

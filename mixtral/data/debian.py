@@ -11,7 +11,7 @@ from mixtral.data.readers import BadInput
 from mixtral.errors import DataError
 
 # Where the packages put their texts, below the root of the file system.
-PLACES = (
+PATTERNS = (
     "usr/share/man/**/man[1-9]/*.gz",  # manpages, manpages-de, -fr, -es, -it, and every program's own
     "usr/share/debian-reference/*.html",  # debian-reference-*
     "usr/share/doc/debian-handbook/html/*/*.html",
@@ -43,7 +43,7 @@ _ROFF_ARGUMENT = re.compile(r'"([^"]*)"|((?:\\.|[^\s"])+)')
 
 def debian_files(root: Path = Path("/")) -> list[Path]:
     """Every text file of an installed package, sorted; DataError when there are none."""
-    found = sorted(path for place in PLACES for path in root.glob(place) if path.is_file())
+    found = sorted(path for pattern in PATTERNS for path in root.glob(pattern) if path.is_file())
     if not found:
         raise DataError(
             "debian: no texts of Debian packages are installed; install some, "

@@ -1,12 +1,12 @@
 """Training batches cut from prepared tokens: a pure function of the data, the seed and the step.
 
 **The stream.** All documents of an epoch, in an order sampled from seed and epoch, laid end to end; then the next
-epoch's. Place g of the stream holds the `context` tokens from g * context on, so every token is an input exactly once
+epoch's. Segment g of the stream holds the `context` tokens from g * context on, so every token is an input exactly once
 an epoch, wherever rows and batches end. What a checkpoint must keep of the data is the step alone.
 
-**The order of rows.** Neighbouring places are often one document, and a batch of them would have gradients of one
-subject. So rows are taken in a random order within each stretch of as many places as an epoch has: row g of the run is
-place `permutation(g)`. (Measured: docs/log.md, 2026-11-22.)
+**The order of rows.** Neighbouring segments are often one document, and a batch of them would have gradients of one
+subject. So rows are taken in a random order within each stretch of as many segments as an epoch has: row g of the run
+is segment `permutation(g)`. (Measured: docs/log.md, 2026-11-22.)
 
 **Boundaries.** Attention sees a document's tokens inside its row, nothing else: a sequence starts at each document's
 BOS and at each row. A document that a row cuts goes on in the next row as a new sequence, its positions from 0 again.
@@ -61,7 +61,7 @@ class Loader:
         self.context = context
         self.seed = seed
         self.stream = Stream(data.documents(split), data.weights, seed)
-        self.stretch = max(1, sum(self.stream.quotas) // context)  # places that are shuffled together
+        self.stretch = max(1, sum(self.stream.quotas) // context)  # segments that are shuffled together
         self._permutation: tuple[int, np.ndarray] | None = None  # the last one sampled, as steps follow each other
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> TrainBatch:
@@ -70,10 +70,10 @@ class Loader:
             raise UsageError(f"loader: {self.rows} rows cannot give part {part} of {parts} equal parts")
         rows = self.rows // parts
         first = step * self.rows + part * rows
-        firsts = [self._place(row) * self.context for row in range(first, first + rows)]
+        firsts = [self.segment(row) * self.context for row in range(first, first + rows)]
         return self._pack([self.stream.read(begin, begin + self.context + 1) for begin in firsts])
 
-    def _place(self, row: int) -> int:
+    def segment(self, row: int) -> int:
         """Where in the stream, in units of `context`, the row of this number lies."""
         stretch, number = divmod(row, self.stretch)
         if self._permutation is None or self._permutation[0] != stretch:
@@ -156,8 +156,8 @@ class Stream:
         position = first
         while position < stop:
             order_M, ends_M = self._epoch(self.epoch_at(position))
-            for place in range(int(np.searchsorted(ends_M, position, side="right")), len(order_M)):
-                document, end = int(order_M[place]), int(ends_M[place])
+            for i in range(int(np.searchsorted(ends_M, position, side="right")), len(order_M)):
+                document, end = int(order_M[i]), int(ends_M[i])
                 begin = end - int(self.documents.length_M[document])
                 if begin >= position:
                     begins[begin - first] = True
@@ -176,7 +176,7 @@ class Stream:
     def _epoch(self, epoch: int) -> _Epoch:
         """Plan an epoch; its neighbours' plans are kept, as steps follow each other."""
         if epoch not in self.planned:
-            order_M = self._order(epoch)
+            order_M = self.order(epoch)
             start = self.epoch_ends[epoch - 1] if epoch else 0
             ends_M = start + np.cumsum(self.documents.length_M[order_M])
             if epoch == len(self.epoch_ends):
@@ -185,7 +185,7 @@ class Stream:
             self.planned = {e: plan for e, plan in self.planned.items() if abs(e - epoch) <= 2}
         return self.planned[epoch]
 
-    def _order(self, epoch: int) -> np.ndarray:
+    def order(self, epoch: int) -> np.ndarray:
         """The documents of an epoch: of each source those that begin in its quota's stretch, all shuffled together."""
         chosen = [np.empty(0, np.int64)]
         for source, (size, quota) in enumerate(zip(self.sizes, self.quotas, strict=True)):

@@ -35,7 +35,7 @@ class RunSummary(NamedTuple):
     gini: float | None
     dead: int | None  # experts of all layers
     tokens_per_second: float | None  # median over steps; so is the next
-    matrix_share: float | None
+    share_of_peak: float | None
     memory_bytes: int | None  # the most of any step
 
 
@@ -65,7 +65,7 @@ def summarise(folder: Path) -> RunSummary:
         gini=max(layer["gini"] for layer in layers) if layers else None,
         dead=sum(layer["dead"] for layer in layers) if layers else None,
         tokens_per_second=_median(times, "tokens_per_second"),
-        matrix_share=_median(times, "matrix_share"),
+        share_of_peak=_median(times, "share_of_peak"),
         memory_bytes=max((line["memory_bytes"] for line in times if "memory_bytes" in line), default=None),
     )
 

@@ -109,8 +109,8 @@ def figures_line(result: StepResult, bits_per_byte: float, speed: Speed) -> str:
     """A step in figures: loss (nats a token), bits a byte, gradient norm, speed, memory."""
     figures = [f"loss {result.cross_entropy:.3f}", f"{bits_per_byte:.2f} b/B", f"grad {result.grad_norm:.2f}"]
     figures.append(f"{speed.tokens_per_second:,.0f} tok/s")
-    if speed.matrix_share is not None:
-        figures.append(f"{100 * speed.matrix_share:.0f} % of peak matmul")
+    if speed.share_of_peak is not None:
+        figures.append(f"{100 * speed.share_of_peak:.0f} % of peak matmul")
     return "  ".join([*figures, f"{speed.memory_bytes / 1e9:.1f} GB"])
 
 

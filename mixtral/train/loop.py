@@ -30,7 +30,7 @@ from mixtral.train.config import PretrainConfig
 from mixtral.train.diagnose import first_bad_layer, keep_batch
 from mixtral.train.display import Display
 from mixtral.train.finished import logged_validations
-from mixtral.train.metrics import MatrixRate, MetricsLog, Speed, bits_per_byte
+from mixtral.train.metrics import MetricsLog, PeakMatmul, Speed, bits_per_byte
 from mixtral.train.objective import LossFn, next_token
 from mixtral.train.sinks import Trackers
 from mixtral.train.state import TrainState
@@ -69,7 +69,7 @@ class Run:
     val_batches: list[TrainBatch]
     byte_lengths_V: torch.Tensor
     display: Display
-    matrix_rate: MatrixRate | None = None  # None: steps are not reported as a share of it
+    peak_matmul: PeakMatmul | None = None  # None: steps are not reported as a share of it
     watch: ThreadWatch | None = None  # None: nobody looks whether the run becomes slow
     progress: Progress = field(default_factory=Progress)
     loss_fn: LossFn = next_token
@@ -111,9 +111,9 @@ class Run:
     def _loop(self, log: MetricsLog, interrupted: threading.Event) -> Validation | None:
         """Steps, validations and checkpoints until the end; -> the last validation, None when nothing was left."""
         config, last = self.config, None
-        if self.matrix_rate:
-            rate = self.matrix_rate
-            ceiling = {"matrix_rate": rate.flops, "matrix_dtype": rate.dtype, "threads": torch.get_num_threads()}
+        if self.peak_matmul:
+            rate = self.peak_matmul
+            ceiling = {"peak_matmul": rate.flops, "peak_matmul_dtype": rate.dtype, "threads": torch.get_num_threads()}
             log.write("timings", {"step": self.progress.step, **ceiling})
         if self.progress.start_loss is None:
             last = self._validate(log)
@@ -146,7 +146,7 @@ class Run:
             where = first_bad_layer(self.model, micro_batches)
             raise NonFiniteLoss(f"{error}; first seen in {where}; batch: {kept}") from error
         seconds = time.perf_counter() - begin
-        speed = Speed.of(seconds, config, self.matrix_rate, self.model.embedding.device)
+        speed = Speed.of(seconds, config, self.peak_matmul, self.model.embedding.device)
         bits = bits_per_byte(result.cross_entropy, micro_batches, self.byte_lengths_V)
         self.progress.step += 1
         log.write("metrics", {**_metrics_line(self.progress.step, result, config), "bits_per_byte": bits})

@@ -25,14 +25,14 @@ from mixtral.train.config import PretrainConfig
 from mixtral.train.sinks import Trackers, flatten
 
 
-class MatrixRate(NamedTuple):
+class PeakMatmul(NamedTuple):
     """The measured peak matmul throughput, of which a step's speed is a share."""
 
     flops: float  # a second
     dtype: str
 
     @classmethod
-    def measure(cls, dtype: torch.dtype, device: torch.device) -> MatrixRate:
+    def measure(cls, dtype: torch.dtype, device: torch.device) -> PeakMatmul:
         """Of `dtype` or of fp32, whichever is faster: a machine that emulates bf16 is no slower for being asked to."""
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the run's stay what they were
             rates = {kind: measure_matmul(kind, device) for kind in {dtype, torch.float32}}
@@ -45,11 +45,11 @@ class Speed(NamedTuple):
 
     seconds: float
     tokens_per_second: float
-    matrix_share: float | None  # the model's FLOPs a second as a share of peak matmul, where measured
+    share_of_peak: float | None  # the model's FLOPs a second as a share of peak matmul, where measured
     memory_bytes: int  # of the process, or the most that tensors have taken on a GPU
 
     @classmethod
-    def of(cls, seconds: float, config: PretrainConfig, rate: MatrixRate | None, device: torch.device) -> Speed:
+    def of(cls, seconds: float, config: PretrainConfig, rate: PeakMatmul | None, device: torch.device) -> Speed:
         """Of one step of a run; what it computes a second time in the backward pass does not count."""
         tokens = config.tokens_per_step
         flops = tokens * config.model.flops_per_token(config.context, backward=True)
@@ -59,8 +59,8 @@ class Speed(NamedTuple):
     def line(self) -> dict[str, float]:
         """As it is logged."""
         figures = {"seconds": round(self.seconds, 4), "tokens_per_second": round(self.tokens_per_second, 1)}
-        if self.matrix_share is not None:
-            figures["matrix_share"] = round(self.matrix_share, 4)
+        if self.share_of_peak is not None:
+            figures["share_of_peak"] = round(self.share_of_peak, 4)
         return {**figures, "memory_bytes": self.memory_bytes}
 
 
@@ -116,7 +116,7 @@ def _finite(value: Any) -> Any:
 _KINDS: dict[str, Any] = {
     "step": int, "tokens": int, "cross_entropy": float, "layers": list[dict[str, Any]],
     "val_cross_entropy": float, "val_bits_per_byte": float, "val_loads": list[list[float]],
-    "tokens_per_second": float, "seconds": float, "matrix_share": float, "memory_bytes": int,
+    "tokens_per_second": float, "seconds": float, "share_of_peak": float, "memory_bytes": int,
 }  # fmt: skip
 _LAYER: dict[str, Any] = {"max_over_mean": float, "gini": float, "dead": int}
 

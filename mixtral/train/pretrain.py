@@ -34,7 +34,7 @@ from mixtral.train.config import PretrainConfig
 from mixtral.train.display import Display
 from mixtral.train.loop import Run
 from mixtral.train.memory import check_memory
-from mixtral.train.metrics import MatrixRate
+from mixtral.train.metrics import PeakMatmul
 from mixtral.train.recompute import recompute_layers
 from mixtral.train.run_folder import record_threads, recorded_config, recorded_threads, split_checkpoint
 from mixtral.train.sinks import require_packages
@@ -189,12 +189,12 @@ def _run(config: PretrainConfig, tokenizer: Tokenizer, data: TokenData, out: Pat
         recompute_layers(model)
     loader = Loader(data, config.rows, config.context, config.seed)
     with display.working("measuring the peak matmul throughput"):
-        rate = MatrixRate.measure(dtype, device)
+        rate = PeakMatmul.measure(dtype, device)
     watch = _watch(config, out, display) if device.type == "cpu" else None
     return Run(
         folder=out, config=config, state=TrainState.of(model, config, dtype, data.domains), loader=loader,
         val_batches=loader.val_batches(config.val_tokens),
-        byte_lengths_V=torch.from_numpy(tokenizer.byte_lengths()), display=display, matrix_rate=rate, watch=watch,
+        byte_lengths_V=torch.from_numpy(tokenizer.byte_lengths()), display=display, peak_matmul=rate, watch=watch,
     )  # fmt: skip
 
 

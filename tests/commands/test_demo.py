@@ -17,7 +17,7 @@ import mixtral.recipes
 from mixtral.config import ModelConfig
 from mixtral.train import display, pretrain
 from mixtral.train.config import PretrainConfig
-from mixtral.train.metrics import MatrixRate
+from mixtral.train.metrics import PeakMatmul
 
 if TYPE_CHECKING:
     from tests.commands.conftest import Run
@@ -38,7 +38,7 @@ def _small_recipe(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
         device="cpu", lr=1e-2, val_every=4, val_tokens=128, save_every=4)  # fmt: skip
     monkeypatch.setitem(mixtral.recipes.RECIPES, "tiny", lambda: small)
     monkeypatch.setattr(pretrain, "set_threads", lambda *_: None)
-    monkeypatch.setattr(MatrixRate, "measure", lambda *_: MatrixRate(1e12, "float32"))
+    monkeypatch.setattr(PeakMatmul, "measure", lambda *_: PeakMatmul(1e12, "float32"))
 
 
 def after_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) -> None:

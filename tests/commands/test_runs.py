@@ -28,9 +28,9 @@ def run(tmp_path: Path) -> Path:
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     times = [
-        {"step": 0, "matrix_rate": 1e9, "matrix_dtype": "float32"},
-        {"step": 1, "tokens_per_second": 100.0, "matrix_share": 0.2, "memory_bytes": 3 * 10**9},
-        {"step": 2, "tokens_per_second": 300.0, "matrix_share": 0.4, "memory_bytes": 2 * 10**9},
+        {"step": 0, "peak_matmul": 1e9, "peak_matmul_dtype": "float32"},
+        {"step": 1, "tokens_per_second": 100.0, "share_of_peak": 0.2, "memory_bytes": 3 * 10**9},
+        {"step": 2, "tokens_per_second": 300.0, "share_of_peak": 0.4, "memory_bytes": 2 * 10**9},
     ]
     (folder / "timings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in times))
     return folder
@@ -45,7 +45,7 @@ def test_figures(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (figures["best_val_cross_entropy"], figures["best_val_bits_per_byte"]) == (7.0, 3.0)
     assert (figures["max_over_mean"], figures["dead"]) == (1.0, 2)
     assert (figures["tokens_per_second"], figures["memory_bytes"]) == (200.0, 3 * 10**9)
-    assert figures["matrix_share"] == pytest.approx(0.3)
+    assert figures["share_of_peak"] == pytest.approx(0.3)
 
 
 def test_a_validation_that_is_not_finite(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,7 +73,7 @@ def test_runs_from_before_these_figures_were_logged(run: Path, capsys: pytest.Ca
     (run / "timings.jsonl").write_text('{"step": 1, "tokens_per_second": 50.0}\n')
     assert main(["runs", str(run), "--json"]) == 0
     (figures,) = json.loads(capsys.readouterr().out)
-    assert (figures["tokens_per_second"], figures["matrix_share"], figures["memory_bytes"]) == (50.0, None, None)
+    assert (figures["tokens_per_second"], figures["share_of_peak"], figures["memory_bytes"]) == (50.0, None, None)
 
 
 def test_a_run_that_has_logged_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,16 +68,16 @@ def test_packing_laws(lengths: list[int], rows: int, context: int, seed: int) ->
         one = stream[epoch * epoch_tokens : (epoch + 1) * epoch_tokens].tolist()
         documents = [[BOS, *tail] for tail in split_at_bos(one)]
         assert sorted(documents) == sorted([BOS, *[number + 3] * n, EOS] for number, n in enumerate(lengths))
-    # Rows are the stream's places, each stretch of them in another order and none left out.
+    # Rows are the stream's segments, each stretch of them in another order and none left out.
     stretch = max(1, epoch_tokens // context)
-    places = [source._place(row) for row in range(2 * stretch)]
-    assert sorted(places[:stretch]) == list(range(stretch))
-    assert sorted(places[stretch:]) == list(range(stretch, 2 * stretch))
+    segments = [source.segment(row) for row in range(2 * stretch)]
+    assert sorted(segments[:stretch]) == list(range(stretch))
+    assert sorted(segments[stretch:]) == list(range(stretch, 2 * stretch))
     for step in range(2 * stretch // rows):
         batch = source.batch(step)
         check_sequences(batch, rows, context)
         for row in range(rows):
-            first = source._place(step * rows + row) * context
+            first = source.segment(step * rows + row) * context
             inputs, targets = (t[row * context : (row + 1) * context] for t in (batch.batch.tokens_T, batch.targets_T))
             *here, last = source.stream.read(first, first + context + 1)[0].tolist()
             assert inputs.tolist() == here
@@ -138,7 +138,7 @@ def epoch_tokens_by_source(fake: Fake, epochs: int) -> np.ndarray:
     stream = loader(fake, 1, 1).stream
     counts = []
     for epoch in range(epochs):
-        order = stream._order(epoch)
+        order = stream.order(epoch)
         counts.append(np.bincount(fake.train.source_M[order], weights=fake.train.length_M[order], minlength=2))
     return np.array(counts)
 
@@ -149,7 +149,7 @@ def test_mixture_shares() -> None:
     assert epoch_quotas([4000, 1000], [1.0, 1.0]) == [2500, 2500]
     counts = epoch_tokens_by_source(fake, 8)
     assert (abs(counts - 2500) <= 20).all()
-    seen = np.concatenate([loader(fake, 1, 1).stream._order(epoch) for epoch in range(8)])
+    seen = np.concatenate([loader(fake, 1, 1).stream.order(epoch) for epoch in range(8)])
     times = np.bincount(seen, minlength=300)
     # 8 epochs are five walks through source 0 and twenty through source 1: no document before the others' turn.
     assert (times[:200] == 5).all() and (times[200:] == 20).all()

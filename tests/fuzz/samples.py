@@ -243,7 +243,7 @@ def _runs(root: Path) -> dict[str, Sample]:
         {"step": 1, "tokens": 128, "cross_entropy": 6.5, "layers": [layer] * 2, "lr": 0.1},
     ]
     (root / "run/metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    times = {"step": 1, "seconds": 1.0, "tokens_per_second": 100.0, "matrix_share": 0.2, "memory_bytes": 10**9}
+    times = {"step": 1, "seconds": 1.0, "tokens_per_second": 100.0, "share_of_peak": 0.2, "memory_bytes": 10**9}
     (root / "run/timings.jsonl").write_text(f"{json.dumps(times)}\n")
     _, train_state = fresh_state(config)
     tensors = {"model": dict(train_state.weights), "optimizer": dict(train_state.state_dict()["optimizer"])}

@@ -12,7 +12,7 @@ from tests.kernels.native_oracle import usable
 
 @pytest.fixture(params=["fp32", "bf16", "bf16 through fp32"])
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """Each dtype, and both roads of bf16, whichever of them this processor would take."""
+    """Each dtype, and both paths of bf16, whichever of them this processor would take."""
     monkeypatch.setattr(matmul, "_upcasts_on", lambda _: "through" in request.param)
     return torch.float32 if request.param == "fp32" else torch.bfloat16
 

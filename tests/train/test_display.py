@@ -34,7 +34,7 @@ def seen(terminal: bool, width: int = 100) -> str:
 
 def test_a_step_in_figures() -> None:
     assert figures_line(RESULT, 1.894, SPEED) == FIGURES
-    unmeasured = SPEED._replace(matrix_share=None)
+    unmeasured = SPEED._replace(share_of_peak=None)
     assert figures_line(RESULT, 1.894, unmeasured) == FIGURES.replace("  41 % of peak matmul", "")
 
 

@@ -37,7 +37,7 @@ def random_batch(vocab_size: int, *lengths: int) -> TrainBatch:
     return TrainBatch(batch, torch.randint(vocab_size, (sum(lengths),), generator=draw))
 
 
-ROADS = pytest.mark.parametrize("through_fp32", [False, True])  # of bf16, whichever this processor would take
+PATHS = pytest.mark.parametrize("through_fp32", [False, True])  # of bf16, whichever this processor would take
 
 
 # -- bf16 --------------------------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ def gradients_in(
     return {name: p.grad for name, p in train_state.optimizer.params.items()}, [r.experts_TK for r in output.routing]
 
 
-@ROADS
+@PATHS
 def test_bf16_gradients_are_fp32_s_within_rounding(through_fp32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fp32 pass's experts are replayed: a token sent elsewhere has another gradient, not a rounded one."""
     monkeypatch.setattr(matmul, "_upcasts_on", lambda _: through_fp32)
@@ -137,7 +137,7 @@ def test_accumulation_with_any_number_of_targets_in_each_part(kept: list[int], p
 # -- recomputed activations --------------------------------------------------------------------------------------------
 
 
-@ROADS
+@PATHS
 def test_recomputed_layers_train_bit_identically_in_bf16(through_fp32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two whole steps of two parts each, with statistics: what is reported, and masters and moments afterwards."""
     monkeypatch.setattr(matmul, "_upcasts_on", lambda _: through_fp32)

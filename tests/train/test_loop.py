@@ -23,7 +23,7 @@ from mixtral.train import loop as module
 from mixtral.train.checkpoint import checkpoints, load_checkpoint
 from mixtral.train.config import PretrainConfig
 from mixtral.train.loop import Progress
-from mixtral.train.metrics import MatrixRate, read_lines
+from mixtral.train.metrics import PeakMatmul, read_lines
 from mixtral.train.step import NonFiniteLoss, Validation
 from tests.train.tiny_run import MakeRun, Watching, make_run, same, train_config, weights
 
@@ -206,19 +206,19 @@ def test_times_stand_apart(run_in: MakeRun, tmp_path: Path) -> None:
     assert "second" not in (tmp_path / "metrics.jsonl").read_text()
     timings = read_lines(tmp_path / "timings.jsonl")
     assert [line["step"] for line in timings] == [1, 2, 3] and all(line["tokens_per_second"] > 0 for line in timings)
-    assert all(line["memory_bytes"] > 0 and "matrix_share" not in line for line in timings)
+    assert all(line["memory_bytes"] > 0 and "share_of_peak" not in line for line in timings)
 
 
-def test_steps_as_a_share_of_the_matrix_rate(run_in: MakeRun, tmp_path: Path) -> None:
+def test_steps_as_a_share_of_the_peak_matmul(run_in: MakeRun, tmp_path: Path) -> None:
     config = train_config(steps=2)
     run = run_in(tmp_path, config)
-    run.matrix_rate = MatrixRate(1e9, "float32")
+    run.peak_matmul = PeakMatmul(1e9, "float32")
     run.train()
     rate, *timings = read_lines(tmp_path / "timings.jsonl")
-    assert rate == {"step": 0, "matrix_rate": 1e9, "matrix_dtype": "float32", "threads": 1}
+    assert rate == {"step": 0, "peak_matmul": 1e9, "peak_matmul_dtype": "float32", "threads": 1}
     for line in timings:
         flops = line["tokens_per_second"] * config.model.flops_per_token(32, backward=True)
-        assert line["matrix_share"] == pytest.approx(flops / 1e9, rel=1e-2)
+        assert line["share_of_peak"] == pytest.approx(flops / 1e9, rel=1e-2)
 
 
 def test_bits_a_byte_of_a_step_are_those_of_its_targets(run_in: MakeRun, tmp_path: Path) -> None:

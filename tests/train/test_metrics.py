@@ -11,7 +11,7 @@ import torch
 
 from mixtral.errors import MixtralError
 from mixtral.train import metrics
-from mixtral.train.metrics import MatrixRate, MetricsLog, read_lines
+from mixtral.train.metrics import MetricsLog, PeakMatmul, read_lines
 
 
 def test_lines_come_back_as_written(tmp_path: Path) -> None:
@@ -75,11 +75,11 @@ def test_a_line_that_cannot_be_written_is_told_in_one_line(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("dtype", "rate"), [
-    (torch.float32, MatrixRate(5e9, "float32")), (torch.bfloat16, MatrixRate(9e9, "bfloat16")),
-    (torch.float16, MatrixRate(5e9, "float32")),
+    (torch.float32, PeakMatmul(5e9, "float32")), (torch.bfloat16, PeakMatmul(9e9, "bfloat16")),
+    (torch.float16, PeakMatmul(5e9, "float32")),
 ])
-def test_the_matrix_rate_is_the_faster_one(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype,
-                                           rate: MatrixRate) -> None:
+def test_the_peak_matmul_is_the_faster_one(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype,
+                                           rate: PeakMatmul) -> None:
     """And measuring leaves the global draws as they were."""
 
     def measure(kind: torch.dtype, device: torch.device) -> float:
@@ -88,5 +88,5 @@ def test_the_matrix_rate_is_the_faster_one(monkeypatch: pytest.MonkeyPatch, dtyp
 
     monkeypatch.setattr(metrics, "measure_matmul", measure)
     before = torch.get_rng_state()
-    assert MatrixRate.measure(dtype, torch.device("cpu")) == rate
+    assert PeakMatmul.measure(dtype, torch.device("cpu")) == rate
     assert torch.equal(torch.get_rng_state(), before)

@@ -22,7 +22,7 @@ from mixtral.train import pretrain as module
 from mixtral.train.checkpoint import checkpoints
 from mixtral.train.config import PretrainConfig
 from mixtral.train.finished import finished
-from mixtral.train.metrics import MatrixRate, read_lines
+from mixtral.train.metrics import PeakMatmul, read_lines
 from mixtral.train.pretrain import Trained, pretrain, save_final
 from mixtral.train.run_folder import begin, record_threads, recorded_config
 from tests.train.tiny_run import Killed, Watching, kill_after, texts, train_config
@@ -32,7 +32,7 @@ from tests.train.tiny_run import Killed, Watching, kill_after, texts, train_conf
 def _threads_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "set_threads", lambda *_: None)
     monkeypatch.setattr(module, "keep_freed_memory", lambda: None)  # it would last for the whole test process
-    monkeypatch.setattr(MatrixRate, "measure", lambda *_: MatrixRate(1e12, "float32"))
+    monkeypatch.setattr(PeakMatmul, "measure", lambda *_: PeakMatmul(1e12, "float32"))
 
 
 def config_of(source: Path | str, **changes: Any) -> PretrainConfig:
@@ -45,7 +45,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "set_threads", lambda *_: None)
         patch.setattr(module, "keep_freed_memory", lambda: None)
-        patch.setattr(MatrixRate, "measure", lambda *_: MatrixRate(1e12, "float32"))
+        patch.setattr(PeakMatmul, "measure", lambda *_: PeakMatmul(1e12, "float32"))
         begin(config_of(corpus), out)
         return pretrain(out, Watching())
 

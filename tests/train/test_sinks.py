@@ -86,7 +86,7 @@ def test_flat_names() -> None:
     assert flatten(line, layers=(1, 3)) == {  # layers 0 and 2 are dense
         "cross_entropy": 1.5, "aux/z_loss": 0.5, "layer1/val_load/0": 0.25, "layer3/val_load/0": 0.75,
         "layer1/gini": 0.1, "layer1/load/0": 0.5, "layer1/load/1": 0.5, "layer3/gini": 0.2}  # fmt: skip
-    timing = {"step": 3, "seconds": 2.0, "matrix_dtype": "float32"}
+    timing = {"step": 3, "seconds": 2.0, "peak_matmul_dtype": "float32"}
     assert flatten(timing, "timing") == {"timing/seconds": 2.0}
 
 

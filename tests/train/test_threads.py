@@ -16,7 +16,7 @@ from mixtral.train import pretrain as pretraining
 from mixtral.train import threads as module
 from mixtral.train.checkpoint import checkpoints
 from mixtral.train.config import PretrainConfig
-from mixtral.train.metrics import MatrixRate, read_lines
+from mixtral.train.metrics import PeakMatmul, read_lines
 from mixtral.train.pretrain import pretrain
 from mixtral.train.run_folder import begin, recorded_config, recorded_threads
 from mixtral.train.threads import (
@@ -40,7 +40,7 @@ def _threads_are_put_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("RAYON_NUM_THREADS", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "")  # nobody has asked for a number
     monkeypatch.setattr(pretraining, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(MatrixRate, "measure", lambda *_: MatrixRate(1e12, "float32"))
+    monkeypatch.setattr(PeakMatmul, "measure", lambda *_: PeakMatmul(1e12, "float32"))
     for users in (module, pretraining, runtime):
         monkeypatch.setattr(users, "cpu_count", lambda: 2)
     yield

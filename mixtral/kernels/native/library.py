@@ -130,7 +130,7 @@ def packed_linear(x_TD: Tensor, packed: Tensor, name: str, n: int) -> Tensor:
     if x_TD.dim() != 2 or x_TD.device.type != "cpu" or x_TD.dtype not in (torch.float32, torch.bfloat16):
         raise UsageError(f"native product: x must be fp32 or bf16 [T, D] on the CPU, not {_described(x_TD)}")
     if packed.dim() != 2 or packed.device.type != "cpu" or not packed.is_contiguous():
-        raise UsageError(f"native product: the weight must be one contiguous matrix on the CPU, not {_described(packed)}")
+        raise UsageError(f"native product: the weight must be a contiguous matrix on the CPU, not {_described(packed)}")
     check_packed(packed, name, n, x_TD.shape[1])
     return with_gradient(_packed_linear, x_TD, packed, name, n)
 

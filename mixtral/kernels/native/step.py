@@ -125,9 +125,8 @@ class Step:
         """
         config, layers = self.config, range(self.config.n_layers) if layers is None else layers
         k = config.experts_per_token if k is None else k
-        rows, most_k = source.shape[0], int(k.max()) if isinstance(k, Tensor) and len(k) else k if isinstance(k, int) else 1
-        row_k = k.to(torch.int32) if isinstance(k, Tensor) else None
-        most_k = max(most_k, 1 if routed is None else routed.experts_TK.shape[1])
+        rows, row_k = source.shape[0], k.to(torch.int32) if isinstance(k, Tensor) else None
+        most_k = max(_most(k), 1 if routed is None else routed.experts_TK.shape[1])
         self._check(source, spans, pages, angles, wanted_R, layers)
         self._check_routing(rows, k, most_k, layers, routed)
         sparse = sum(bool(self._layers[i].router) for i in layers)
@@ -268,6 +267,13 @@ def _expert(config: ModelConfig, ffn_dim: int, number: int, weights: ExpertWeigh
         matrix(weights.up, f"expert {number} up", ffn_dim, config.dim),
         matrix(weights.down, f"expert {number} down", config.dim, ffn_dim),
     )
+
+
+def _most(k: int | Tensor) -> int:
+    """The most experts that a row takes; 1 for no rows."""
+    if isinstance(k, Tensor):
+        return int(k.max()) if k.shape[0] else 1
+    return k
 
 
 def _kinds(weights: Iterable[Weight]) -> int:

@@ -216,7 +216,7 @@ def test_inputs_that_cannot_be_read(x: Tensor, says: str) -> None:
 def test_weights_that_cannot_be_read() -> None:
     w = weight("int8", 32, 64)
     for bad in (w[:, ::2], torch.stack([w, w])):
-        with pytest.raises(UsageError, match="must be one contiguous matrix on the CPU"):
+        with pytest.raises(UsageError, match="must be a contiguous matrix on the CPU"):
             native.packed_linear(torch.zeros(1, 32), bad, "int8", 32)
 
 

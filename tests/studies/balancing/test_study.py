@@ -66,7 +66,7 @@ def folders(corpus: Path, runs: dict[str, Run], tmp_path_factory: pytest.TempPat
     out = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("measure.ROWS", 1)
-        patch.setattr("mixtral.train.pretrain.MatrixRate.measure", lambda *_: None)
+        patch.setattr("mixtral.train.pretrain.PeakMatmul.measure", lambda *_: None)
         for run in runs.values():
             perform(run, out / "runs" / run.name, corpus, tokens=256)
     return out
