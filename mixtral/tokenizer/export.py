@@ -14,6 +14,7 @@ from typing import Any
 from mixtral.tokenizer.spm_model import Kind, SpmModel
 
 SPACE = "▁"
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 
 
 def merge_list(pieces: Sequence[str]) -> list[tuple[str, str]]:
@@ -45,7 +46,7 @@ def spm_to_json(spm: SpmModel, prefix: Sequence[int], suffix: Sequence[int]) -> 
         normalizer=_sequence("normalizers", [*prepend, _replace(" ", SPACE)]),
         # User-defined pieces are found in the text before anything merges. They are no "added tokens" here, because
         # the text after one of those would be given another leading space.
-        pre_tokenizer=_split("|".join(map(re.escape, whole))) if whole else None,
+        pre_tokenizer=split("|".join(map(re.escape, whole))) if whole else None,
         decoder=_sequence("decoders", [_replace(SPACE, " "), {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]),
         model={
             "unk_token": next(p.text for p in pieces if p.kind == Kind.UNKNOWN),
@@ -64,21 +65,39 @@ def tekken_to_json(
     """The tokenizer.json of tekken's byte-level BPE: its rank is the order of the vocabulary."""
     table = byte_characters()
     texts = {i: "".join(table[byte] for byte in piece) for i, piece in enumerate(pieces) if i not in control}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    stages = [split(pattern), _BYTE_LEVEL]  # tiktoken looks a word up before it merges
+    merges = merge_list(list(texts.values()))
+    return byte_bpe_to_json({**control, **texts}, merges, control, {}, stages, True, prefix, suffix)
+
+
+def byte_bpe_to_json(
+    texts: Mapping[int, str], merges: Sequence[tuple[str, ...]], control: Mapping[int, str], added: Mapping[int, str],
+    stages: list[dict[str, Any]], whole_words: bool, prefix: Sequence[int] = (), suffix: Sequence[int] = (),
+) -> bytes:  # fmt: skip
+    """The tokenizer.json of a byte-level BPE.
+
+    Args:
+        texts: all tokens by id, bytes as the characters that stand for them; `control` and `added` are among them.
+        merges: pairs of tokens, the first to merge first.
+        added: tokens found in the text before it is cut, which are no control tokens.
+        stages: the pre-tokenizers that cut the text, ByteLevel the last.
+        whole_words: a word that is a token is looked up before anything merges.
+    """
     return _document(
         control,
         prefix,
         suffix,
+        added,
         normalizer=None,
-        pre_tokenizer=_sequence("pretokenizers", [_split(pattern), byte_level]),
-        decoder=byte_level,
+        pre_tokenizer=_sequence("pretokenizers", stages),
+        decoder=_BYTE_LEVEL,
         model={
             "unk_token": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": True,  # tiktoken looks a word up before it merges
-            "vocab": {**{name: i for i, name in control.items()}, **{text: i for i, text in texts.items()}},
-            "merges": merge_list(list(texts.values())),
+            "ignore_merges": whole_words,
+            "vocab": {text: i for i, text in texts.items()},
+            "merges": list(merges),
         },
     )
 
@@ -106,15 +125,17 @@ def byte_characters() -> list[str]:
 
 
 def _document(
-    control: Mapping[int, str], prefix: Sequence[int], suffix: Sequence[int], *, model: dict[str, Any], **stages: Any
+    control: Mapping[int, str], prefix: Sequence[int], suffix: Sequence[int], added: Mapping[int, str] | None = None, *,
+    model: dict[str, Any], **stages: Any,
 ) -> bytes:  # fmt: skip
-    """The whole file, from its stages and its model. `control` tokens are special."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    """The whole file, from its stages and its model. `control` tokens are special, `added` ones are not."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    tokens = sorted({**control, **(added or {})}.items())
     document = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": name, **flags} for i, name in sorted(control.items())],
+        "added_tokens": [{"id": i, "content": name, **flags, "special": i in control} for i, name in tokens],
         "post_processor": template(control, prefix, suffix) if prefix or suffix else None,
         **stages,
         "model": {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
@@ -148,5 +169,6 @@ def _replace(old: str, new: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": {"String": old}, "content": new}
 
 
-def _split(pattern: str) -> dict[str, Any]:
+def split(pattern: str) -> dict[str, Any]:
+    """The pre-tokenizer that cuts text at each match of a regular expression."""
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}

@@ -1,4 +1,5 @@
-"""Tokenizers in GGUF metadata: a sentencepiece vocabulary ("llama" there), and the chat templates beside it."""
+"""Tokenizers in GGUF metadata, a sentencepiece vocabulary ("llama" there) or byte-level BPE ("gpt2"), and the chat
+templates beside them."""
 
 from __future__ import annotations
 
@@ -25,6 +26,14 @@ from mixtral.tokenizer.chat_templates import (
     metadata_templates,
     template_files,
 )
+from mixtral.tokenizer.gguf_bpe import (
+    Vocabulary,
+    adds_bos,
+    check_vocabulary,
+    known_pre_tokenizer,
+    vocabulary_json,
+    vocabulary_of,
+)
 from mixtral.tokenizer.mistral import SentencePieceTokenizer
 from mixtral.tokenizer.side_files import Beside, is_side_file, read_side_files
 from mixtral.tokenizer.spm_model import Kind, Piece, SpmModel, write_spm_model
@@ -33,6 +42,7 @@ from mixtral.tokenizer.tokenizer_json import JsonTokenizer
 log = logging.getLogger(__name__)
 
 _PREFIX = "tokenizer.ggml."
+_KIND, _PRE, _MERGES = _PREFIX + "model", _PREFIX + "pre", _PREFIX + "merges"
 _LISTS = (_PREFIX + "tokens", _PREFIX + "scores", _PREFIX + "token_type")
 _BOS, _EOS, _UNKNOWN = _PREFIX + "bos_token_id", _PREFIX + "eos_token_id", _PREFIX + "unknown_token_id"
 _SPACE, _ADD_BOS, _ADD_EOS = _PREFIX + "add_space_prefix", _PREFIX + "add_bos_token", _PREFIX + "add_eos_token"
@@ -49,21 +59,18 @@ def tokenizer_metadata(
     `files` are the small files of the model's folder (tokenizer/side_files.py), which come back when it is converted
     again; where no chat template is among them, the one of the tokenizer's version is written.
 
-    Raises UsageError for a tokenizer without a sentencepiece model, or of more pieces than the model.
+    Raises UsageError for a tokenizer that the format has no name for, or of more pieces than the model.
     """
     files = files or {}
     templates = folder_templates(files)
     kept = {_FILE + name: file_text(name, content) for name, content in files.items()}
     if tokenizer is None:
-        return {_PREFIX + "model": "none", **gguf_templates(templates), **kept}
-    pieces, dummy_prefix = _pieces(tokenizer)
-    pieces = _within(pieces, tokenizer, vocab_size)
-    pieces = pieces + [_unused(i) for i in range(len(pieces), vocab_size)]
-    metadata: dict[str, Any] = {_PREFIX + "model": "llama", _PREFIX + "pre": "default"}
-    columns = ([p.text for p in pieces], [p.score for p in pieces], [int(p.kind) for p in pieces])
-    metadata |= zip(_LISTS, columns, strict=True)
-    metadata |= {_BOS: tokenizer.bos_id, _EOS: tokenizer.eos_id, _SPACE: dummy_prefix}
-    metadata[_UNKNOWN] = next(i for i, piece in enumerate(pieces) if piece.kind == Kind.UNKNOWN)
+        return {_KIND: "none", **gguf_templates(templates), **kept}
+    is_spm = isinstance(tokenizer, SentencePieceTokenizer) or (
+        isinstance(tokenizer, JsonTokenizer) and tokenizer.sentencepiece is not None
+    )
+    metadata = _spm_metadata(tokenizer, vocab_size) if is_spm else _bpe_metadata(tokenizer, vocab_size)
+    metadata |= {_BOS: tokenizer.bos_id, _EOS: tokenizer.eos_id}
     metadata |= {_ADD_BOS: tokenizer.adds_bos, _ADD_EOS: tokenizer.adds_eos}
     if isinstance(tokenizer, JsonTokenizer):
         metadata[_JSON] = tokenizer.to_json().decode()
@@ -71,12 +78,33 @@ def tokenizer_metadata(
     return metadata | gguf_templates({**usual, **templates}) | kept
 
 
+def _spm_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+    pieces, dummy_prefix = _pieces(tokenizer)
+    pieces = _within(pieces, tokenizer, vocab_size)
+    pieces = pieces + [_unused(i) for i in range(len(pieces), vocab_size)]
+    columns = ([p.text for p in pieces], [p.score for p in pieces], [int(p.kind) for p in pieces])
+    unknown = next(i for i, piece in enumerate(pieces) if piece.kind == Kind.UNKNOWN)
+    lists = dict(zip(_LISTS, columns, strict=True))
+    return {_KIND: "llama", _PRE: "default", **lists, _SPACE: dummy_prefix, _UNKNOWN: unknown}
+
+
+def _bpe_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+    tokens, kinds, merges, pre = vocabulary_of(tokenizer)
+    least = max((i + 1 for i, kind in enumerate(kinds) if kind == Kind.NORMAL), default=0)
+    if max(least, tokenizer.bos_id + 1, tokenizer.eos_id + 1) > vocab_size:
+        raise UsageError(f"the tokenizer has {len(tokens)} tokens, more than the model's vocabulary of {vocab_size}")
+    if left_out := tokens[vocab_size:]:
+        log.warning("the model has no row for %s: left out of the file's tokens", shown(", ".join(left_out)))
+    tokens = tokens[:vocab_size] + [f"[PAD{i}]" for i in range(len(tokens), vocab_size)]
+    kinds = kinds[:vocab_size] + [Kind.UNUSED] * (vocab_size - len(kinds))
+    return {_KIND: "gpt2", _PRE: pre, _LISTS[0]: tokens, _LISTS[2]: [int(kind) for kind in kinds], _MERGES: merges}
+
+
 def _pieces(tokenizer: Tokenizer) -> SpmModel:
     """The sentencepiece form of a vocabulary, with the tokens that were added to it."""
     if isinstance(tokenizer, SentencePieceTokenizer):
         return tokenizer.spm
-    if not isinstance(tokenizer, JsonTokenizer) or tokenizer.sentencepiece is None:
-        raise UsageError(f"a {tokenizer.version} tokenizer cannot be written to GGUF; a sentencepiece model can")
+    assert isinstance(tokenizer, JsonTokenizer) and tokenizer.sentencepiece is not None
     pieces, dummy_prefix = tokenizer.sentencepiece.spm
     for i in range(tokenizer.vocab_size):
         kind = Kind.CONTROL if i in tokenizer.control else Kind.USER_DEFINED
@@ -111,20 +139,31 @@ def gguf_tokenizer(path: Path) -> Tokenizer | None:
     """
     header = read_gguf_header(path)
     metadata = header.metadata
-    kind = metadata.get(_PREFIX + "model", "none")
-    if kind != "llama":
-        if kind not in ("none", "no_vocab"):
-            log.warning(
-                "%s: its tokenizer is of kind %s, which is not read from GGUF; only 'llama' is", path, shown(kind)
-            )
+    kind = metadata.get(_KIND, "none")
+    if reason := _not_read(metadata):
+        log.warning("%s: %s: the model has no tokenizer", path, reason)
+    if reason or kind not in _READERS:
         return None
     try:
         _check_size(metadata, header.tensors.get("token_embd.weight"))
-        return _rebuilt(metadata)
+        return read_metadata(metadata)
     except (MixtralError, ValueError) as error:
         raise MixtralError(f"{path}: its vocabulary cannot be used: {error}") from None
     except Exception as error:  # of the libraries below, which check little
         raise MixtralError(f"{path}: its vocabulary is damaged: {type(error).__name__}: {error}") from error
+
+
+def _not_read(metadata: Mapping[str, Any]) -> str:
+    """Why a tokenizer that a file has is not read; "" when it is, or when there is none."""
+    kind = metadata.get(_KIND, "none")
+    if kind not in (*_READERS, "none", "no_vocab"):
+        return f"its tokenizer is of kind {shown(kind)}, which is not read from GGUF; 'llama' and 'gpt2' are"
+    try:
+        if kind == "gpt2" and _JSON not in metadata:
+            known_pre_tokenizer(metadata.get(_PRE))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def side_files(source: str | Path) -> dict[str, bytes]:
@@ -185,14 +224,66 @@ def _check_size(metadata: Mapping[str, Any], embedding: TensorInfo | None) -> No
         raise ValueError(f"{_LISTS[0]} has {len(tokens):,} tokens, more than the {most:,} {whose}")
 
 
-def _rebuilt(metadata: Mapping[str, Any]) -> Tokenizer:
+def _bpe(metadata: Mapping[str, Any]) -> Tokenizer:
+    """A tokenizer of kind "gpt2"."""
+    tokens, kinds = metadata.get(_LISTS[0], []), metadata.get(_LISTS[2], [])
+    check_vocabulary(tokens, kinds, metadata.get(_MERGES, []))
+    n = _without_padding(tokens, kinds)
+    eos = _token_id(metadata, _EOS, n)
+    bos = _token_id(metadata, _BOS, n) if _BOS in metadata else eos
+    kinds = [Kind.CONTROL if i in (bos, eos) else Kind(kind) for i, kind in enumerate(kinds[:n])]
+    beside = _naming(Beside(_files(metadata)), tokens[bos], tokens[eos])
+    document, usual = metadata.get(_JSON), None
+    if document is None:
+        pre = known_pre_tokenizer(metadata.get(_PRE))
+        usual = adds_bos(pre)
+        content = vocabulary_json(Vocabulary(tokens[:n], kinds, metadata.get(_MERGES, []), pre))
+    else:
+        content = _text(document, _JSON).encode()
+    tokenizer = JsonTokenizer(content, beside, _JSON if document is not None else "tokenizer.json")
+    if wrong := next((i for i in range(n) if tokenizer.texts.get(i, tokens[i]) != tokens[i]), None):
+        raise ValueError(f"{_JSON} has {shown(tokenizer.texts[wrong])} where {_LISTS[0]} has {shown(tokens[wrong])}")
+    _frame(tokenizer, metadata, usual, None if usual is None else False)
+    return tokenizer
+
+
+def _without_padding(tokens: list[str], kinds: list[int]) -> int:
+    """How many tokens there are but for those that fill the vocabulary up to the model's."""
+    n = len(tokens)
+    while n and kinds[n - 1] == Kind.UNUSED and tokens[n - 1] == f"[PAD{n - 1}]":
+        n -= 1
+    return n
+
+
+def _token_id(metadata: Mapping[str, Any], key: str, n: int) -> int:
+    value = metadata.get(key)
+    if type(value) is not int or not 0 <= value < n:
+        raise ValueError(f"{key} must be the id of one of its {n} tokens, not {shown(value)}")
+    return value
+
+
+def _text(value: object, key: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{key} must be a text, not {shown(value)}")
+    return value
+
+
+def _frame(tokenizer: Tokenizer, metadata: Mapping[str, Any], bos: bool | None, eos: bool | None) -> None:
+    """What the file's flags put around a text; where it has none `bos`, `eos`; None: as it is."""
+    wanted = (
+        (None if default is None and key not in metadata else _flag(metadata, key, bool(default)), now)
+        for key, default, now in ((_ADD_BOS, bos, tokenizer.adds_bos), (_ADD_EOS, eos, tokenizer.adds_eos))
+    )
+    tokenizer.frame(*(None if flag == now else flag for flag, now in wanted))
+
+
+def _sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
+    """A tokenizer of kind "llama"."""
     pieces = _read_pieces(metadata)
     unknown = metadata.get(_UNKNOWN, 0)
     if type(unknown) is not int or not 0 <= unknown < len(pieces):
         raise ValueError(f"{_UNKNOWN} must be the id of one of its {len(pieces)} tokens, not {shown(unknown)}")
-    space, add_bos, add_eos = (
-        _flag(metadata, key, default) for key, default in ((_SPACE, True), (_ADD_BOS, True), (_ADD_EOS, False))
-    )
+    space = _flag(metadata, _SPACE, True)
     pieces = [piece._replace(kind=_kind(i, piece.kind, unknown)) for i, piece in enumerate(pieces)]
     bos, eos = (_text_end(metadata, key, pieces, *usual) for key, usual in ((_BOS, (1, "<s>")), (_EOS, (2, "</s>"))))
     for i in (bos, eos):
@@ -201,14 +292,20 @@ def _rebuilt(metadata: Mapping[str, Any]) -> Tokenizer:
     spm = SentencePieceTokenizer(write_spm_model(SpmModel(pieces, space), bos, eos), "tokenizer.model")
     tokenizer: Tokenizer = spm.with_files(beside)
     if (document := metadata.get(_JSON)) is not None:
-        if not isinstance(document, str):
-            raise ValueError(f"{_JSON} must be a text, not {shown(document)}")
-        whole = JsonTokenizer(document.encode(), _naming(beside, pieces[bos].text, pieces[eos].text), _JSON, spm)
+        named = _naming(beside, pieces[bos].text, pieces[eos].text)
+        whole = JsonTokenizer(_text(document, _JSON).encode(), named, _JSON, spm)
         if whole.sentencepiece:
             tokenizer = whole
-    tokenizer.frame(*(None if flag == now else flag for flag, now in (
-        (add_bos, tokenizer.adds_bos), (add_eos, tokenizer.adds_eos))))  # fmt: skip
+    _frame(tokenizer, metadata, True, False)
     return tokenizer
+
+
+def read_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that a file's metadata hold. Raises ValueError or MixtralError where they are damaged."""
+    return _READERS[metadata[_KIND]](metadata)
+
+
+_READERS = {"llama": _sentencepiece, "gpt2": _bpe}
 
 
 def _naming(beside: Beside, bos: str, eos: str) -> Beside:

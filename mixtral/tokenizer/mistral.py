@@ -122,10 +122,14 @@ class TekkenTokenizer(Tokenizer):
         return self._tekken.encode(text, bos=False, eos=False)
 
     def _files(self) -> dict[str, bytes]:
-        pattern = json.loads(self._data)["config"]["pattern"]
         return {"tekken.json": self._data,
-                "tokenizer.json": tekken_to_json(self._pieces, self.control, pattern, self.prefix, self.suffix),
+                "tokenizer.json": self.to_json(),
                 "tokenizer_config.json": hf_config(self._beside.config, self.control, self.bos_id, self.eos_id)}
+
+    def to_json(self) -> bytes:
+        """The tokenizer.json of the same ids."""
+        pattern = json.loads(self._data)["config"]["pattern"]
+        return tekken_to_json(self._pieces, self.control, pattern, self.prefix, self.suffix)
 
     @cached_property
     def mistral(self) -> MistralTokenizer[Any, Any, Any, Any, Any]:

@@ -80,7 +80,7 @@ FAULTS = {
         file_bytes([entry("general.alignment", U32, b"\0\0\0\0")]), "general.alignment must be a positive number",
     ),
     "dimensions": (file_bytes([], [Tensor("w", [1] * 5, 0, 0)]), "damaged: w has 5 dimensions, at most 4 are possible"),
-    "unread": (file_bytes([], [Tensor("w", [256], 23, 0)]), "w is stored as IQ4_XS, which is not read; F32, F16"),
+    "unread": (file_bytes([], [Tensor("w", [256], 28, 0)]), "w is stored as F64, which is not read; F32, F16"),
     "unknown": (file_bytes([], [Tensor("w", [256], 99, 0)]), "w is stored as unknown type 99, which is not read"),
     "rows": (file_bytes([], [Tensor("w", [33], 8, 0)]), "rows of w have 33 numbers, not a multiple of Q8_0's block"),
     "names": (file_bytes([], [Tensor("w", [1], 0, 0)] * 2, b"x" * 36), "damaged: it holds w twice"),

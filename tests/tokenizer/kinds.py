@@ -13,7 +13,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from mixtral.tokenizer import Tokenizer, load_tokenizer
-from mixtral.tokenizer.gguf import _rebuilt, side_files, tokenizer_metadata
+from mixtral.tokenizer.gguf import read_metadata, side_files, tokenizer_metadata
 from tests.tokenizer.conftest import FILES, NAMES, STDLIB, tokenizer_named
 
 MODEL = {"model_type": "mixtral"}  # beside it, transformers takes the classes that it has for Mixtral
@@ -222,4 +222,4 @@ def sentencepiece_ids(folder: Path, lines: list[str]) -> list[list[int]]:
 
 def by_way_of_gguf(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
     """The tokenizer as it comes back from a GGUF file's metadata."""
-    return _rebuilt(tokenizer_metadata(tokenizer, tokenizer.vocab_size + 3, side_files(folder)))
+    return read_metadata(tokenizer_metadata(tokenizer, tokenizer.vocab_size + 3, side_files(folder)))

@@ -16,7 +16,7 @@ from mixtral.config.formats import read_config
 from mixtral.errors import MixtralError, UsageError
 from mixtral.tokenizer import Tokenizer, load_tokenizer
 from mixtral.tokenizer.chat_templates import TEMPLATES, folder_templates
-from mixtral.tokenizer.gguf import _rebuilt, side_files, tokenizer_metadata
+from mixtral.tokenizer.gguf import read_metadata, side_files, tokenizer_metadata
 from mixtral.tokenizer.load import find_tokenizer
 from mixtral.weights import convert, save_hf
 from mixtral.weights.gguf_write import _add_metadata, write_gguf
@@ -34,7 +34,7 @@ def test_there_and_back(name: str) -> None:
     metadata = tokenizer_metadata(tokenizer, tokenizer.vocab_size + 3)
     assert metadata[KEY + "model"] == "llama" and metadata[KEY + "tokens"][-1] == f"[PAD{tokenizer.vocab_size + 2}]"
     assert metadata[KEY + "token_type"][:3] == [2, 3, 3] and metadata[KEY + "token_type"][-1] == 5
-    back = _rebuilt(metadata)
+    back = read_metadata(metadata)
     assert back.fingerprint == tokenizer.fingerprint and back.version == tokenizer.version
     assert (back.bos_id, back.eos_id, back.dummy_prefix) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.dummy_prefix)
     assert back.encode(TEXT) == tokenizer.encode(TEXT) and back.decode(back.encode(TEXT)) == TEXT
@@ -76,21 +76,33 @@ def test_no_tokenizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert find_tokenizer(tmp_path) is None and side_files(tmp_path) == {}
 
 
-def test_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    metadata = {KEY + "model": "gpt2"}
+@pytest.mark.parametrize(("metadata", "reason"), [
+    ({KEY + "model": "t5"}, "its tokenizer is of kind 't5', which is not read from GGUF; 'llama' and 'gpt2' are"),
+    ({KEY + "model": "gpt2"}, "tokenizer.ggml.pre is None, a way to cut text into words that is not known; gpt-2, "),
+    ({KEY + "model": "gpt2", KEY + "pre": "qwen2"}, "tokenizer.ggml.pre is 'qwen2', a way to cut text into words that"),
+])  # fmt: skip
+def test_what_is_not_read(
+    metadata: dict[str, Any], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """The weights are loaded all the same; who asks for the tokenizer alone is told."""
     monkeypatch.setattr("mixtral.weights.gguf_write.tokenizer_metadata", lambda *_: metadata)
     write_gguf(random_state(SPARSE), SPARSE, tmp_path / "a.gguf")
     assert find_tokenizer(tmp_path / "a.gguf") is None
-    assert "its tokenizer is of kind 'gpt2', which is not read from GGUF; only 'llama' is" in caplog.text
-    metadata[KEY + "model"] = "llama"
+    assert f"a.gguf: {reason}" in caplog.text and caplog.text.endswith("are: the model has no tokenizer\n")
+    with pytest.raises(UsageError, match=r"a\.gguf: no tokenizer that is read from GGUF"):
+        load_tokenizer(tmp_path / "a.gguf")
+
+
+def test_a_damaged_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata = {KEY + "model": "llama"}
+    monkeypatch.setattr("mixtral.weights.gguf_write.tokenizer_metadata", lambda *_: metadata)
     write_gguf(random_state(SPARSE), SPARSE, tmp_path / "b.gguf")
     with pytest.raises(MixtralError, match=r"b\.gguf: its vocabulary cannot be used: tokenizer\.ggml\.tokens, "):
         find_tokenizer(tmp_path / "b.gguf")
 
 
 def test_what_cannot_be_written() -> None:
-    with pytest.raises(UsageError, match="a tekken tokenizer cannot be written to GGUF; a sentencepiece model can"):
-        tokenizer_metadata(tokenizer_named("small-tekken"), 99_999)
     with pytest.raises(UsageError, match="the tokenizer has 1000 pieces, more than the model's vocabulary of 999"):
         tokenizer_metadata(tokenizer_named("own"), 999)
 
@@ -119,7 +131,7 @@ def test_what_cannot_be_written() -> None:
 def test_damaged_vocabularies(change: dict[str, Any], message: str) -> None:
     metadata = tokenizer_metadata(tokenizer_named("own"), 1000) | {KEY + key: v for key, v in change.items()}
     with pytest.raises((MixtralError, ValueError), match=message):
-        _rebuilt(metadata)
+        read_metadata(metadata)
 
 
 @pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id"])
@@ -127,7 +139,7 @@ def test_damaged_vocabularies(change: dict[str, Any], message: str) -> None:
 def test_a_models_end_that_is_no_control_token(key: str, other: int) -> None:
     """Files of others have one key for it and for the tokenizer's."""
     own = tokenizer_named("own")
-    back = _rebuilt(tokenizer_metadata(own, 1003) | {KEY + key: other})
+    back = read_metadata(tokenizer_metadata(own, 1003) | {KEY + key: other})
     assert (back.bos_id, back.eos_id, back.fingerprint) == (1, 2, own.fingerprint)
     assert back.encode(TEXT) == own.encode(TEXT)
 
@@ -135,7 +147,7 @@ def test_a_models_end_that_is_no_control_token(key: str, other: int) -> None:
 def test_an_added_end_that_is_not_called_control() -> None:
     metadata = tokenizer_metadata(tokenizer_named("own"), 1001) | {KEY + "eos_token_id": 1000}
     metadata[KEY + "tokens"][1000], metadata[KEY + "token_type"][1000] = "<|im_end|>", 4
-    back = _rebuilt(metadata)
+    back = read_metadata(metadata)
     assert back.eos_id == 1000 and back.control[1000] == "<|im_end|>"
 
 
@@ -145,17 +157,17 @@ def test_begin_and_end_travel_by_their_keys(bos: bool, eos: bool) -> None:
     own.frame(bos, eos)
     metadata = tokenizer_metadata(own, 1000)
     assert (metadata[KEY + "add_bos_token"], metadata[KEY + "add_eos_token"]) == (bos, eos)
-    back = _rebuilt(metadata)
+    back = read_metadata(metadata)
     assert back.encode("a") == own.encode("a") == [1] * bos + own.encode("a", bos=False, eos=False) + [2] * eos
     del metadata[KEY + "add_bos_token"], metadata[KEY + "add_eos_token"]
-    assert _rebuilt(metadata).prefix == (1,)  # as llama.cpp has it
+    assert read_metadata(metadata).prefix == (1,)  # as llama.cpp has it
 
 
 @pytest.mark.parametrize("bos", [True, False])
 def test_the_keys_go_before_the_tokenizer_json(bos: bool, tmp_path: Path) -> None:
     KINDS["added, tokenizer.json"].make(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
-    back = _rebuilt(tokenizer_metadata(tokenizer, 1002, side_files(tmp_path)) | {KEY + "add_bos_token": bos})
+    back = read_metadata(tokenizer_metadata(tokenizer, 1002, side_files(tmp_path)) | {KEY + "add_bos_token": bos})
     assert back.encode("a <tag>") == tokenizer.encode("a <tag>", bos=bos)
     back.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").encode("a <tag>") == back.encode("a <tag>")
@@ -165,10 +177,10 @@ def test_a_tokenizer_json_of_another_vocabulary_is_not_used(tmp_path: Path) -> N
     KINDS["llama style"].make(tmp_path)
     document = (tmp_path / "tokenizer.json").read_text()
     own = tokenizer_named("own")
-    back = _rebuilt(tokenizer_metadata(own, 1000) | {"tokenizer.huggingface.json": document})
+    back = read_metadata(tokenizer_metadata(own, 1000) | {"tokenizer.huggingface.json": document})
     assert back.encode(TEXT) == own.encode(TEXT)
     with pytest.raises(ValueError, match=r"tokenizer\.huggingface\.json must be a text, not 5"):
-        _rebuilt(tokenizer_metadata(own, 1000) | {"tokenizer.huggingface.json": 5})
+        read_metadata(tokenizer_metadata(own, 1000) | {"tokenizer.huggingface.json": 5})
 
 
 def test_an_unknown_token_by_another_kind() -> None:
@@ -176,7 +188,7 @@ def test_an_unknown_token_by_another_kind() -> None:
     own = tokenizer_named("own")
     metadata = tokenizer_metadata(own, 1000)
     metadata[KEY + "token_type"][0] = 3
-    assert _rebuilt(metadata).fingerprint == own.fingerprint
+    assert read_metadata(metadata).fingerprint == own.fingerprint
 
 
 def tokens_of(rendered: str, tokenizer: Tokenizer) -> list[int]:
@@ -229,7 +241,7 @@ def test_a_library_that_fails_inside(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def fail(*_: Any) -> None:
         raise KeyError("type")
 
-    monkeypatch.setattr("mixtral.tokenizer.gguf._rebuilt", fail)
+    monkeypatch.setattr("mixtral.tokenizer.gguf.read_metadata", fail)
     with pytest.raises(MixtralError, match="its vocabulary is damaged: KeyError: 'type'"):
         find_tokenizer(_file(tmp_path, tokenizer_metadata(tokenizer_named("own"), 1000)))
 
@@ -243,7 +255,7 @@ def test_more_tokens_than_the_model_has_rows(
 ) -> None:
     """Refused before anything is built of them."""
     monkeypatch.setattr("mixtral.tokenizer.gguf.MOST_TOKENS", 1000)
-    monkeypatch.setattr("mixtral.tokenizer.gguf._rebuilt", None)
+    monkeypatch.setattr("mixtral.tokenizer.gguf.read_metadata", None)
     tokens = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": [f"t{i}" for i in range(count)]}
     with pytest.raises(MixtralError, match=message):
         find_tokenizer(_file(tmp_path, tokens, rows))

@@ -21,7 +21,7 @@ from mixtral.quant.quantize import quantise_folder
 from mixtral.quant.scheme import QuantScheme
 from mixtral.tokenizer import Tokenizer, load_tokenizer
 from mixtral.tokenizer.chat_templates import folder_templates
-from mixtral.tokenizer.gguf import _files, _rebuilt, side_files, tokenizer_metadata
+from mixtral.tokenizer.gguf import _files, read_metadata, side_files, tokenizer_metadata
 from mixtral.tokenizer.load import find_tokenizer
 from mixtral.weights import convert, save_hf
 from mixtral.weights.gguf_write import write_gguf
@@ -259,10 +259,10 @@ def test_an_embedded_tokenizer_json_counts_whatever_the_models_end(tmp_path: Pat
     metadata = dict(read_gguf_header(_convert("gguf")(source, tmp_path)).metadata)
     assert metadata["tokenizer.ggml.eos_token_id"] == 2 and metadata["general.sampling.top_k"] == 50
     earlier = metadata | {"tokenizer.ggml.eos_token_id": 1001}  # as earlier versions wrote it
-    for back in (_rebuilt(metadata), _rebuilt(earlier)):
+    for back in (read_metadata(metadata), read_metadata(earlier)):
         assert back.encode_batch(LINES) == wanted and back.eos_id == 2
     del earlier["mixtral.file.tokenizer_config.json"]  # which names begin and end
-    assert _rebuilt(earlier).eos_id == 1001
+    assert read_metadata(earlier).eos_id == 1001
 
 
 def test_the_begin_in_gguf_is_the_tokenizers(tmp_path: Path) -> None:
