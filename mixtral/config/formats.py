@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mixtral.config.fp8 import KEYS as FP8_KEYS
+from mixtral.config.fp8 import read_fp8
 from mixtral.config.generation import KEYS as GENERATION_KEYS
 from mixtral.config.generation import NAME as GENERATION_CONFIG
 from mixtral.config.generation import read_generation_config
@@ -191,30 +193,38 @@ QUANT_METHOD = "mixtral"  # the quant_method of folders that `mixtral quantize` 
 
 
 def from_hf(values: dict[str, Any], where: str = "config") -> ModelConfig:
-    """From the content of a `config.json` of model_type mixtral, mistral (transformers 4 or 5 keys) or ours.
+    """From the content of a `config.json` of model_type mixtral, mistral or llama (transformers 4 or 5 keys), or ours.
+
+    A llama without biases and scaling is Mistral's dense architecture.
 
     `where` is what warnings call it.
     """
     kind = values.get("model_type")
-    if kind not in ("mixtral", "mistral", _OURS):
-        raise ConfigError(f"model_type must be 'mixtral' or 'mistral', not {shown(kind)}")
+    if kind not in ("mixtral", "mistral", "llama", _OURS):
+        raise ConfigError(f"model_type must be 'mixtral', 'mistral' or 'llama', not {shown(kind)}")
     flat = flatten(values)
-    if flat.get("quantization_config.quant_method") == QUANT_METHOD:
-        flat = {key: value for key, value in flat.items() if not key.startswith("quantization_config.")}
+    if flat.get("quantization_config.quant_method") == QUANT_METHOD or read_fp8(values):
+        flat = _without_quantisation(flat)
     if kind == "mistral" and "sliding_window" not in flat:
         flat["sliding_window"] = 4096
         warn_once(f"{where} of a mistral model without sliding_window: 4096 assumed, as transformers does")
     _check_window(flat, flat.get("num_hidden_layers"))
-    if flat.get("num_key_value_heads", 0) is None:
+    if flat.get("num_key_value_heads", None if kind == "llama" else 0) is None:
         flat["num_key_value_heads"] = flat.get("num_attention_heads")
-    if kind == "mistral" and any(flat.get(key) not in (None, 0, 1) for key in ("num_local_experts", "num_experts")):
-        raise ConfigError("num_local_experts: a model of model_type 'mistral' has none; that of 'mixtral' has")
-    return build(flat, _HF, sparse=kind != "mistral", where=where)
+    if kind == "llama" and not any(flat.get(key) for key in _HF.theta):
+        flat["rope_theta"] = 1e4
+        warn_once(f"{where} of a llama model without rope_theta: 1e4 assumed, as transformers does")
+    dense = kind in ("mistral", "llama")
+    if dense and any(flat.get(key) not in (None, 0, 1) for key in ("num_local_experts", "num_experts")):
+        raise ConfigError(f"num_local_experts: a model of model_type {kind!r} has none; that of 'mixtral' has")
+    return build(flat, _HF, sparse=not dense, where=where)
 
 
 def from_mistral(values: dict[str, Any], where: str = "config") -> ModelConfig:
     """From the content of a `params.json`, which warnings call `where`; with a `moe` object the model is sparse."""
     flat = flatten(values)
+    if read_fp8(values):
+        flat = _without_quantisation(flat)
     if flat.get("moe", 0) is None:
         del flat["moe"]
     if flat.get("max_seq_len") is None:
@@ -224,6 +234,10 @@ def from_mistral(values: dict[str, Any], where: str = "config") -> ModelConfig:
             flat[key] = _one_window(key, flat[key], flat.get("n_layers"))
     _check_window(flat, flat.get("n_layers"))
     return build(flat, _MISTRAL, sparse=values.get("moe") is not None, where=where)
+
+
+def _without_quantisation(flat: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in flat.items() if key.partition(".")[0] not in FP8_KEYS}
 
 
 def _one_window(key: str, windows: list[Any], n_layers: object) -> Any:

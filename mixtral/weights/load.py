@@ -23,6 +23,7 @@ from mixtral.weights.lazy_state import LazyState
 from mixtral.weights.names import Ffn, Format, Slot, fixed_dtype, layouts, output_name, parameter_shapes, slots
 from mixtral.weights.progress import Progress, counter
 from mixtral.weights.safetensors_file import DTYPES, Header
+from mixtral.weights.scaled import with_scales
 from mixtral.weights.shards import TensorFile, detect_format, open_files, some
 
 log = logging.getLogger(__name__)
@@ -152,7 +153,7 @@ def open_weights(folder: str | Path, config: ModelConfig) -> Opened:
     """Raises WeightsError as `load_state` does, before anything is read."""
     folder = Path(folder)
     format = detect_format(folder)
-    files = open_files(folder, format)
+    files = with_scales(open_files(folder, format), folder)
     headers = _without_frequencies(_merge(files), files, config, format)
     found = _match(headers, config, format, folder)
     return Opened(files, headers, found, output_name(format) if config.tie_embeddings else None)

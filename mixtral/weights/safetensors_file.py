@@ -30,6 +30,7 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "U8": torch.uint8,
 }  # fmt: skip
+FP8 = {"F8_E4M3": torch.float8_e4m3fn}  # weights of this type are read with their scales (scaled.py)
 FLOATS = [dtype for dtype in DTYPES.values() if dtype.is_floating_point]
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_LIMIT = 100_000_000  # bytes; the reference implementation's
@@ -93,7 +94,8 @@ class SafetensorsFile:
         """Refuse byte ranges that overlap, leave gaps, or do not match the shapes or the size of the file."""
         end = 0
         for name, (head, first, last) in self._ranges.items():
-            width = head.dtype.itemsize if head.dtype else None
+            dtype = head.dtype or FP8.get(head.stored)
+            width = dtype.itemsize if dtype else None
             if first != end or last < first or (width and last - first != math.prod(head.shape) * width):
                 raise WeightsError(f"{self.path}: damaged: the byte range of {name} does not fit its shape and place")
             end = last
@@ -114,14 +116,14 @@ class SafetensorsFile:
                 yield name, raw.view(head.dtype).view(head.shape)
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in memory of its own; of a dtype of `DTYPES`, as for `stream`."""
+        """One tensor, in memory of its own; of a dtype of `DTYPES`, as for `stream`, or of `FP8`."""
         head, first, last = self._ranges[name]
         raw = torch.empty(last - first, dtype=torch.uint8)
         with self.path.open("rb") as file:
             file.seek(self._start + first)
             _read_into(file, raw.numpy().data, self.path)
-        assert head.dtype is not None
-        return raw.view(head.dtype).view(head.shape)
+        dtype = head.dtype or FP8[head.stored]
+        return raw.view(dtype).view(head.shape)
 
     def mapped(self) -> dict[str, Tensor]:
         """Each tensor's bytes, uint8 [nbytes], in the file mapped into memory: read when they are first touched.

@@ -160,7 +160,7 @@ def test_unknown_keys_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type must be 'mixtral' or 'mistral', not 'llama'"),
+        ({"model_type": "mamba"}, "model_type must be 'mixtral', 'mistral' or 'llama', not 'mamba'"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not implemented; only 'silu' or 'swish' is"),
         ({"attention_bias": True}, "attention_bias True is not implemented"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling.type 'yarn' is not implemented"),

@@ -145,7 +145,7 @@ def test_gguf_keys_that_say_nothing_special() -> None:
         ({"moe": {"num_experts": 8, "num_experts_per_tok": 2, "expert_hidden_dim": 9}}, "moe.expert_hidden_dim 9"),
         ({"yarn": {"factor": 16, "alpha": 1, "beta": 32}}, "yarn.factor is not implemented"),
         ({"llama_4_scaling": {"beta": 0.1}}, "llama_4_scaling.beta is not implemented"),
-        ({"quantization": {"qformat_weight": "fp8_e4m3"}}, "quantization.qformat_weight is not implemented"),
+        ({"quantization": {"qformat_weight": "nvfp4"}}, "quantization.qformat_weight is not implemented"),
         ({"model_type": "mamba"}, "model_type 'mamba' is not implemented"),
         ({"activation": "gelu"}, "activation 'gelu' is not implemented"),
         ({"multimodal": {"whisper_model_args": {}}}, "multimodal.whisper_model_args is not implemented"),
@@ -282,7 +282,7 @@ CHANGES: list[dict[str, Any]] = [
     {"use_scaled_rope": True}, {"rope_scaling_factor": 8.0}, {"qk_norm": True}, {"qkv_bias": True}, {"attn_bias": True},
     {"attn_logit_softcapping": 30.0}, {"embedding_multiplier": 2.0}, {"partial_rotary_factor": 0.5},
     {"hidden_act": "gelu"}, {"norm_type": "layernorm"}, {"sliding_window_pattern": 2, "sliding_window": 4096},
-    {"quantization_config": {"quant_method": "fp8"}}, {"rope_parameters": {"rope_type": "yarn", "factor": 4}},
+    {"quantization_config": {"quant_method": "awq"}}, {"rope_parameters": {"rope_type": "yarn", "factor": 4}},
     {"layer_types": ["full_attention", "sliding_attention"] * 16}, {"layer_norm_eps": 1e-3}, {"moe_top_k": 1},
 ]  # fmt: skip
 OF_HF: list[dict[str, Any]] = [

@@ -10,7 +10,9 @@ import torch
 import transformers
 from torch import Tensor
 
+import mixtral
 from mixtral.config.formats import read_config
+from mixtral.errors import ConfigError
 from mixtral.weights import detect_format, load_state, save_hf
 from tests.weights.weight_states import CONFIGS, assert_same, random_state
 
@@ -22,6 +24,10 @@ CASES: dict[str, tuple[dict[str, Any], bool]] = {  # config, fused
     "mixtral 4 fused tied": ({"E": 4, "K": 2, "H": 8, "G": 2, "tied": True}, True),
     "mistral": ({"E": 1, "K": 1, "H": 8, "G": 2, "tied": False}, False),
     "mistral tied": ({"E": 1, "K": 1, "H": 6, "G": 3, "tied": True}, False),
+}
+LLAMAS: dict[str, dict[str, Any]] = {
+    "grouped": {"num_key_value_heads": 3}, "no groups": {}, "tied": {"tie_word_embeddings": True},
+    "theta": {"rope_theta": 5e5},
 }
 
 
@@ -84,6 +90,30 @@ def test_transformers_to_ours_and_back(case: str, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in back.state_dict().items())
     tokens = torch.arange(13)[None]
     assert torch.equal(back(tokens).logits, model(tokens).logits)  # so the config says the same too
+
+
+@pytest.mark.parametrize("change", LLAMAS.values(), ids=LLAMAS)
+def test_a_llama_without_biases_is_a_dense_model(change: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**COMMON, num_attention_heads=6, **change)).eval()
+    theirs.save_pretrained(tmp_path / "llama")
+    lm = mixtral.load(tmp_path / "llama")
+    assert not lm.config.is_sparse and lm.config.sliding_window is None
+    tokens = torch.arange(13)
+    torch.testing.assert_close(lm.logits(tokens), theirs(tokens[None]).logits[0], rtol=0, atol=1e-5)
+    lm.save(tmp_path / "ours")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    torch.testing.assert_close(back(tokens[None]).logits, theirs(tokens[None]).logits, rtol=0, atol=1e-5)
+
+
+def test_a_llama_of_another_kind_is_refused(tmp_path: Path) -> None:
+    for change, key in (({"attention_bias": True}, "attention_bias True"), ({"mlp_bias": True}, "mlp_bias True"),
+                        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0,
+                          "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}},
+                         "rope_parameters")):  # fmt: skip
+        transformers.LlamaConfig(**COMMON, num_attention_heads=6, **change).save_pretrained(tmp_path)
+        with pytest.raises(ConfigError, match=f"{key}.* is not implemented"):
+            read_config(tmp_path)
 
 
 @pytest.mark.parametrize("fused", [False, True])
