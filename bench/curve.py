@@ -45,8 +45,8 @@ from mixtral.runtime import set_threads
 from mixtral.tokenizer import Tokenizer, train_bpe
 from mixtral.train.config import PretrainConfig
 from mixtral.train.display import Display
+from mixtral.train.lines import read_lines
 from mixtral.train.loop import Run
-from mixtral.train.metrics import read_lines
 from mixtral.train.optim.schedule import learning_rate
 from mixtral.train.state import TrainState
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import logging
 import os
@@ -23,12 +24,14 @@ from mixtral.commands.demo import demo
 from mixtral.commands.doctor import doctor
 from mixtral.commands.generate import generate
 from mixtral.commands.info import info
+from mixtral.commands.pull import pull
 from mixtral.commands.quantize import quantize
 from mixtral.commands.runs import runs
 from mixtral.commands.streams import discard_output, prepare_streams
 from mixtral.commands.synth import synth
 from mixtral.commands.train import train
-from mixtral.errors import MixtralError, one_line
+from mixtral.errors import MixtralError, UsageError, one_line
+from mixtral.logs import setup_logging
 
 COMMANDS: tuple[Callable[..., None], ...] = (
     demo,
@@ -38,6 +41,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     runs,
     generate,
     chat,
+    pull,
     convert,
     quantize,
     synth,
@@ -66,6 +70,10 @@ def _global_options(
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Show logs, warnings of libraries, and the traceback of internal errors.")
     ] = False,
+    extensions: Annotated[
+        list[str] | None,
+        typer.Option("--import", metavar="MODULE", help="Import a module that adds routers, recipes, ...; repeatable."),
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
@@ -73,8 +81,18 @@ def _global_options(
     """What comes before the command; without a command, the help."""
     del version  # its callback has answered
     _log.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    for module in extensions or ():
+        _import(module)
     if context.invoked_subcommand is None:
         print(context.get_help())
+
+
+def _import(module: str) -> None:
+    """Import an extension (mixtral/extend.py). Raises UsageError where that fails."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        raise UsageError(f"--import {module}: {type(error).__name__}: {error}") from error
 
 
 def _is_verbose() -> bool:
@@ -82,11 +100,9 @@ def _is_verbose() -> bool:
 
 
 def _prepare() -> None:
-    """Settings of the process that every command wants; done once a command is sure to run, as torch loads slowly."""
-    from mixtral import runtime
-
+    """Settings of the process that every command wants."""
     verbose = _is_verbose()
-    runtime.setup_logging(verbose)
+    setup_logging(verbose)
     if not verbose:
         logging.getLogger().addHandler(logging.NullHandler())  # else Python prints other libraries' warnings itself
         warnings.simplefilter("ignore")

@@ -6,7 +6,6 @@ Every speed that `mixtral` reports is a fraction of a ceiling measured here, on 
 from __future__ import annotations
 
 import functools
-import math
 import os
 import platform
 import subprocess
@@ -17,27 +16,10 @@ from pathlib import Path
 
 import torch
 
-from mixtral.cores import cgroup_folders, cpu_count, read_number
+from mixtral.cores import cpu_count
+from mixtral.system import available_memory_bytes
 
 MEASURE_SECONDS = 0.6  # one measurement starts no new round after this long
-
-
-def available_memory_bytes(root: Path = Path("/")) -> int:
-    """Bytes that can still be allocated without swapping: what the system has, or the cgroup's limit leaves.
-
-    Where neither is known (macOS), all physical memory, which is an upper bound.
-    """
-    bounds = [_meminfo_available(root)]
-    for controller, limit, usage in (
-        ("", "memory.max", "memory.current"),
-        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        for folder in cgroup_folders(controller, root):
-            most = read_number(folder / limit)
-            if most < math.inf:
-                bounds.append(max(0, most - (read_number(folder / usage) - _reclaimable(folder))))
-    best = min(bounds)
-    return int(best) if best < math.inf else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def free_memory_bytes(device: torch.device) -> int:
@@ -136,24 +118,6 @@ def _wait(device: torch.device) -> None:
 
 
 # -- what Linux reports ------------------------------------------------------------------------------------------------
-
-
-def _reclaimable(folder: Path) -> float:
-    """Bytes of cached files that count as used by the group but are given up on demand."""
-    try:
-        stat = dict(line.split()[:2] for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return 0.0
-    return float(stat.get("inactive_file", 0))
-
-
-def _meminfo_available(root: Path) -> float:
-    try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-    except OSError:
-        return math.inf
-    found = [line.split() for line in lines if line.startswith("MemAvailable:")]
-    return float(found[0][1]) * 1024 if found else math.inf
 
 
 def _cpu_model() -> str:

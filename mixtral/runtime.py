@@ -1,4 +1,4 @@
-"""How this process runs: device and dtype, seeds, threads, logging, and a record of all that beside every result."""
+"""How this process runs: device and dtype, threads, and a record of all that beside every result."""
 
 from __future__ import annotations
 
@@ -75,20 +75,6 @@ def set_threads(threads: int | str | None = None) -> int:
     torch.set_num_threads(count)
     use_threads(count)
     return count
-
-
-def setup_logging(verbose: bool = False) -> None:
-    """Send our log to standard error: warnings, and with `verbose` everything, with the names of the loggers.
-
-    Calling it again changes that.
-    """
-    log = logging.getLogger("mixtral")
-    log.setLevel(logging.DEBUG if verbose else logging.WARNING)
-    if not log.handlers:
-        log.addHandler(logging.StreamHandler())
-        log.propagate = False  # else a library that configures the root logger makes every line appear twice
-    line = "%(levelname)s %(name)s: %(message)s" if verbose else "mixtral: warning: %(message)s"
-    log.handlers[0].setFormatter(logging.Formatter(line))
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, str | int | bool | None]:

@@ -9,6 +9,7 @@ import torch
 
 from mixtral import cores, runtime
 from mixtral.errors import UsageError
+from mixtral.logs import setup_logging
 
 
 def test_device_by_name_and_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,10 +93,10 @@ def test_logging_says_each_line_once(capsys: pytest.CaptureFixture[str], monkeyp
     monkeypatch.setattr(ours, "propagate", True)
     monkeypatch.setattr(ours, "level", ours.level)
     log = logging.getLogger("mixtral.somewhere")
-    runtime.setup_logging()
+    setup_logging()
     log.info("hidden")
     log.warning("config.json: ignored unknown zebra")
-    runtime.setup_logging(verbose=True)
+    setup_logging(verbose=True)
     log.info("shown")
     wanted = "mixtral: warning: config.json: ignored unknown zebra\nINFO mixtral.somewhere: shown\n"
     assert capsys.readouterr().err == wanted

@@ -166,8 +166,8 @@ def aftermath(run: Path, older: set[Path]) -> Kill:
     """Look at what a kill left, `older` leavings apart; Failed unless every checkpoint listed is whole."""
     from mixtral.model import Mixtral
     from mixtral.runtime import choose_dtype
-    from mixtral.train.checkpoint import checkpoints, load_checkpoint
-    from mixtral.train.run_folder import recorded_config
+    from mixtral.train.checkpoint import load_checkpoint
+    from mixtral.train.record import checkpoints, recorded_config
     from mixtral.train.state import TrainState
 
     config = recorded_config(run)

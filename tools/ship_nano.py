@@ -21,8 +21,8 @@ from mixtral.config.formats import read_config
 from mixtral.errors import MixtralError, UsageError
 from mixtral.files import atomic_folder
 from mixtral.shipped import FOLDER
-from mixtral.train.metrics import read_lines
-from mixtral.train.run_folder import recorded_config
+from mixtral.train.lines import read_lines
+from mixtral.train.record import recorded_config
 
 MOST_BYTES = 16_000_000
 SAMPLING = {"temperature": 0.7, "top_k": 0, "top_p": 0.95}  # 0: all; without it transformers takes 50

@@ -48,18 +48,20 @@ def load_style(ratio: float) -> Style:
 
 
 def routing_table(
-    layers: Sequence[Sequence[float]], title: str, ascii_only: bool = False, numbers: Sequence[int] | None = None
-) -> Table:
+    layers: Sequence[Sequence[float]], title: str, ascii_only: bool = False, numbers: Sequence[int] | None = None,
+    width: int = 80,
+) -> Table:  # fmt: skip
     """A row a layer: each expert's load as a bar, the largest and the smallest load as multiples of the fair share.
 
-    Fits 80 columns up to 64 experts: above MOST_BARS a layer's loads are one strip instead of bars. Layers may have
-    different numbers of experts.
+    Fits 80 columns up to 64 experts: above MOST_BARS, or in less than 80 columns, a layer's loads are one strip
+    instead of bars. Layers may have different numbers of experts.
 
     Args:
         numbers: of the layers; 0, 1, ... by default.
+        width: columns that there are.
     """
     experts = max(map(len, layers))
-    bars = experts <= MOST_BARS
+    bars = experts <= MOST_BARS and width >= 80
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
     table.add_column("layer", justify="right")
     for name in range(experts) if bars else [f"experts 0 to {experts - 1}"]:
@@ -83,6 +85,17 @@ def _coloured_strip(load: Sequence[float], ascii_only: bool) -> Text:
 def tokens_by_expert(pieces: Sequence[str], experts: Sequence[int]) -> Text:
     """The text of `pieces`, each on the colour of its expert (arXiv 2401.04088, figure 8); -1 (none) is left plain."""
     return Text.assemble(*((p, expert_style(e)) for p, e in zip(pieces, experts, strict=True)))
+
+
+def text_by_expert(pieces: Sequence[str], experts: Sequence[int]) -> Text:
+    """The text of `pieces` without colour: [3] stands before each stretch of tokens whose expert is 3; [-] for none."""
+    parts, before = [], None
+    for piece, expert in zip(pieces, experts, strict=True):
+        if expert != before:
+            parts.append(f"[{expert if expert >= 0 else '-'}]")
+        parts.append(piece)
+        before = expert
+    return Text("".join(parts))
 
 
 def expert_legend(n_experts: int) -> Text:

@@ -14,7 +14,9 @@ import typer
 from mixtral.errors import UsageError
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+    from rich.text import Text
 
     from mixtral.config import ModelConfig
     from mixtral.engine import SamplingParams
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from mixtral.weights.progress import Progress
 
 ModelOption = Annotated[
-    str, typer.Option("--model", metavar="DIR", help="Model folder, of Hugging Face or Mistral, or mixtral-nano.")
+    str, typer.Option("--model", metavar="DIR", help="Model folder, GGUF file, OWNER/MODEL, or mixtral-nano.")
 ]
 DtypeOption = Annotated[
     str, typer.Option(metavar="NAME", help="bf16, fp32 or fp16; auto: the file's, or fp32 where bf16 is slow.")
@@ -49,6 +51,27 @@ def console(stderr: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
+def print_table(out: Console, table: Table) -> None:
+    """Print a table; where a cell would be cut for want of room, each row as a block of lines instead."""
+    lines = out.render_lines(table, out.options)
+    if not any("…" in segment.text for line in lines for segment in line):  # how rich marks what it cuts
+        out.print(table)
+        return
+    if table.title:
+        out.print(table.title, style=table.title_style)
+    names = [column.header if table.show_header else "" for column in table.columns]
+    for row in zip(*(column.cells for column in table.columns), strict=True):
+        out.print(_cell(names[0], row[0]), style="bold", soft_wrap=True)
+        for name, cell in zip(names[1:], row[1:], strict=True):
+            out.print(" ", _cell(name, cell), soft_wrap=True)
+
+
+def _cell(name: RenderableType, value: RenderableType) -> Text:
+    from rich.text import Text
+
+    return Text(" ").join(part if isinstance(part, Text) else Text(str(part)) for part in (name, value) if part)
 
 
 def say(text: str) -> None:
@@ -168,17 +191,18 @@ def show_loads(layers: Sequence[Sequence[float]], title: str, numbers: Sequence[
 
     out = console()
     out.print()
-    out.print(routing_table(layers, title, out.options.ascii_only, numbers))
+    print_table(out, routing_table(layers, title, out.options.ascii_only, numbers, out.width))
     out.print("\nBars: each expert's share of a layer's tokens, half full at the fair share.", style="dim")
     out.print("max, min: the largest and smallest share, as multiples of the fair share.", style="dim")
 
 
 def show_routing(lm: LM, tokens: Sequence[int], layers: Sequence[Routing]) -> None:
-    """Print the table of a text's loads; where there is colour, the text by first choice at three of the layers too.
+    """Print the table of a text's loads, and on a terminal the text by first choice at three of the layers: on the
+    experts' colours, or where there is no colour with the expert's number before each stretch.
 
     The token sampled last may have no routing: the model has not processed it.
     """
-    from mixtral.analysis import expert_legend, tokens_by_expert
+    from mixtral.analysis import expert_legend, text_by_expert, tokens_by_expert
 
     assert lm.tokenizer is not None
     out, n = console(), len(layers[0].experts_TK)
@@ -188,10 +212,12 @@ def show_routing(lm: LM, tokens: Sequence[int], layers: Sequence[Routing]) -> No
         return
     decoder = lm.tokenizer.stream()
     pieces = [shown(decoder.add(token)) for token in tokens[:n]]
-    out.print("\nThe text by each token's first choice:", expert_legend(lm.config.n_experts))
+    show = text_by_expert if out.no_color else tokens_by_expert
+    legend = "[number of the expert]" if out.no_color else expert_legend(lm.config.n_experts)
+    out.print("\nThe text by each token's first choice:", legend)
     for i in sorted({0, len(layers) // 2, len(layers) - 1}):
         out.print(f"\nlayer {numbers[i]}", style="bold")
-        out.print(tokens_by_expert(pieces, layers[i].experts_TK[:, 0].tolist()))
+        out.print(show(pieces, layers[i].experts_TK[:, 0].tolist()))
 
 
 def bytes_text(n_bytes: float) -> str:

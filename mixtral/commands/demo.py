@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixtral.commands.common import JsonOption, ThreadsOption, console, loads, shown, working
+from mixtral.commands.common import JsonOption, ThreadsOption, console, loads, print_table, shown, working
 from mixtral.commands.demo_train import train_demo
 from mixtral.shipped import FOLDER, SHIPPED
 
@@ -102,7 +102,7 @@ def _show(lm: LM, figures: dict[str, Any]) -> None:
     out.print(PROMPT, style="dim", end="")
     out.print(shown(figures["text"]), soft_wrap=True)
     out.print()
-    out.print(_by_kind(figures["loads"], out.options.ascii_only))
+    print_table(out, _by_kind(figures["loads"], out.options.ascii_only))
     out.print("\nA character an expert: half height is a fair share, full height twice that.", style="dim")
     out.print(
         "\nNext:\n"

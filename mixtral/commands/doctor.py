@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 from typing import TYPE_CHECKING, Any
 
-from mixtral.commands.common import JsonOption, ThreadsOption, bytes_text, console, rate_text, working
+from mixtral.commands.common import JsonOption, ThreadsOption, bytes_text, console, print_table, rate_text, working
 
 if TYPE_CHECKING:
     import torch
@@ -21,10 +21,11 @@ EXTRAS = {  # as pyproject.toml has them; a test compares
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
     "gguf": ("gguf",),
+    "hub": ("huggingface_hub",),
     "tasks": ("reasoning-gym",),
     "dev": (
         "transformers", "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "pyarrow", "matplotlib", "datasets",
-        "tensorboard", "gguf",
+        "tensorboard", "gguf", "huggingface_hub",
     ),
 }
 GENERATES = (
@@ -62,14 +63,14 @@ def examine() -> dict[str, Any]:
     """Everything that `mixtral doctor` reports, as JSON's types; dtypes by the names that torch gives them."""
     import torch
 
-    from mixtral import hardware, kernels, runtime
+    from mixtral import hardware, kernels, runtime, system
 
     device = runtime.choose_device()
     default = runtime.choose_dtype(None, device)
     dtypes = (torch.float32, torch.bfloat16)
     return {
         "device": device.type,
-        "memory_bytes": hardware.available_memory_bytes(),
+        "memory_bytes": system.available_memory_bytes(),
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
         "dtype": _name(default),
         "dtype_reason": _why(default),
@@ -130,16 +131,16 @@ def _native() -> dict[str, Any]:
 def _print(report: dict[str, Any]) -> None:
     out = console()
     out.print("Machine", style="bold")
-    out.print(_machine(report))
+    print_table(out, _machine(report))
     out.print("\nVersions", style="bold")
     packages = {"python": report["environment"]["python"], **report["packages"]}
     out.print(", ".join(f"{name} {version or 'missing'}" for name, version in packages.items()))
     out.print("\nOptional packages", style="bold")
-    out.print(_extras(report["extras"]))
+    print_table(out, _extras(report["extras"]))
     out.print("\nNative library", style="bold")
-    out.print(_native_table(report["native"]))
+    print_table(out, _native_table(report["native"]))
     out.print("\nKernel of each op", style="bold")
-    out.print(_ops(report["ops"], report["dtype"]))
+    print_table(out, _ops(report["ops"], report["dtype"]))
 
 
 def _machine(report: dict[str, Any]) -> Table:

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixtral.commands.common import JsonOption, bytes_text, check_k, console, rate_text
+from mixtral.commands.common import JsonOption, bytes_text, check_k, console, print_table, rate_text
+from mixtral.commands.info_compare import compare
+from mixtral.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from mixtral.config import ModelConfig
+    from mixtral.shapes import Shape
 
 PRECISIONS = {"fp32": 32, "bf16": 16, "int8": 8.5, "int4": 4.5}  # bits a weight; 0.5 is an fp16 scale for 32 weights
 USUAL_CONTEXT = 32768
@@ -27,6 +30,9 @@ def info(
     k: Annotated[
         int | None, typer.Option("--k", metavar="K", help="Experts a token takes; default what the model is made for.")
     ] = None,
+    against: Annotated[
+        list[str] | None, typer.Option(metavar="NAME_OR_FOLDER", help="Another model beside it; may be repeated.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Tell a model's size, compute, memory, and what fits here.
@@ -34,28 +40,38 @@ def info(
     All is counted from the configuration; nothing is loaded or downloaded.
 
     Presets: tiny, small, mistral-7b, mistral-7b-v0.3, mixtral-8x7b, mixtral-8x22b, mixtral-8x22b-v0.3. mixtral-nano is
-    the model that comes with the package. A folder of such a name is ./NAME.
+    the model that comes with the package. A folder of such a name is ./NAME. --against also knows the shapes of models
+    that are not run here: llama-2-70b, switch-base-8 to -256, glam-64b-64e, st-moe-32b, grok-1, deepseek-moe-16b,
+    qwen1.5-moe-a2.7b, olmoe-1b-7b, deepseek-v3, kimi-k2.
 
     Examples:
     mixtral info mixtral-8x7b
+    mixtral info mixtral-8x7b --against llama-2-70b --against deepseek-v3
     mixtral info mixtral-8x22b --context 65536 --k 1
     mixtral info runs/first/final --json
     """
+    from mixtral.shapes import SHAPES
+
+    if against or name in SHAPES:
+        if k is not None:
+            raise UsageError("--k: counts with another number of experts for one model, without --against")
+        compare({each: find_shape(each) for each in (name, *(against or ()))}, context, as_json)
+        return
     config = find_config(name)
     check_k(k, config)
-    figures = describe(name, config, context, k) | {"machine": machine_memory(), "runner": runner_here(config)}
+    machine = machine_memory()
+    figures = describe(name, config, context, k) | {"machine": machine, "runner": runner_for(config, machine)}
     if as_json:
         print(json.dumps(figures, indent=2))
     else:
         _print(figures, config)
 
 
-def runner_here(config: ModelConfig) -> dict[str, str]:
+def runner_for(config: ModelConfig, machine: dict[str, int]) -> dict[str, str]:
     """What would generate with such a model on this machine, and why."""
-    from mixtral.engine.native_runner import cannot_run
-    from mixtral.runtime import choose_device
+    from mixtral.native_file import FOLDER, cannot_run, load
 
-    reason = cannot_run(config, choose_device())
+    reason = cannot_run(config, load(FOLDER), "cuda" if "cuda" in machine else "cpu")
     why = f"not the native step: {reason}" if reason else "the native step on packed weights, exact in the file's dtype"
     return {"name": "torch" if reason else "native", "why": why}
 
@@ -70,6 +86,13 @@ def find_config(name: str) -> ModelConfig:
     return read_config(model_folder(name)) if is_path and name not in PRESETS else preset(name)
 
 
+def find_shape(name: str) -> ModelConfig | Shape:
+    """Of a model that is run here, or of one that is only counted. Raises ConfigError when it is neither."""
+    from mixtral.shapes import SHAPES, shape
+
+    return shape(name) if name in SHAPES and not os.path.exists(name) else find_config(name)
+
+
 def describe(name: str, config: ModelConfig, context: int | None, k: int | None) -> dict[str, Any]:
     """All figures of a model: counts of parameters, FLOPs and bytes.
 
@@ -79,8 +102,6 @@ def describe(name: str, config: ModelConfig, context: int | None, k: int | None)
 
     Raises UsageError for a context beyond the model's, ConfigError for a k out of range.
     """
-    from mixtral.errors import UsageError
-
     if context is not None and context > config.context:
         raise UsageError(f"--context {context}: {name} is made for at most {config.context} tokens")
     context = context or min(USUAL_CONTEXT, config.context)
@@ -127,13 +148,14 @@ def _at_k(config: ModelConfig, context: int, k: int) -> dict[str, Any]:
 
 def machine_memory() -> dict[str, int]:
     """Free bytes of this machine by device: "cpu", and "cuda" when there is one."""
-    import torch
+    from mixtral import system
 
-    from mixtral.hardware import available_memory_bytes
+    memory = {"cpu": system.available_memory_bytes()}
+    if system.may_have_gpu():  # else torch, which takes seconds to load, would find none
+        import torch
 
-    memory = {"cpu": available_memory_bytes()}
-    if torch.cuda.is_available():
-        memory["cuda"] = torch.cuda.mem_get_info()[0]
+        if torch.cuda.is_available():
+            memory["cuda"] = torch.cuda.mem_get_info()[0]
     return memory
 
 
@@ -144,12 +166,12 @@ def _print(figures: dict[str, Any], config: ModelConfig) -> None:
     out = console()
     kind = f"sparse, {_experts(config)} experts a layer" if config.is_sparse else "dense"
     out.print(f"{figures['name']}: {kind}\n", style="bold")
-    out.print(_summary(figures, config))
+    print_table(out, _summary(figures, config))
     tokens = figures["context"]
     out.print(f"\nCompute for a token, mean over a context of {tokens:,}", style="bold")
-    out.print(_compute(figures, config))
+    print_table(out, _compute(figures, config))
     out.print(f"\nMemory: weights, and with the bf16 cache of one sequence of {tokens:,}", style="bold")
-    out.print(_memory(figures))
+    print_table(out, _memory(figures))
     if config.is_sparse:
         out.print("\nAll experts must be in memory, whichever a token takes.")
     out.print(f"\nGenerates here by {figures['runner']['name']}: {figures['runner']['why']}.")

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixtral.commands.common import AllowNonfinite, JsonOption, ThreadsOption, bytes_text, console, stages_bar
+from mixtral.commands.common import (
+    AllowNonfinite,
+    JsonOption,
+    ThreadsOption,
+    bytes_text,
+    console,
+    print_table,
+    stages_bar,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,4 +146,4 @@ def _show_comparison(comparison: Comparison) -> None:
     table.add_row("nothing", f"{comparison.perplexity:.4f}", "", "")
     for part in (comparison.whole, *comparison.parts):
         table.add_row(part.what, f"{part.perplexity:.4f}", f"{part.kl:.6f}", f"{100 * part.agreement:.2f}%")
-    out.print(table)
+    print_table(out, table)

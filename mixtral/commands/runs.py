@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mixtral.commands.common import JsonOption, console, say
+from mixtral.commands.common import JsonOption, console, print_table, say
 
 if TYPE_CHECKING:
     from mixtral.train.compare import RunSummary
@@ -23,7 +24,8 @@ def runs(
 
     size is active and all parameters; val and b/B (bits a byte) are of the validation with the lowest loss, tok/s and
     matmul (the share of peak matmul throughput) medians over steps, mem the most memory; max (the worst layer's
-    largest load over the mean) and dead experts are of the last statistics.
+    largest load over the mean) and dead experts are of the last statistics. Below stand the fields of the configuration
+    in which they differ. --plot draws bits a byte where vocabularies differ.
 
     Examples:
     mixtral runs runs/a runs/b
@@ -33,7 +35,7 @@ def runs(
     from rich.table import Table
 
     from mixtral.train.compare import plot_runs
-    from mixtral.train.metrics import json_line
+    from mixtral.train.lines import json_line
 
     summaries = _summaries(folders)
     if plot is not None:
@@ -47,9 +49,28 @@ def runs(
         table.add_column(name, justify="right")
     for name, summary in zip(_short([summary.name for summary in summaries]), summaries, strict=True):
         table.add_row(name, *_row(summary))
-    console().print(table)
+    print_table(console(), table)
+    _print_differences([Path(summary.name) for summary in summaries])
     if plot is not None:
         console().print(f"curves: {plot}", soft_wrap=True)
+
+
+def _print_differences(folders: list[Path]) -> None:
+    """The fields in which the runs were configured otherwise, a row each."""
+    from rich.table import Table
+
+    from mixtral.train.compare import differences
+
+    if not (found := differences(folders)):
+        return
+    table = Table(box=None, padding=(0, 1, 0, 0), title="They differ in", title_justify="left", title_style="bold")
+    table.add_column("field")
+    for name in _short([str(folder) for folder in folders]):
+        table.add_column(name, overflow="fold")
+    for field, values in found.items():
+        table.add_row(field, *(json.dumps(value) for value in values))
+    console().print()
+    print_table(console(), table)
 
 
 def _summaries(folders: list[Path]) -> list[RunSummary]:

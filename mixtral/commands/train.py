@@ -56,12 +56,8 @@ def train(
     mixtral train --size 4 --out runs/four
     mixtral train --resume runs/mine
     """
-    from mixtral.cores import asked_threads
     from mixtral.errors import UsageError
-    from mixtral.train.display import TerminalDisplay
-    from mixtral.train.finished import finished
-    from mixtral.train.pretrain import pretrain
-    from mixtral.train.run_folder import begin, recorded_config
+    from mixtral.train.record import recorded_config
 
     if resume is not None:
         new = {"RECIPE": recipe, "--size": size, "--out": out, "--max-steps": max_steps, "--seed": seed, "--data": data}
@@ -71,24 +67,35 @@ def train(
         config = recorded_config(resume)
     else:
         config = override_options(base_config(recipe, size), max_steps, seed, data, skip_bad, assignments)
-    folder = resume or out
-    if show:
+    if show:  # before torch is loaded
         print(json.dumps(config.to_dict(), indent=1))
         return
-    if folder is None:
+    if resume is None and out is None:
         raise UsageError("train: name a new folder with --out DIR")
-    display = TerminalDisplay(console(stderr=True))
-    done = None if resume is None else finished(resume)
-    if done is not None:
-        asked_threads(threads)  # no step follows, yet a wrong value is refused
-        display.say(f"done already: all {config.steps:,} steps; the model is in {done.folder}")
-    elif resume is None:
-        begin(config, folder, threads, display)
-    trained = done or pretrain(folder, display, threads if resume is not None else "auto")
+    trained = _perform(config, resume, out or Path(), threads)
     if as_json:
         print(json.dumps(summary(trained)))
     else:
         print(_text(trained))
+
+
+def _perform(config: PretrainConfig, resume: Path | None, out: Path, threads: str) -> Trained | Finished:
+    """Begin the run in `out` and train, or go on with the one in `resume`."""
+    from mixtral.cores import asked_threads
+    from mixtral.train.display import TerminalDisplay
+    from mixtral.train.finished import finished
+    from mixtral.train.pretrain import pretrain
+    from mixtral.train.run_folder import begin
+
+    display = TerminalDisplay(console(stderr=True))
+    if resume is None:
+        begin(config, out, threads, display)
+        return pretrain(out, display)
+    if (done := finished(resume)) is not None:
+        asked_threads(threads)  # no step follows, yet a wrong value is refused
+        display.say(f"done already: all {config.steps:,} steps; the model is in {done.folder}")
+        return done
+    return pretrain(resume, display, threads)
 
 
 def base_config(name: str | None, size: int | None) -> PretrainConfig:

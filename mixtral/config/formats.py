@@ -20,6 +20,7 @@ from mixtral.config.model import ModelConfig, end_tokens
 from mixtral.config.table import RESEARCH, FileFormat, build, flatten, warn_once, written
 from mixtral.errors import ConfigError, shown
 from mixtral.gguf.header import read_gguf
+from mixtral.hub import is_name
 from mixtral.json_files import read_object
 
 # What Hugging Face's and Mistral's files call the fields of ModelConfig.
@@ -294,7 +295,8 @@ def _with_end_tokens(config: ModelConfig, folder: Path) -> ModelConfig:
 
 def _config_file(path: Path) -> Path:
     if not os.path.exists(path):  # Path's own methods raise for names that are too long, or hold a zero
-        raise ConfigError(f"{path}: no such file or folder; a model folder holds config.json or params.json")
+        hub = f"; `mixtral pull {path}` fetches a model of the hub" if is_name(str(path)) else ""
+        raise ConfigError(f"{path}: no such file or folder; a model folder holds config.json or params.json{hub}")
     if not path.is_dir():
         _check_name(path)
         return path

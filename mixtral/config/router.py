@@ -37,8 +37,8 @@ class RouterOptions:
     zero_at_start: ClassVar[tuple[str, ...]] = ()  # parameters that `initialise` sets to 0 instead of sampling them
 
     def __init_subclass__(cls, name: str | None = None) -> None:
-        if name is not None:
-            ROUTERS[name] = cls
+        if name is not None and ROUTERS.setdefault(name, cls) is not cls:
+            raise ConfigError(f"router {name}: there is one of this name already")
 
     def check(self, n_experts: int, k: int) -> None:
         """Raise ConfigError when the options do not fit the number of experts, or the K, of the model."""

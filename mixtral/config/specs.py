@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from mixtral.errors import ConfigError, did_you_mean, shown
+from mixtral.extensions import look_for
 from mixtral.json_files import is_broken, parse
 
 T = TypeVar("T")
@@ -26,6 +27,7 @@ def parse_spec(text: str, table: Mapping[str, type[T]], what: str) -> T:
     the wrong type raises.
     """
     name, mark, query = text.partition("?")
+    look_for(name, table)
     if name not in table:
         raise ConfigError(f"{what}: unknown {name!r}; {did_you_mean(name, table)}")
     kind = table[name]

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from mixtral.data.debian import debian_files, language_of, read_debian
 from mixtral.data.readers import SUFFIXES, BadInput, checked_text, pieces, read_texts
 from mixtral.errors import DataError, UsageError, did_you_mean, nearest
+from mixtral.extensions import look_for
 
 # Left out of the built-in corpora: tests, generated tables, bundled wheels. They are long and teach little.
 EXCLUDED_FOLDERS = frozenset({
@@ -30,6 +31,8 @@ EXCLUDED_FILES = re.compile(r"_sysconfigdata.*|entities\.py|stringprep\.py|.*_pb
 MAX_SOURCE_BYTES = 400_000  # a longer source file is nearly always a generated table
 
 BUILT_IN = ("stdlib", "packages", "reasoning-gym", "debian")
+TextSource = Callable[[str, int], Iterable[tuple[str, str]]]  # (part of the name, seed) -> (text, domain) each
+SOURCES: dict[str, tuple[TextSource, Callable[[str], str]]] = {}  # of extensions, with what tells their version
 STDLIB_PARTS = ("code", "tests", "prose")
 
 # Generators of reasoning-gym that are left out: they need 0.1 s and more for one task, or sample from Python sets, so
@@ -58,7 +61,9 @@ class File(NamedTuple):
 def texts(name: str, field: str, seed: int, level: int | None, bad: BadInput) -> Iterator[tuple[str, str]]:
     """(text, domain) of every document of the source called `name`."""
     base, _, part = name.partition(":")
-    if base == "reasoning-gym":
+    if added := _added(name):
+        yield from added[0](part, seed)
+    elif base == "reasoning-gym":
         yield from _reasoning_gym(seed, part, level)
     elif base == "hf":
         yield from _hugging_face(name, field, bad)
@@ -74,9 +79,20 @@ def texts(name: str, field: str, seed: int, level: int | None, bad: BadInput) ->
                 yield text, file.domain
 
 
+def _added(name: str) -> tuple[TextSource, Callable[[str], str]] | None:
+    """A source that an extension has added (extend.py); a path that is there goes before it."""
+    base = name.partition(":")[0]
+    if base in BUILT_IN or base == "hf" or os.path.lexists(os.path.expanduser(name)):
+        return None
+    look_for(base, SOURCES)
+    return SOURCES.get(base)
+
+
 def check_name(name: str) -> None:
     """Raise UsageError or DataError when the source called `name` is not there; none of its texts is read."""
     base, _, part = name.partition(":")
+    if _added(name):
+        return
     if base == "reasoning-gym":
         _chosen_generators(part)
     elif base == "hf":
@@ -90,6 +106,8 @@ def fingerprint(name: str) -> str:
 
     A data set `hf:NAME` is taken not to change under its name.
     """
+    if added := _added(name):
+        return f"{name} {added[1](name.partition(':')[2])}"
     if name.partition(":")[0] == "reasoning-gym":
         return f"{name} {_version('reasoning-gym')}"
     if name.startswith("hf:"):

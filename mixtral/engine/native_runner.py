@@ -27,6 +27,7 @@ from mixtral.model.rope import rotary_angles
 from mixtral.model.transformer import Block
 from mixtral.moe import MoE, Routing, TopKRouter
 from mixtral.moe.dispatch import LocalDispatcher, added_to
+from mixtral.native_file import cannot_run
 from mixtral.quant.layers import PackedEmbedding, PackedExperts, PackedFeedForward, PackedLinear
 
 _KNOWN = {
@@ -35,18 +36,9 @@ _KNOWN = {
 }  # fmt: skip
 
 
-def cannot_run(config: ModelConfig, device: torch.device) -> str:
-    """Why the native step cannot run a model of this configuration there; "" when it can."""
-    if reason := native.available():
-        return reason
-    if config.router != "topk" or config.shared_experts:
-        return "it knows Mixtral's own router alone, and no shared experts"
-    return "" if device.type == "cpu" else "it runs on the CPU alone"
-
-
 def why_not(model: Mixtral) -> str:
     """Why the native step cannot run this model as it is; "" when it can."""
-    if reason := cannot_run(model.config, model.embedding.device):
+    if reason := native.available() or cannot_run(model.config, native.library(), model.embedding.device.type):
         return reason
     for module in _modules(model):
         if type(module) not in _KNOWN:

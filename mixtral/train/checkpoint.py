@@ -12,7 +12,6 @@ and nothing in it is a pickle.
 from __future__ import annotations
 
 import json
-import re
 import threading
 import warnings
 from pathlib import Path
@@ -30,10 +29,10 @@ from mixtral.config.specs import check_value
 from mixtral.errors import MixtralError, WeightsError
 from mixtral.files import atomic_folder, clear_leftovers, remove_folder, sync
 from mixtral.json_files import LARGE, read_object
+from mixtral.train.record import checkpoint_path, checkpoints, step_of
 from mixtral.train.state import BALANCE, TrainState
 from mixtral.weights.safetensors_file import SafetensorsFile
 
-_NAME = re.compile(r"step_(\d+)")
 _PARTS = ("model", "optimizer")
 _REMEDY = "resume from an earlier one"
 
@@ -79,7 +78,7 @@ class CheckpointWriter:
             found = checkpoints(self.folder)
             best = _best_step(found)
             for old in found[: -self.keep]:
-                if _step(old) != best:
+                if step_of(old) != best:
                     remove_folder(old)
         except Exception as error:  # whatever it is, it must reach the run, not die with the thread
             self._failure = str(error)
@@ -87,7 +86,7 @@ class CheckpointWriter:
 
 def _best_step(found: list[Path]) -> int | None:
     """The best step of which there is a checkpoint: the save of a better one since may have failed."""
-    steps = {_step(path) for path in found}
+    steps = {step_of(path) for path in found}
     named = (_state(path)["best_step"] for path in reversed(found))
     return next((step for step in named if step in steps), None)
 
@@ -133,32 +132,12 @@ def _state(path: Path) -> dict[str, Any]:
     return state
 
 
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies in a run's folder."""
-    return folder / "checkpoints" / f"step_{step:06d}"
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    found = (p for p in (folder / "checkpoints").glob("step_*") if _NAME.fullmatch(p.name))
-    return sorted((p for p in found if p == checkpoint_path(folder, _step(p))), key=_step)  # no copy named step_4
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run's folder; None before the first one is whole."""
-    return max(checkpoints(folder), key=_step, default=None)
-
-
 def drop_later(folder: Path, step: int) -> None:
     """Remove the checkpoints after `step`, which a run that goes on from there makes anew, and what kills left."""
     clear_leftovers(folder / "checkpoints")
     for path in checkpoints(folder):
-        if _step(path) > step:
+        if step_of(path) > step:
             remove_folder(path)
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
 
 
 def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

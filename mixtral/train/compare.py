@@ -6,12 +6,16 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mixtral.config.table import flatten
 from mixtral.errors import MixtralError, UsageError
 from mixtral.files import atomic_file, check_writable
-from mixtral.train.metrics import read_lines
-from mixtral.train.run_folder import recorded_config
+from mixtral.train.lines import read_lines
+from mixtral.train.record import recorded_config
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PLOTTED_BY = "mixtral runs"  # stands in the file: a plot may be replaced by a newer one, another picture may not
 SMOOTHED = 20  # steps that a point of the speed's curve is the median of
@@ -75,22 +79,42 @@ def _median(lines: Sequence[dict[str, Any]], key: str) -> float | None:
     return statistics.median(values) if values else None
 
 
+def differences(folders: Sequence[Path]) -> dict[str, list[Any]]:
+    """The fields in which the runs' configurations differ, those of the model as `model.dim`: a value for each run."""
+    configs = [flatten(recorded_config(folder).to_dict()) for folder in folders]
+    names = dict.fromkeys(name for config in configs for name in config)
+    values = {name: [config.get(name) for config in configs] for name in names}
+    return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
+
+
 def plot_runs(folders: Sequence[Path], path: Path) -> None:
     """Write a PNG of three panels over tokens: training and validation loss, speed, and how uneven the loads are.
 
+    Where the runs' vocabularies differ, a token is not the same to them: validation alone is shown, in bits a byte.
     An earlier plot of this function is replaced. Raises UsageError for another file in its place, for another suffix,
     and without matplotlib; MixtralError when the file cannot be written.
     """
     _check_plot(path)
+    figure = figure_of(folders)
+    with atomic_file(path, replace=True) as new:
+        figure.savefig(new, dpi=120, format="png", metadata={"Software": PLOTTED_BY})
+
+
+def figure_of(folders: Sequence[Path]) -> Figure:
+    """The plot, as a figure of matplotlib. Raises UsageError where that is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UsageError('plots need matplotlib: pip install "mixtral[plots]"') from error
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     panels = loss, speed, balance = figure.subplots(1, 3)
+    by_byte = len({recorded_config(folder).model.vocab_size for folder in folders}) > 1
     for number, folder in enumerate(folders):
-        _draw(panels, folder, f"C{number % 10}")
-    loss.set(title="loss: steps (faint) and validation", ylabel="nats a token")
+        _draw(panels, folder, f"C{number % 10}", by_byte)
+    if by_byte:
+        loss.set(title="loss of validation; vocabularies differ", ylabel="bits a byte")
+    else:
+        loss.set(title="loss: steps (faint) and validation", ylabel="nats a token")
     speed.set(title=f"speed: steps (faint), median of {SMOOTHED}", ylabel="tokens/s")
     balance.set(title="loads of the worst layer", ylabel="max / mean (1: balanced)")
     for panel in panels:
@@ -99,8 +123,7 @@ def plot_runs(folders: Sequence[Path], path: Path) -> None:
     speed.set_ylim(bottom=0)
     balance.set_ylim(bottom=1)
     figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    with atomic_file(path, replace=True) as new:
-        figure.savefig(new, dpi=120, format="png", metadata={"Software": PLOTTED_BY})
+    return figure
 
 
 def _check_plot(path: Path) -> None:
@@ -113,7 +136,7 @@ def _check_plot(path: Path) -> None:
         raise UsageError(f"{path}: exists already, and is no plot of runs; name another file")
 
 
-def _draw(panels: Sequence[Any], folder: Path, colour: str) -> None:
+def _draw(panels: Sequence[Any], folder: Path, colour: str, by_byte: bool) -> None:
     loss, speed, balance = panels
     per_step = recorded_config(folder).tokens_per_step
     lines, times = (_lines(folder / f"{name}.jsonl") for name in ("metrics", "timings"))
@@ -122,8 +145,10 @@ def _draw(panels: Sequence[Any], folder: Path, colour: str) -> None:
         tokens, values = [per_step * step for step, _ in points], [value for _, value in points]
         panel.plot(tokens, values, color=colour, **style)
 
-    draw(loss, _series(lines, "cross_entropy"), alpha=0.25)
-    draw(loss, _series(lines, "val_cross_entropy"), marker="o", markersize=4, label=str(folder))
+    if not by_byte:
+        draw(loss, _series(lines, "cross_entropy"), alpha=0.25)
+    validation = "val_bits_per_byte" if by_byte else "val_cross_entropy"
+    draw(loss, _series(lines, validation), marker="o", markersize=4, label=str(folder))
     rates = _series(times, "tokens_per_second")
     draw(speed, rates, alpha=0.25)
     draw(speed, _running_median(rates))

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mixtral.errors import MixtralError
-from mixtral.train.checkpoint import checkpoint_path, latest_checkpoint
 from mixtral.train.config import PretrainConfig
-from mixtral.train.metrics import read_lines
-from mixtral.train.run_folder import recorded_config, split_checkpoint
+from mixtral.train.lines import read_lines
+from mixtral.train.record import checkpoint_path, latest_checkpoint, recorded_config, split_checkpoint
 from mixtral.train.step import Validation
 
 

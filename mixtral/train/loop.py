@@ -19,19 +19,14 @@ from mixtral.config.specs import check_fields
 from mixtral.data.loader import Loader, TrainBatch
 from mixtral.errors import ConfigError, Interrupted, MixtralError
 from mixtral.model import Mixtral
-from mixtral.train.checkpoint import (
-    CheckpointWriter,
-    checkpoint_path,
-    drop_later,
-    latest_checkpoint,
-    load_checkpoint,
-)
+from mixtral.train.checkpoint import CheckpointWriter, drop_later, load_checkpoint
 from mixtral.train.config import PretrainConfig
 from mixtral.train.diagnose import first_bad_layer, keep_batch
 from mixtral.train.display import Display
 from mixtral.train.finished import logged_validations
 from mixtral.train.metrics import MetricsLog, PeakMatmul, Speed, bits_per_byte
 from mixtral.train.objective import LossFn, next_token
+from mixtral.train.record import checkpoint_path, latest_checkpoint
 from mixtral.train.sinks import Trackers
 from mixtral.train.state import TrainState
 from mixtral.train.step import NonFiniteLoss, StepResult, Validation, train_step, validate

@@ -14,14 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mixtral.config.specs import check_value
 from mixtral.data.loader import TrainBatch
 from mixtral.data.store import NO_TARGET
-from mixtral.errors import ConfigError, MixtralError, shown
-from mixtral.files import atomic_write, open_regular
+from mixtral.errors import MixtralError
+from mixtral.files import atomic_write
 from mixtral.hardware import measure_matmul, used_memory_bytes
-from mixtral.json_files import parse
 from mixtral.train.config import PretrainConfig
+from mixtral.train.lines import json_line, read_lines
 from mixtral.train.sinks import Trackers, flatten
 
 
@@ -94,61 +93,3 @@ class MetricsLog:
         if self.trackers:
             prefix = "timing" if name == "timings" else ""
             self.trackers.log(line["step"], flatten(line, prefix, self.trackers.layers))
-
-
-def json_line(line: Any) -> str:
-    """One line of JSON, which has no NaN: a figure that is not finite, a statistic of a layer perhaps, is null."""
-    try:
-        return json.dumps(line, allow_nan=False)
-    except ValueError:
-        return json.dumps(_finite(line))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# What is read back: key -> type. Other keys may hold anything.
-_KINDS: dict[str, Any] = {
-    "step": int, "tokens": int, "cross_entropy": float, "layers": list[dict[str, Any]],
-    "val_cross_entropy": float, "val_bits_per_byte": float, "val_loads": list[list[float]],
-    "tokens_per_second": float, "seconds": float, "share_of_peak": float, "memory_bytes": int,
-}  # fmt: skip
-_LAYER: dict[str, Any] = {"max_over_mean": float, "gini": float, "dead": int}
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line cut off by a kill is left out.
-
-    Raises MixtralError, with the number of the line, for any other that is no JSON object as `MetricsLog` writes it.
-    """
-    lines = []
-    try:
-        with open_regular(path) as file:
-            for number, text in enumerate(file, start=1):
-                try:
-                    lines.append(_checked(parse(text)))
-                except (ValueError, ConfigError) as error:
-                    if text.endswith(b"\n"):
-                        raise MixtralError(f"{path}, line {number}: {error}") from None
-    except OSError as error:
-        raise MixtralError(f"{path}: cannot be read: {error.strerror}") from error
-    return lines
-
-
-def _checked(line: Any) -> dict[str, Any]:
-    if not isinstance(line, dict):
-        raise ConfigError(f"a JSON object is wanted, not {shown(line)}")
-    needed = {"step", "tokens"} if "cross_entropy" in line else {"step"}
-    if missing := sorted(needed - line.keys()):
-        raise ConfigError(f"missing {', '.join(missing)}")
-    for key in line.keys() & _KINDS.keys():
-        check_value(key, line[key], _KINDS[key])
-    for number, layer in enumerate(line.get("layers", ())):
-        for key, kind in _LAYER.items():
-            check_value(f"layers[{number}].{key}", layer.get(key), kind)
-    return line

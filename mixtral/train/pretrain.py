@@ -28,7 +28,6 @@ from mixtral.kernels.allocator import keep_freed_memory
 from mixtral.model import Mixtral, initialise
 from mixtral.runtime import choose_device, choose_dtype, set_threads
 from mixtral.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from mixtral.train.checkpoint import latest_checkpoint
 from mixtral.train.checks import check_vocabulary
 from mixtral.train.config import PretrainConfig
 from mixtral.train.display import Display
@@ -36,7 +35,7 @@ from mixtral.train.loop import Run
 from mixtral.train.memory import check_memory
 from mixtral.train.metrics import PeakMatmul
 from mixtral.train.recompute import recompute_layers
-from mixtral.train.run_folder import record_threads, recorded_config, recorded_threads, split_checkpoint
+from mixtral.train.record import latest_checkpoint, record_threads, recorded_config, recorded_threads, split_checkpoint
 from mixtral.train.sinks import require_packages
 from mixtral.train.state import TrainState
 from mixtral.train.step import Validation

@@ -19,11 +19,12 @@ from mixtral.files import atomic_write, remove_folder
 from mixtral.model import Mixtral
 from mixtral.runtime import environment, set_threads
 from mixtral.tokenizer import Tokenizer, load_tokenizer
-from mixtral.train.checkpoint import checkpoints, load_checkpoint
+from mixtral.train.checkpoint import load_checkpoint
 from mixtral.train.display import Display
-from mixtral.train.metrics import read_lines
+from mixtral.train.lines import read_lines
 from mixtral.train.pretrain import pretrain
-from mixtral.train.run_folder import begin, recorded_config
+from mixtral.train.record import checkpoints, recorded_config
+from mixtral.train.run_folder import begin
 from mixtral.train.state import TrainState
 
 

@@ -50,7 +50,7 @@ from mixtral.quant.scheme import QuantScheme
 from mixtral.runtime import environment, set_threads
 from mixtral.shipped import model_folder
 from mixtral.tokenizer import Tokenizer
-from mixtral.train.run_folder import recorded_config
+from mixtral.train.record import recorded_config
 from mixtral.weights import convert
 from mixtral.weights.load import StateReader
 

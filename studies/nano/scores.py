@@ -44,7 +44,7 @@ from mixtral.model import Mixtral, Ragged, initialise
 from mixtral.recipes.nano import ARITHMETIC
 from mixtral.runtime import environment, set_threads
 from mixtral.shipped import SHIPPED
-from mixtral.train.run_folder import recorded_config
+from mixtral.train.record import recorded_config
 
 HELD_OUT_SEED = 7_777
 WINDOWS_AT_A_TIME = 8

@@ -11,6 +11,7 @@ BASE: dict[str, list[str]] = {
     "runs": ["{run}"],
     "generate": ["--model", "{model}", "--prompt", "To be", "--max-tokens", "2"],
     "chat": ["--model", "{model}", "--max-tokens", "2"],
+    "pull": ["tiny"],  # no name of a hub's: refused before anything is asked
     "convert": ["{model}", "{new}", "--to", "hf"],
     "quantize": ["{model}", "{new}", "--bits", "4"],
     "synth": ["tiny", "{new}", "--bits", "4"],

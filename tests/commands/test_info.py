@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from mixtral import hardware
+from mixtral import system
 from mixtral.commands import info
+from mixtral.presets import preset
 from tests.commands.conftest import Run, config
 
 
@@ -104,9 +107,79 @@ def test_misuse(run: Run, a_run: Path, tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_gpu_is_asked_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (28 * 2**30, 80 * 2**30))
-    monkeypatch.setattr(hardware, "available_memory_bytes", lambda: 2**30)
+    monkeypatch.setattr(system, "available_memory_bytes", lambda: 2**30)
+    monkeypatch.setattr(system, "may_have_gpu", lambda: True)
     lines = run("info", "mixtral-8x7b").out.splitlines()
     assert any("cpu, 1.00 GiB free  cuda, 28.00 GiB free" in line for line in lines)
     int4 = next(line for line in lines if line.startswith("int4"))
     assert int4.split()[-6:] == "does not fit fits, less cache".split()
     assert max(map(len, lines)) <= 80
+
+
+def test_models_side_by_side(run: Run) -> None:
+    code, out, err = run("info", "mixtral-8x7b", "--against", "llama-2-70b", "--against", "mixtral-8x22b", "--json")
+    first, second, third = json.loads(out)
+    assert code == 0 and err == "" and [m["name"] for m in (first, second, third)][1] == "llama-2-70b"
+    config = preset("mixtral-8x7b")
+    assert (first["parameters"], first["active_parameters"]) == (config.n_params(), config.n_active_params())
+    assert (first["experts"], second["experts"], first["context"]) == ("2 of 8", "", 4096)
+    assert first["flops_forward"] == config.flops_per_token(4096)
+    assert first["kv_bytes"]["32768"] == config.kv_bytes(32768) and list(second["kv_bytes"]) == ["4096"]
+    lines = run("info", "mixtral-8x7b", "--against", "llama-2-70b").out.splitlines()
+    assert lines[0].split() == ["mixtral-8x7b", "llama-2-70b"]
+    assert next(line for line in lines if line.startswith("active per token")).split()[3:] == "12.88 B 68.98 B".split()
+    assert next(line for line in lines if line.startswith("cache at 32,768")).split()[3:] == "4.00 GiB -".split()
+
+
+def test_a_shape_alone(run: Run) -> None:
+    out = run("info", "deepseek-v3").out
+    assert "671.03 B" in out and "8 of 256" in out and "deepseek-v3: latent attention" in out
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["mixtral-8x7b", "--against", "mixtral-8x8b"], "unknown preset 'mixtral-8x8b'"),
+    (["mixtral-8x7b", "--against", "llama-2-70b", "--k", "1"], "--k: counts with another number of experts"),
+    (["mixtral-8x7b", "--against", "llama-2-70b", "--context", "5000"], "llama-2-70b is made for at most 4096 tokens"),
+])  # fmt: skip
+def test_misuse_of_against(run: Run, arguments: list[str], message: str) -> None:
+    code, out, err = run("info", *arguments)
+    assert code == 2 and out == "" and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize("arguments", [
+    ["info", "mixtral-8x7b"], ["info", "mixtral-nano"], ["info", "mixtral-8x7b", "--against", "grok-1"],
+    ["train", "tiny", "--show"], ["--version"], ["--help"], ["runs", "RUN"],
+])  # fmt: skip
+def test_no_torch_is_waited_for(arguments: list[str], a_run: Path) -> None:
+    """Loading it takes seconds, and nothing here computes."""
+    arguments = [str(a_run) if name == "RUN" else name for name in arguments]
+    code = f"""
+import sys
+from mixtral import system
+from mixtral.cli import main
+system.may_have_gpu = lambda: False
+assert main({arguments!r}) == 0
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "200"])
+@pytest.mark.parametrize("arguments", [
+    ["info", "mixtral-8x7b"], ["info", "mixtral-8x22b", "--against", "llama-2-70b", "--against", "switch-base-128"],
+    ["doctor"],
+])  # fmt: skip
+def test_a_narrow_terminal_loses_nothing(
+    arguments: list[str], columns: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What does not fit beside other columns stands below them: the same words and numbers at every width."""
+    monkeypatch.setattr(system, "available_memory_bytes", lambda: 2**30)
+    monkeypatch.setattr("mixtral.hardware.measure_bandwidth", lambda _: 45.2e9)
+    monkeypatch.setattr("mixtral.hardware.measure_matmul", lambda *_: 1.05e12)
+    monkeypatch.setenv("COLUMNS", "1000")
+    whole = set(run(*arguments).out.split())
+    monkeypatch.setenv("COLUMNS", columns)
+    out = run(*arguments).out
+    assert "…" not in out and not whole - set(out.split())
+    assert max(map(len, out.splitlines())) <= int(columns) or columns == "40"  # a name and a value on one line

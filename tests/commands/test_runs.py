@@ -9,6 +9,7 @@ import pytest
 
 from mixtral.cli import main
 from mixtral.presets import preset
+from mixtral.train.compare import figure_of
 from mixtral.train.config import PretrainConfig
 from mixtral.train.run_folder import begin
 
@@ -127,3 +128,29 @@ def test_errors(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     pytest.importorskip("matplotlib")
     assert main(["runs", str(run), "--plot", str(tmp_path / "no" / "curves.png")]) == 1
     assert "cannot write" in capsys.readouterr().err
+
+
+def test_the_fields_in_which_runs_differ(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = preset("tiny").replace(dim=256)
+    begin(PretrainConfig(model=wide, rows=4, context=256, steps=9, lr=2e-3), tmp_path / "wide")
+    assert main(["runs", str(run), str(run)]) == 0
+    assert "They differ in" not in capsys.readouterr().out
+    assert main(["runs", str(run), str(tmp_path / "wide")]) == 0
+    out = capsys.readouterr().out
+    _, _, told = out.partition("They differ in")
+    assert [line.split() for line in told.splitlines()[1:]] == [
+        ["field", "run", "wide"], ["lr", "0.001", "0.002"], ["model.dim", "128", "256"],
+    ]  # fmt: skip
+
+
+def test_a_plot_of_runs_of_two_vocabularies_is_in_bits_a_byte(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    other = tmp_path / "other"
+    begin(PretrainConfig(model=preset("tiny").replace(vocab_size=2048), rows=4, context=256, steps=9), other)
+    for name in ("metrics", "timings"):
+        (other / f"{name}.jsonl").write_bytes((run / f"{name}.jsonl").read_bytes())
+    loss, *_ = figure_of([run, run]).axes
+    assert loss.get_ylabel() == "nats a token" and len(loss.lines) == 4
+    loss, *_ = figure_of([run, other]).axes
+    assert loss.get_ylabel() == "bits a byte"
+    assert [list(line.get_ydata()) for line in loss.lines] == [[3.0, 3.2], [3.0, 3.2]]

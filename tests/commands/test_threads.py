@@ -12,10 +12,10 @@ import torch
 from mixtral import cli, cores, runtime
 from mixtral.commands import demo, doctor, train
 from mixtral.train import pretrain
-from mixtral.train.run_folder import recorded_threads
+from mixtral.train.record import recorded_threads
 from tests.commands.conftest import Run
 
-WITHOUT = {"info", "runs"}  # they count and list
+WITHOUT = {"info", "runs", "pull"}  # they count, list and fetch
 Arguments = Callable[[Path, Path], list[str]]  # of a model folder and a new path
 COMMANDS: dict[str, Arguments] = {
     "demo": lambda *_: [],
@@ -35,7 +35,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int | str]:
     asked: list[int | str] = []
     monkeypatch.setattr(demo, "_shipped", lambda _: None)
     monkeypatch.setattr(doctor, "examine", lambda: {"environment": runtime.environment()["threads"]})
-    monkeypatch.setattr(pretrain, "pretrain", lambda *given: asked.append(given[2]))
+    monkeypatch.setattr(pretrain, "pretrain", lambda *given: asked.append(given[2] if len(given) > 2 else "auto"))
     monkeypatch.setattr(train, "_text", lambda _: "")
     monkeypatch.setattr("builtins.input", lambda _: (_ for _ in ()).throw(EOFError))
     monkeypatch.setattr(runtime, "cpu_count", lambda: 4)

@@ -32,9 +32,9 @@ from mixtral.quant.scheme import QuantScheme
 from mixtral.train import checkpoint
 from mixtral.train.checkpoint import load_checkpoint
 from mixtral.train.config import PretrainConfig
+from mixtral.train.lines import _KINDS, _LAYER, read_lines
 from mixtral.train.loop import Progress
-from mixtral.train.metrics import _KINDS, _LAYER, read_lines
-from mixtral.train.run_folder import recorded_config
+from mixtral.train.record import recorded_config
 from mixtral.weights.safetensors_file import SafetensorsFile
 from tests.fuzz.mutate import dumped
 

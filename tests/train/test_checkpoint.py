@@ -14,9 +14,10 @@ import pytest
 from mixtral.data.loader import Loader
 from mixtral.errors import MixtralError
 from mixtral.model import Mixtral
-from mixtral.train.checkpoint import CheckpointWriter, checkpoints, drop_later, latest_checkpoint, load_checkpoint
+from mixtral.train.checkpoint import CheckpointWriter, drop_later, load_checkpoint
 from mixtral.train.config import PretrainConfig
 from mixtral.train.objective import next_token
+from mixtral.train.record import checkpoints, latest_checkpoint
 from mixtral.train.state import TrainState
 from mixtral.train.step import train_step
 from tests.train.tiny_run import fresh_state, same, train_config, weights

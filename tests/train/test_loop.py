@@ -20,10 +20,12 @@ from mixtral.data.store import TokenData
 from mixtral.errors import Interrupted
 from mixtral.tokenizer import Tokenizer
 from mixtral.train import loop as module
-from mixtral.train.checkpoint import checkpoints, load_checkpoint
+from mixtral.train.checkpoint import load_checkpoint
 from mixtral.train.config import PretrainConfig
+from mixtral.train.lines import read_lines
 from mixtral.train.loop import Progress
-from mixtral.train.metrics import PeakMatmul, read_lines
+from mixtral.train.metrics import PeakMatmul
+from mixtral.train.record import checkpoints
 from mixtral.train.step import NonFiniteLoss, Validation
 from tests.train.tiny_run import MakeRun, Watching, make_run, same, train_config, weights
 

@@ -12,8 +12,8 @@ from mixtral.config import ModelConfig
 from mixtral.data.loader import Loader
 from mixtral.data.store import TokenData
 from mixtral.errors import ConfigError, MixtralError
-from mixtral.hardware import available_memory_bytes
 from mixtral.model import Mixtral
+from mixtral.system import available_memory_bytes
 from mixtral.train.config import PretrainConfig, override
 from mixtral.train.memory import BYTES_PER_TOKEN, batch_bytes, check_memory, least_bytes
 from mixtral.train.state import TrainState

@@ -11,7 +11,8 @@ import torch
 
 from mixtral.errors import MixtralError
 from mixtral.train import metrics
-from mixtral.train.metrics import MetricsLog, PeakMatmul, read_lines
+from mixtral.train.lines import read_lines
+from mixtral.train.metrics import MetricsLog, PeakMatmul
 
 
 def test_lines_come_back_as_written(tmp_path: Path) -> None:

@@ -19,12 +19,13 @@ import mixtral
 from mixtral.errors import ConfigError, DataError, Interrupted, MixtralError, UsageError, WeightsError
 from mixtral.model import transformer
 from mixtral.train import pretrain as module
-from mixtral.train.checkpoint import checkpoints
 from mixtral.train.config import PretrainConfig
 from mixtral.train.finished import finished
-from mixtral.train.metrics import PeakMatmul, read_lines
+from mixtral.train.lines import read_lines
+from mixtral.train.metrics import PeakMatmul
 from mixtral.train.pretrain import Trained, pretrain, save_final
-from mixtral.train.run_folder import begin, record_threads, recorded_config
+from mixtral.train.record import checkpoints, record_threads, recorded_config
+from mixtral.train.run_folder import begin
 from tests.train.tiny_run import Killed, Watching, kill_after, texts, train_config
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mixtral.errors import UsageError
-from mixtral.train.metrics import read_lines
+from mixtral.train.lines import read_lines
 from mixtral.train.sinks import Trackers, flatten, require_packages
 from tests.train.tiny_run import Killed, MakeRun, Watching, kill_after, train_config
 

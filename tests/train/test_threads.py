@@ -14,11 +14,12 @@ from mixtral import cores, runtime
 from mixtral.errors import ConfigError, MixtralError, UsageError
 from mixtral.train import pretrain as pretraining
 from mixtral.train import threads as module
-from mixtral.train.checkpoint import checkpoints
 from mixtral.train.config import PretrainConfig
-from mixtral.train.metrics import PeakMatmul, read_lines
+from mixtral.train.lines import read_lines
+from mixtral.train.metrics import PeakMatmul
 from mixtral.train.pretrain import pretrain
-from mixtral.train.run_folder import begin, recorded_config, recorded_threads
+from mixtral.train.record import checkpoints, recorded_config, recorded_threads
+from mixtral.train.run_folder import begin
 from mixtral.train.threads import (
     WINDOW,
     Pace,

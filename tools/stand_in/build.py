@@ -35,7 +35,7 @@ def build_stand_in(folder: Path, header: Path = STAND_IN) -> None:
 
 def compile_all(folder: Path, flags: Sequence[str], stand_in: Path | None = None) -> list[str]:
     """Every source, those of each instruction set once for each -> the object files."""
-    from mixtral.kernels.native.library import headers_hash
+    from mixtral.native_file import headers_hash
 
     folder.mkdir(parents=True, exist_ok=True)
     sets: dict[str, list[str]] = runpy.run_path(str(ROOT / "setup.py"))["INSTRUCTION_SETS"]

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
 import statistics
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,8 +23,8 @@ from mixtral.errors import UsageError
 from mixtral.kernels.packing import LANES, check_packed
 from mixtral.kernels.table import Call
 from mixtral.kernels.torch.dequantise import with_gradient
+from mixtral.native_file import FOLDER, load
 
-FOLDER = Path(os.environ.get("MIXTRAL_NATIVE", Path(__file__).parent))  # another one: tools/sanitize
 REMEDY = "install a C++17 compiler (g++ or clang++), then run `make native` in a checkout, or reinstall the package"
 SPIN_MICROSECONDS = 50  # spin time before a worker of the pool sleeps; none where threads outnumber cores
 
@@ -207,26 +204,3 @@ def _cores() -> int:
 def _load() -> ctypes.CDLL | str:
     """The library, or why there is none."""
     return load(FOLDER)
-
-
-def load(folder: Path) -> ctypes.CDLL | str:
-    """The library in `folder`, or why it cannot be used. One made with other headers than those beside it is refused:
-    its structures may be others."""
-    path = folder / "libmixtral.so"
-    if not path.exists():
-        return "the library was not built when this package was installed"
-    try:
-        loaded = ctypes.CDLL(str(path))
-        loaded.mx_isa.restype = loaded.mx_headers.restype = ctypes.c_char_p
-        loaded.mx_read.restype = ctypes.c_uint64
-        made_with = loaded.mx_headers().decode()
-    except (OSError, AttributeError) as error:
-        return f"{path} cannot be loaded ({error})"
-    if made_with != headers_hash(folder):
-        return f"{path} was built with other headers than those beside it"
-    return loaded
-
-
-def headers_hash(folder: Path) -> str:
-    """As setup.py has it."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted((folder / "src").glob("*.h")))).hexdigest()[:16]

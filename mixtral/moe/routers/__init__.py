@@ -25,7 +25,7 @@ from mixtral.moe.routers.noise import JitterRouter, NoisyRouter
 from mixtral.moe.routers.score_weights import SigmoidRouter, SwitchRouter
 from mixtral.moe.routers.topk import TopKRouter
 
-_ROUTERS: dict[type[RouterOptions], type[Router]] = {
+ROUTER_OF: dict[type[RouterOptions], type[Router]] = {
     TopK: TopKRouter,
     Switch: SwitchRouter,
     Noisy: NoisyRouter,
@@ -44,7 +44,7 @@ _ROUTERS: dict[type[RouterOptions], type[Router]] = {
 def make_router(config: ModelConfig, n_experts: int | None = None) -> Router:
     """The router of a layer with `n_experts` (the model's by default), uninitialised, as `config.router` names it."""
     options, n_experts = config.router_options, n_experts or config.n_experts
-    return _ROUTERS[type(options)](config.dim, n_experts, config.experts_per_token, options)
+    return ROUTER_OF[type(options)](config.dim, n_experts, config.experts_per_token, options)
 
 
-__all__ = ["TopKRouter", "make_router"]
+__all__ = ["ROUTER_OF", "TopKRouter", "make_router"]

@@ -11,10 +11,15 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from mixtral.config.specs import parse_spec
 from mixtral.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mixtral.moe import Routing
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,10 @@ class BalanceOptions:
         if self.final is None:
             return self.weight
         return self.weight + (self.final - self.weight) * step / max(1, steps - 1)
+
+    def loss(self, routing: Routing) -> Tensor:
+        """Of one layer's routing of a part, a scalar; for objectives of others (extend.py). Ours are in balancer.py."""
+        raise NotImplementedError(f"balance {self.name}: neither a loss nor a buffer to move")
 
     def covers(self, layer: int) -> bool:
         return self.layers is None or layer in numbers(self.layers, "layers")

@@ -19,10 +19,10 @@ from mixtral.moe.bias_updates import centred, margins
 from mixtral.moe.choice import counts_of
 from mixtral.moe.losses import load_balance
 from mixtral.train.balancing.balancer import Balancer
-from mixtral.train.checkpoint import checkpoints
 from mixtral.train.config import PretrainConfig
 from mixtral.train.objective import next_token
 from mixtral.train.recompute import recompute_layers
+from mixtral.train.record import checkpoints
 from mixtral.train.state import TrainState
 from mixtral.train.step import StepResult, train_step, validate
 from tests.moe.naive import routing
