@@ -44,7 +44,7 @@ def split_name(name: str) -> tuple[str, str | None]:
 
 
 def pulled(name: str) -> Path | None:
-    """The folder of a model in the cache; None where nothing of it is there. Raises UsageError where it is not whole."""
+    """The folder of a model in the cache; None where nothing of it is. Raises UsageError where it is not whole."""
     model, revision = split_name(name)
     try:
         library = _library()
