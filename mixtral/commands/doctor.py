@@ -22,6 +22,7 @@ EXTRAS = {  # as pyproject.toml has them; a test compares
     "wandb": ("wandb",),
     "gguf": ("gguf",),
     "hub": ("huggingface_hub",),
+    "notebook": ("notebook", "matplotlib"),
     "tasks": ("reasoning-gym",),
     "dev": (
         "transformers", "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "pyarrow", "matplotlib", "datasets",
