@@ -212,8 +212,9 @@ def show_routing(lm: LM, tokens: Sequence[int], layers: Sequence[Routing]) -> No
         return
     decoder = lm.tokenizer.stream()
     pieces = [shown(decoder.add(token)) for token in tokens[:n]]
-    show = text_by_expert if out.no_color else tokens_by_expert
-    legend = "[number of the expert]" if out.no_color else expert_legend(lm.config.n_experts)
+    few_colours = out.no_color or out.color_system == "standard"  # sixteen colours make one of several experts'
+    show = text_by_expert if few_colours else tokens_by_expert
+    legend = "[number of the expert]" if few_colours else expert_legend(lm.config.n_experts)
     out.print("\nThe text by each token's first choice:", legend)
     for i in sorted({0, len(layers) // 2, len(layers) - 1}):
         out.print(f"\nlayer {numbers[i]}", style="bold")

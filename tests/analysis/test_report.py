@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mixtral.analysis import expert_legend, load_strip, routing_table, tokens_by_expert
+from mixtral.analysis import expert_legend, load_strip, routing_table, text_by_expert, tokens_by_expert
 from mixtral.analysis.report import load_bar, load_style
 
 
@@ -86,3 +86,15 @@ def test_legend_has_a_colour_for_every_expert() -> None:
     legend = expert_legend(64)
     assert drawn(legend, width=400)[0].split() == [str(e) for e in range(64)]
     assert len({str(span.style) for span in legend.spans}) == 64
+
+
+def test_text_without_colour_names_the_expert_of_each_stretch() -> None:
+    assert text_by_expert(["de", "f ", "add", "\n", "x"], [3, 3, 0, -1, 0]).plain == "[3]def [0]add[-]\n[0]x"
+    with pytest.raises(ValueError):
+        text_by_expert(["a", "b"], [0])
+
+
+def test_less_than_80_columns_get_strips() -> None:
+    layers = [[0.125] * 8, [0.5, 0.5, 0, 0, 0, 0, 0, 0]]
+    assert "experts 0 to 7" in "".join(drawn(routing_table(layers, "t", width=40), 40))
+    assert "experts 0 to 7" not in "".join(drawn(routing_table(layers, "t", width=80)))

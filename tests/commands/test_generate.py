@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -264,3 +265,17 @@ def test_the_memory_that_n_continuations_need(run: Run, folder: Path, monkeypatc
     for free, code in ((needed, 0), (needed - 1, 2)):
         monkeypatch.setattr("mixtral.hardware.available_memory_bytes", lambda free=free: free)
         assert run("generate", *words).code == code
+
+
+def test_routing_without_colour(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NO_COLOR on a terminal: the expert's number stands before each stretch of text."""
+    arguments = ("generate", "--model", str(folder), "--prompt", "To be", "--max-tokens", "6", "--routing")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
+    monkeypatch.setenv("COLORTERM", "truecolor")
+    coloured = run(*arguments, "--temperature", "0").out
+    monkeypatch.setenv("NO_COLOR", "1")
+    plain = run(*arguments, "--temperature", "0").out
+    assert "\x1b[48" in coloured and "\x1b[48" not in plain
+    _, _, layers = plain.partition("[number of the expert]")
+    assert "[number of the expert]" not in coloured
+    assert len(re.findall(r"\[\d\]", layers)) >= 3  # at each layer at least one
