@@ -275,7 +275,7 @@ def test_routing_without_colour(run: Run, folder: Path, monkeypatch: pytest.Monk
     coloured = run(*arguments, "--temperature", "0").out
     monkeypatch.setenv("NO_COLOR", "1")
     plain = run(*arguments, "--temperature", "0").out
-    assert "\x1b[48" in coloured and "\x1b[48" not in plain
+    assert "48;2;" in coloured and "48;2;" not in plain
     _, _, layers = plain.partition("[number of the expert]")
     assert "[number of the expert]" not in coloured
     assert len(re.findall(r"\[\d\]", layers)) >= 3  # at each layer at least one
