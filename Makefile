@@ -1,9 +1,10 @@
 .NOTPARALLEL:
-.PHONY: help core setup native demo test check soak sanitize bench
+.PHONY: help core setup native wheels demo test check soak sanitize bench
 
 help:
 	@echo 'make setup  install the package and all that its tests need into .venv'
 	@echo 'make native build the C++ library anew, after a change to it'
+	@echo 'make wheels the packages for x86-64 and aarch64 into dist/ (wants g++-aarch64-linux-gnu)'
 	@echo 'make demo   the model that comes with the package writes, and shows its routing'
 	@echo 'make test   run the tests'
 	@echo 'make check  lint and type-check'
@@ -22,6 +23,9 @@ native: setup
 	rm -f mixtral/kernels/native/libmixtral.so
 	.venv/bin/python setup.py -q build_ext --inplace --force -j 2
 	test -e mixtral/kernels/native/libmixtral.so
+
+wheels: setup
+	.venv/bin/python tools/cross/build.py dist
 
 demo: core
 	.venv/bin/mixtral demo

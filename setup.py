@@ -8,6 +8,7 @@ is no compiler the package installs without the library: `mixtral doctor` tells 
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +30,9 @@ FLAGS = """-std=c++17 -O3 -g0 -fPIC -pthread -ffp-contract=off -fno-math-errno -
     -Wextra -Wno-maybe-uninitialized""".split()  # GCC 12 warns about its own header of AVX-512
 AVX2 = "-mavx2 -mfma -mf16c".split()
 AVX512 = [*AVX2, *"-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16".split()]
-X86 = platform.machine().lower() in ("x86_64", "amd64")
+# The processor to build for; another than this machine's when tools/cross/build.py says so, in setuptools' own way.
+MACHINE = os.environ.get("_PYTHON_HOST_PLATFORM", "").rpartition("-")[2] or platform.machine().lower()
+X86 = MACHINE in ("x86_64", "amd64")
 INSTRUCTION_SETS = {"portable": [], "avx2": AVX2, "avx512": AVX512} if X86 else {"portable": []}
 
 

@@ -33,12 +33,15 @@ def build_stand_in(folder: Path, header: Path = STAND_IN) -> None:
     link(compile_all(folder, [], header), folder)
 
 
-def compile_all(folder: Path, flags: Sequence[str], stand_in: Path | None = None) -> list[str]:
-    """Every source, those of each instruction set once for each -> the object files."""
+def compile_all(
+    folder: Path, flags: Sequence[str], stand_in: Path | None = None, compiler: str = "g++", only: str | None = None
+) -> list[str]:  # fmt: skip
+    """Every source, those of each instruction set (or of `only` one) once for each -> the object files."""
     from mixtral.native_file import headers_hash
 
     folder.mkdir(parents=True, exist_ok=True)
     sets: dict[str, list[str]] = runpy.run_path(str(ROOT / "setup.py"))["INSTRUCTION_SETS"]
+    sets = {name: own for name, own in sets.items() if only in (None, name)}
     macros = [f"-DMX_HAVE_{name.upper()}" for name in sets] + [f'-DMX_HEADERS="{headers_hash(SOURCES.parent)}"']
     if stand_in:
         macros += ["-DMX_STAND_IN"]
@@ -48,7 +51,7 @@ def compile_all(folder: Path, flags: Sequence[str], stand_in: Path | None = None
         for name, own in sets.items() if source.name.endswith(".isa.cpp") else (("", []),):
             isa = [f"-DMX_ISA={name}", *own] if name else []
             output = str(folder / f"{source.stem}{name}.o")
-            jobs.append(["g++", *FLAGS, *flags, *macros, *isa, "-c", str(source), "-o", output])
+            jobs.append([compiler, *FLAGS, *flags, *macros, *isa, "-c", str(source), "-o", output])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(_run, jobs))
     return [job[-1] for job in jobs]
