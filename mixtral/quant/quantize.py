@@ -52,7 +52,7 @@ def quantise_folder(
     """
     check_free(dst)
     config = with_token_ids(read_config(src), src)
-    reader = StateReader(src, config)
+    reader = StateReader(src, config, exact=True)
     entries = _entries(reader, config, scheme, importance or {}, progress, allow_nonfinite)
     with atomic_folder(dst) as new:
         write_safetensors(new / PACKED_FILE, entries, allow_nonfinite=allow_nonfinite)

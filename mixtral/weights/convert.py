@@ -61,7 +61,8 @@ def convert(
     config = with_token_ids(read_config(src), src)
     if to == "mistral":
         to_mistral(config)  # raises before the weights are looked at
-    state = StateReader(src, config)
+    # a weight that is rounded here is rounded once: from what the file holds to what is written
+    state = StateReader(src, config, exact=dtype is not None or type in ("q8_0", "q4_0"))
     if to == "gguf":
         write_gguf(
             state, config, dst, type or "bf16", find_tokenizer(src), side_files(src), progress, allow_nonfinite

@@ -78,16 +78,17 @@ class StateReader(LazyState):
     Args:
         opened: as of `load_state`.
         wanted_dtype: of what is read; None: the file's. Buffers have their own.
+        exact: without a wanted dtype, what the file holds quantised is read as fp32, which is exact, instead of bf16.
 
     Raises WeightsError as `load_state` does, before anything is read.
     """
 
     def __init__(
         self, folder: str | Path, config: ModelConfig, opened: Opened | None = None,
-        wanted_dtype: torch.dtype | None = None,
+        wanted_dtype: torch.dtype | None = None, exact: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(parameter_shapes(config))
-        self._folder, self.wanted_dtype = Path(folder), wanted_dtype
+        self._folder, self.wanted_dtype, self._exact = Path(folder), wanted_dtype, exact
         files, self._headers, self._found, self._output = opened or open_weights(folder, config)
         self._file_of = {name: file for file in files for name in file.headers}
         self._sources: dict[str, list[str]] = {}  # ours -> the foreign tensors that it is put together from
@@ -98,7 +99,9 @@ class StateReader(LazyState):
         """The wanted one, or the widest of the foreign tensors'."""
         sources = self._sources[ours]
         fixed = self._found[sources[0]].fixed_dtype
-        return fixed or self.wanted_dtype or _widest([self._headers[name] for name in sources])
+        if (decided := fixed or self.wanted_dtype) is not None:
+            return decided
+        return self.exact_dtype(ours) if self._exact else _widest([self._headers[name] for name in sources])
 
     def exact_dtype(self, ours: str) -> torch.dtype:
         """One that holds what the file says: fp32 for what is quantised there."""

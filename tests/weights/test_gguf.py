@@ -15,6 +15,8 @@ from mixtral.config import ModelConfig
 from mixtral.config.formats import read_config
 from mixtral.errors import ConfigError, UsageError, WeightsError
 from mixtral.gguf.header import TYPES, read_gguf_header
+from mixtral.quant.quantize import quantise_folder
+from mixtral.quant.scheme import QuantScheme
 from mixtral.weights import convert, detect_format, load_state, save_hf
 from mixtral.weights.gguf_file import GgufFile
 from mixtral.weights.gguf_write import write_gguf
@@ -208,3 +210,20 @@ def test_refusals(tmp_path: Path) -> None:
             convert(tmp_path, tmp_path / "a.gguf", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["old.gguf"]
     assert (tmp_path / "old.gguf").read_text() == "precious"
+
+
+def test_quantised_weights_are_rounded_once(tmp_path: Path) -> None:
+    """From what the file holds to what is written, with no step by way of bf16."""
+    source = tmp_path / "q8.gguf"
+    write_gguf(random_state(EVEN), EVEN, source, "q8_0")
+    exact = load_state(source, EVEN, torch.float32)
+    convert(source, tmp_path / "fp32", "hf", dtype=torch.float32)
+    assert_same(load_state(tmp_path / "fp32", EVEN), exact)
+    convert(source, tmp_path / "again.gguf", "gguf", type="q8_0")
+    assert_same(load_state(tmp_path / "again.gguf", EVEN, torch.float32), exact)
+    convert(source, tmp_path / "bf16", "hf")
+    rounded = {name: tensor.bfloat16() for name, tensor in exact.items()}
+    assert_same(load_state(tmp_path / "bf16", EVEN, torch.bfloat16), rounded)
+    quantise_folder(source, tmp_path / "a", QuantScheme.of("4"))
+    quantise_folder(tmp_path / "fp32", tmp_path / "b", QuantScheme.of("4"))
+    assert (tmp_path / "a/packed.safetensors").read_bytes() == (tmp_path / "b/packed.safetensors").read_bytes()
