@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -146,5 +147,20 @@ def _text(trained: Trained | Finished) -> str:
         f"({validation.cross_entropy / trained.start_loss:.0%} of its start), "
         f"{validation.bits_per_byte:.3f} bits a byte\n"
         f"model: {trained.folder}\n"
-        f"try:   mixtral generate --model {trained.folder} --prompt 'def ' --temperature 0.7"
+        f"try:   mixtral generate --model {trained.folder} --prompt {shlex.quote(_prompt(trained))} --temperature 0.7"
     )
+
+
+def _prompt(trained: Trained | Finished) -> str:
+    """How a text begins that the run has held out."""
+    from mixtral.data.store import TokenData
+    from mixtral.errors import MixtralError
+    from mixtral.tokenizer import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(trained.folder)
+        held_out = TokenData(trained.folder.parent / "data", tokenizer).val
+        begins = (tokenizer.decode(held_out.tokens(i)[:20].tolist()).split() for i in range(len(held_out.length_M)))
+        return " ".join(next(words for words in begins if words)[:3])
+    except (MixtralError, StopIteration):  # no data any more, or none with words: a model of what, nobody can say
+        return "..."

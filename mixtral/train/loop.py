@@ -114,6 +114,7 @@ class Run:
             last = self._validate(log)
             self.progress.start_loss = last.cross_entropy
             self._save()
+            self._stop_if(interrupted)
         while self.progress.step < config.steps:
             self._step(log)
             step, end = self.progress.step, self.progress.step == config.steps
@@ -123,9 +124,8 @@ class Run:
                 save = self._is_best(last, save) or save
             if save:
                 self._save()
-            if interrupted.is_set() and not end:
-                self._finish_saving()
-                raise Interrupted(self._stopped())
+            if not end:
+                self._stop_if(interrupted)
         self._finish_saving()
         return last
 
@@ -191,10 +191,16 @@ class Run:
         if failure := self.writer.failure():
             self.display.say(f"no checkpoint this time: {failure}; earlier ones are whole")
 
+    def _stop_if(self, interrupted: threading.Event) -> None:
+        """Raise Interrupted once Ctrl-C has come and what was saved is on disk."""
+        if interrupted.is_set():
+            self._finish_saving()
+            raise Interrupted(self._stopped())
+
     def _stopped(self) -> str:
         """What to tell who pressed Ctrl-C: where the run stopped, and from where it can go on."""
         step, found = self.progress.step, latest_checkpoint(self.folder)
-        where = f"stopped after step {step}"
+        where = f"stopped after step {step}" if step else "stopped before the first step"
         if found is None:
             where += ", with no checkpoint"
         elif found != checkpoint_path(self.folder, step):

@@ -24,7 +24,7 @@ from mixtral.train.checkpoint import load_checkpoint
 from mixtral.train.config import PretrainConfig
 from mixtral.train.lines import read_lines
 from mixtral.train.loop import Progress
-from mixtral.train.metrics import PeakMatmul
+from mixtral.train.metrics import MetricsLog, PeakMatmul
 from mixtral.train.record import checkpoints
 from mixtral.train.step import NonFiniteLoss, Validation
 from tests.train.tiny_run import MakeRun, Watching, make_run, same, train_config, weights
@@ -151,6 +151,26 @@ def test_ctrl_c_leaves_a_checkpoint_of_the_step(run_in: MakeRun, tmp_path: Path,
     assert str(caught.value) == f"stopped after step {step}; go on with: mixtral train --resume {folder}"
     assert caught.value.exit_code == 130 and signal.getsignal(signal.SIGINT) is before
     assert checkpoints(folder)[-1].name == f"step_{step:06d}"
+    assert same(resume(run_in, folder, config), whole(config).weights)
+    assert (folder / "metrics.jsonl").read_bytes() == whole(config).metrics
+
+
+def test_ctrl_c_before_the_first_step(run_in: MakeRun, tmp_path: Path, whole: Callable[..., Whole],
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """During the first validation: it is kept, and no step follows."""
+    config, folder = train_config(), tmp_path / "stopped"
+    run = run_in(folder, config)
+    validate = run._validate
+
+    def interrupted(log: MetricsLog) -> Validation:
+        signal.raise_signal(signal.SIGINT)
+        return validate(log)
+
+    monkeypatch.setattr(run, "_validate", interrupted)
+    with pytest.raises(Interrupted) as caught:
+        run.train()
+    assert str(caught.value) == f"stopped before the first step; go on with: mixtral train --resume {folder}"
+    assert [path.name for path in checkpoints(folder)] == ["step_000000"]
     assert same(resume(run_in, folder, config), whole(config).weights)
     assert (folder / "metrics.jsonl").read_bytes() == whole(config).metrics
 
