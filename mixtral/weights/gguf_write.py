@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from mixtral.config.gguf import named_end_tokens, to_gguf
 from mixtral.errors import UsageError, did_you_mean
 from mixtral.files import atomic_file, check_writable
 from mixtral.gguf.header import TYPES
+from mixtral.gguf.writer import TensorEntry, header_bytes, padding
 from mixtral.json_files import parse_object
 from mixtral.tokenizer import Tokenizer
 from mixtral.tokenizer.gguf import tokenizer_metadata
@@ -58,11 +58,13 @@ def write_gguf(
         allow_nonfinite: write weights that are not finite, and blocks whose scale is too large for fp16.
 
     Raises UsageError for an unknown type, a name that does not end in .gguf, a file that exists, a tokenizer that GGUF
-    cannot hold, or where the gguf package is missing; ConfigError for a model that is not plain Mistral or Mixtral;
-    WeightsError when the state is not this config's, and, naming the tensor, for weights that are not finite.
+    cannot hold, or where the gguf package is missing, which rounds to q8_0 and q4_0; ConfigError for a model that is
+    not plain Mistral or Mixtral; WeightsError when the state is not this config's, and, naming the tensor, for weights
+    that are not finite.
     """
     check_target(path, type)
-    gguf = gguf_package("writing GGUF")
+    if type != "bf16":
+        gguf_package("writing quantised GGUF")
     metadata = _metadata(config, tokenizer, files or {})
     check_state(described(state), config, torch.float32)
     found = slots(config, "gguf", layouts(config, "gguf")[0])
@@ -71,20 +73,18 @@ def write_gguf(
     stored = {name: _stored(slot, type) for name, slot in found.items()}
     sizes = {name: _nbytes(slot.shape, stored[name]) for name, slot in found.items()}
     done = counter(progress, "writing", sum(sizes.values()))
-    with atomic_file(path) as new, closing(gguf.GGUFWriter(new, "llama")) as writer:
-        _add_metadata(writer, metadata | {"general.file_type": _FILE_TYPES[type], "general.quantization_version": 2})
-        for name, slot in found.items():
-            kind = gguf.GGMLQuantizationType[stored[name]]
-            writer.add_tensor_info(name, slot.shape, np.dtype(np.float32), sizes[name], kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+    general = {"general.architecture": "llama", "general.file_type": _FILE_TYPES[type]}
+    metadata = general | metadata | {"general.quantization_version": 2}
+    entries = [TensorEntry(name, stored[name], slot.shape, sizes[name]) for name, slot in found.items()]
+    with atomic_file(path) as new, new.open("wb") as file:
+        file.write(header_bytes(metadata, entries))
         for name, slot in found.items():
             tensor = taken(state, slot)
             rounded = _rounded(tensor, stored[name])
             if not allow_nonfinite:
                 require_finite(name, tensor, _scales(rounded, stored[name]), stored[name], "bf16 holds larger ones")
-            writer.write_tensor_data(rounded)
+            file.write(rounded.data)
+            file.write(b"\0" * padding(sizes[name]))
             done(sizes[name])
 
 
@@ -114,15 +114,6 @@ def check_target(path: str | Path, type: str) -> None:
         raise UsageError(f"{path}: exists already; the name of a new file is wanted")
 
 
-def _add_metadata(writer: Any, metadata: dict[str, Any]) -> None:
-    add: dict[type, Callable[[str, Any], None]] = {
-        bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
-        list: writer.add_array,
-    }  # fmt: skip
-    for key, value in metadata.items():
-        add[type(value)](key, value)
-
-
 def _stored(slot: Slot, type: str) -> str:
     """The type of one tensor."""
     if len(slot.shape) == 1 or slot.ours.endswith(".router.weight"):
@@ -143,7 +134,7 @@ def _rounded(tensor: Tensor, stored: str) -> np.ndarray:
     rows = tensor.reshape(-1, tensor.shape[-1])
     if stored == "BF16":
         return rows.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
-    gguf = gguf_package("writing GGUF")
+    gguf = gguf_package("writing quantised GGUF")
     out = np.empty((len(rows), _nbytes((rows.shape[1],), stored)), dtype=np.uint8)
     step = max(1, _CHUNK // rows.shape[1])
     for begin in range(0, len(rows), step):

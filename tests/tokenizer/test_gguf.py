@@ -14,12 +14,13 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
 from mixtral.config.formats import read_config
 from mixtral.errors import MixtralError, UsageError
+from mixtral.gguf.writer import TensorEntry, header_bytes
 from mixtral.tokenizer import Tokenizer, load_tokenizer
 from mixtral.tokenizer.chat_templates import TEMPLATES, folder_templates
 from mixtral.tokenizer.gguf import read_metadata, side_files, tokenizer_metadata
 from mixtral.tokenizer.load import find_tokenizer
 from mixtral.weights import convert, save_hf
-from mixtral.weights.gguf_write import _add_metadata, write_gguf
+from mixtral.weights.gguf_write import write_gguf
 from tests.tokenizer.conftest import tokenizer_named
 from tests.tokenizer.kinds import KINDS
 from tests.weights.weight_states import SPARSE, random_state
@@ -263,14 +264,6 @@ def test_more_tokens_than_the_model_has_rows(
 
 def _file(folder: Path, metadata: dict[str, Any], rows: int = 1000) -> Path:
     """A GGUF file of an embedding one number wide."""
-    import gguf
-    import numpy as np
-
-    writer = gguf.GGUFWriter(folder / "a.gguf", "llama")
-    _add_metadata(writer, metadata)
-    writer.add_tensor("token_embd.weight", np.zeros((rows, 1), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    header = header_bytes(metadata, [TensorEntry("token_embd.weight", "F32", (rows, 1), 4 * rows)])
+    (folder / "a.gguf").write_bytes(header + bytes(4 * rows))
     return folder / "a.gguf"

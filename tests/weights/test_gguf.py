@@ -179,8 +179,10 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     needs = r'needs the gguf package: pip install "mixtral\[gguf\]"'
     with pytest.raises(UsageError, match=f"^reading quantised GGUF {needs}"):
         load_state(tmp_path / "q8_0.gguf", EVEN)
-    with pytest.raises(UsageError, match=f"^writing GGUF {needs}"):
-        save(EVEN, tmp_path / "new.gguf")
+    save(EVEN, tmp_path / "plain.gguf")  # bf16 needs no package, one way or the other
+    assert (tmp_path / "plain.gguf").read_bytes() == (tmp_path / "bf16.gguf").read_bytes()
+    with pytest.raises(UsageError, match=f"^writing quantised GGUF {needs}"):
+        save(EVEN, tmp_path / "new.gguf", "q8_0")
 
 
 def save(config: ModelConfig, path: Path, type: str = "bf16") -> None:
