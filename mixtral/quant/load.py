@@ -66,6 +66,8 @@ def empty_quantised(config: ModelConfig, scheme: QuantScheme, embedding: Format,
 def _tensor(file: SafetensorsFile, name: str, raw_bytes: Tensor) -> Tensor:
     header = file.headers[name]
     assert header.dtype is not None  # _check refused the others
+    if raw_bytes.storage_offset() % header.dtype.itemsize:  # a header of another length than ours
+        raw_bytes = raw_bytes.clone()
     return raw_bytes.view(header.dtype).view(header.shape)
 
 

@@ -25,6 +25,9 @@ from mixtral.errors import MixtralError
 from mixtral.quant.quantize import quantise_folder
 from mixtral.quant.scheme import QuantScheme
 from mixtral.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from mixtral.tokenizer.export import byte_characters
+from mixtral.tokenizer.gguf import read_metadata
+from mixtral.tokenizer.spm_model import Kind
 from mixtral.train.checkpoint import load_checkpoint, write_checkpoint
 from mixtral.train.compare import summarise
 from mixtral.train.config import PretrainConfig
@@ -77,6 +80,9 @@ def _models(root: Path, tokenizer: Tokenizer) -> dict[str, Sample]:
     for type in ("bf16", "q8_0"):
         (root / type).mkdir()
         write_gguf(state, CONFIG, root / type / "model.gguf", type, tokenizer)
+    _write_fp8(root / "fp8", root / "hf")
+    (root / "bpe").mkdir()
+    write_gguf(state, CONFIG, root / "bpe/model.gguf", "bf16", _byte_level())
     (root / "whole").mkdir()
     write_gguf(state, CONFIG, root / "whole/model.gguf", "bf16", _whole(root / "given", tokenizer), _SIDE_FILES)
     (root / "config").mkdir()
@@ -98,11 +104,42 @@ def _models(root: Path, tokenizer: Tokenizer) -> dict[str, Sample]:
         "gguf": Sample(root / "bf16", "model.gguf", "bytes", lambda folder: generate(folder / "model.gguf")),
         "gguf q8_0": Sample(root / "q8_0", "model.gguf", "bytes", lambda folder: generate(folder / "model.gguf")),
         "gguf keys": Sample(root / "whole", "model.gguf", "gguf", lambda folder: generate(folder / "model.gguf")),
+        "gguf bpe": Sample(root / "bpe", "model.gguf", "bytes", lambda folder: generate(folder / "model.gguf")),
+        "gguf bpe keys": Sample(root / "bpe", "model.gguf", "gguf", lambda folder: generate(folder / "model.gguf")),
+        "fp8": Sample(root / "fp8", "model.safetensors", "safetensors", generate),
+        "fp8 config": Sample(root / "fp8", "config.json", "json", generate),
         "gguf keys convert": Sample(
             root / "whole", "model.gguf", "gguf", lambda folder: convert(folder / "model.gguf", folder / "out", "hf")
         ),
         "gguf info": Sample(root / "bf16", "model.gguf", "bytes", lambda folder: info(folder / "model.gguf")),
     }
+
+
+def _write_fp8(folder: Path, plain: Path) -> None:
+    """The same model in fp8, a scale for each block of 32 x 32."""
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir()
+    stored: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(plain / "model.safetensors").items():
+        stored[name] = weight
+        if ".experts." in name or "_proj" in name:
+            blocks = [-(-size // 32) for size in weight.shape]
+            stored |= {name: weight.to(torch.float8_e4m3fn), name + "_scale_inv": torch.ones(blocks)}
+    save_file(stored, folder / "model.safetensors")
+    said = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    (folder / "config.json").write_text(json.dumps(to_hf(CONFIG, "bfloat16") | {"quantization_config": said}))
+
+
+def _byte_level() -> Tokenizer:
+    """A byte-level BPE of the model's vocabulary, as GGUF metadata give it back."""
+    tokens = ["<s>", "</s>", *byte_characters(), "an", "in"]
+    kinds = [Kind.CONTROL] * 2 + [Kind.NORMAL] * (len(tokens) - 2)
+    return read_metadata({
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [int(kind) for kind in kinds], "tokenizer.ggml.merges": ["a n", "i n"],
+        "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 1,
+    })  # fmt: skip
 
 
 _SIDE_FILES = {
