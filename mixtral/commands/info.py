@@ -54,7 +54,7 @@ def info(
 
     if against or name in SHAPES:
         if k is not None:
-            raise UsageError("--k: counts with another number of experts for one model, without --against")
+            raise UsageError("--k: counts one model of a preset or folder with other experts; leave it out here")
         compare({each: find_shape(each) for each in (name, *(against or ()))}, context, as_json)
         return
     config = find_config(name)
@@ -88,9 +88,16 @@ def find_config(name: str) -> ModelConfig:
 
 def find_shape(name: str) -> ModelConfig | Shape:
     """Of a model that is run here, or of one that is only counted. Raises ConfigError when it is neither."""
+    from mixtral.errors import ConfigError, did_you_mean
+    from mixtral.presets import PRESETS
     from mixtral.shapes import SHAPES, shape
+    from mixtral.shipped import SHIPPED
 
-    return shape(name) if name in SHAPES and not os.path.exists(name) else find_config(name)
+    if name in SHAPES and not os.path.exists(name):
+        return shape(name)
+    if name in PRESETS or name == SHIPPED or "/" in name or os.path.exists(name):
+        return find_config(name)
+    raise ConfigError(f"unknown model {name!r}; {did_you_mean(name, [*PRESETS, *SHAPES])}")
 
 
 def describe(name: str, config: ModelConfig, context: int | None, k: int | None) -> dict[str, Any]:

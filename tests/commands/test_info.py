@@ -137,8 +137,8 @@ def test_a_shape_alone(run: Run) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["mixtral-8x7b", "--against", "mixtral-8x8b"], "unknown preset 'mixtral-8x8b'"),
-    (["mixtral-8x7b", "--against", "llama-2-70b", "--k", "1"], "--k: counts with another number of experts"),
+    (["mixtral-8x7b", "--against", "mixtral-8x8b"], "unknown model 'mixtral-8x8b'; did you mean 'mixtral-8x7b'"),
+    (["mixtral-8x7b", "--against", "llama-2-70b", "--k", "1"], "--k: counts one model of a preset or folder"),
     (["mixtral-8x7b", "--against", "llama-2-70b", "--context", "5000"], "llama-2-70b is made for at most 4096 tokens"),
 ])  # fmt: skip
 def test_misuse_of_against(run: Run, arguments: list[str], message: str) -> None:
