@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,16 +27,33 @@ from mixtral.commands.common import (
     show_routing,
     shown,
 )
+from mixtral.commands.generate_file import generate_file
 from mixtral.commands.streams import text_input
+from mixtral.errors import UsageError
 from mixtral.shipped import SHIPPED
 
 if TYPE_CHECKING:
-    from mixtral.engine import Generation, Stream
+    from mixtral.engine import Generation, SamplingParams, Stream
     from mixtral.lm import LM
+
+SAMPLING = (  # options that are fields of SamplingParams
+    "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty",
+    "no_repeat_ngram_size", "suppress_tokens", "seed", "stop",
+)  # fmt: skip
 
 
 def generate(
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text to continue; - reads it from standard input.")],
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Text to continue; - reads it from standard input.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Instead: a prompt a line, or JSON lines; - is standard input.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Of --prompts: where the JSON lines go; it goes on there.")
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Of --prompts: leave out lines that are wrong.")] = False,
+    logprobs: Annotated[bool, typer.Option("--logprobs", help="Of --prompts: log-probabilities too.")] = False,
     model: ModelOption = SHIPPED,
     max_tokens: Annotated[int | None, typer.Option(metavar="N", help="The most tokens to generate (256).")] = None,
     min_tokens: Annotated[int | None, typer.Option(metavar="N", help="No end token before N others.")] = None,
@@ -76,33 +94,49 @@ def generate(
     text, and were not taught to follow instructions. What you do not say is as the model's generation_config.json says;
     without that file the most probable token is taken.
 
+    --prompts continues every prompt of a file, in batches, one JSON object each in their order. A line of JSON may have
+    its own max_tokens, temperature, stop, k, ...: {"prompt": "...", "seed": 1}. Killed, it goes on where --out ends.
+
     Examples:
     mixtral generate --prompt "def fibonacci(n):" --max-tokens 100
     mixtral generate --model DIR --prompt "Once" --temperature 0.8 --seed 1 --routing
     mixtral generate --model DIR --prompt "Once" --k 1
     echo "To be or" | mixtral generate --model DIR --prompt - --json
+    mixtral generate --prompts prompts.jsonl --out answers.jsonl --max-tokens 64
     """
+    asked = {name: value for name, value in locals().items() if name in SAMPLING and value not in (None, [])}
     from mixtral.config.formats import read_config
-    from mixtral.engine import stream
-    from mixtral.errors import UsageError
     from mixtral.runtime import set_threads
     from mixtral.shipped import model_folder
 
     set_threads(threads)
-    params = sampling_params(
-        model, max_tokens=max_tokens, min_tokens=min_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        min_p=min_p, typical_p=typical_p, repetition_penalty=repetition_penalty,
-        no_repeat_ngram_size=no_repeat_ngram_size, suppress_tokens=suppress_tokens, seed=seed, stop=stop,
-    )  # fmt: skip
+    params = sampling_params(model, **asked)
+    if (prompt is None) == (prompts is None):
+        raise UsageError("generate: give a --prompt, or a file of them: --prompts")
+    if prompts is not None:
+        _refuse(n=n > 1, json=as_json, routing=routing)
     prompt = read_stdin() if prompt == "-" else prompt
     check_k(k, read_config(model_folder(model)))  # before the model is loaded
-    lm, tokenizer = load_model(model, dtype, device)
+    lm, _ = load_model(model, dtype, device)
+    if prompts is not None:
+        generate_file(lm, prompts, out, asked, bos, k, skip_bad, logprobs)
+    else:
+        continue_one(lm, prompt or "", params, n, k, bos, routing, as_json)
+
+
+def continue_one(
+    lm: LM, prompt: str, params: SamplingParams, n: int, k: int | None, bos: bool | None, routing: bool, as_json: bool
+) -> None:  # fmt: skip
+    """Continue one prompt `n` times, the text of one continuation as it comes."""
+    from mixtral.engine import stream
+
     if routing and not lm.config.is_sparse:
         raise UsageError("--routing: this model is dense (one expert); only sparse models route their tokens")
-    ids = tokenizer.encode(prompt, bos, eos=False)
+    assert lm.tokenizer is not None
+    ids = lm.tokenizer.encode(prompt, bos, eos=False)
     _check_memory(lm, len(ids), n)
     speed = Speed(len(ids))
-    pieces = stream(lm.runner, [ids], params, n=n, k=k, keep_routing=routing, tokenizer=tokenizer)
+    pieces = stream(lm.runner, [ids], params, n=n, k=k, keep_routing=routing, tokenizer=lm.tokenizer)
     if as_json:
         _print_json(prompt, ids, _finish(pieces, speed, show=False), speed, routing)
         return
@@ -116,9 +150,15 @@ def generate(
         show_routing(lm, [*ids, *generation.tokens], generation.routing)
 
 
+def _refuse(**given: bool) -> None:
+    """Raise UsageError for options that say nothing of a file of prompts."""
+    for name, is_given in given.items():
+        if is_given:
+            raise UsageError(f"--{name}: goes with --prompt; --prompts writes a JSON object a prompt")
+
+
 def _check_memory(lm: LM, prompt_tokens: int, n: int) -> None:
     """Raise UsageError when the cache of the prompt and `n` tokens' logits need more memory than is free."""
-    from mixtral.errors import UsageError
     from mixtral.hardware import free_memory_bytes
 
     bits = 8 * lm.runner.pool.dtype.itemsize

@@ -62,6 +62,7 @@ def generate(
     keep_routing: bool = False,
     tokenizer: Tokenizer | None = None,
     prefill_chunk: int | None = None,
+    first: int = 0,
 ) -> list[Generation]:
     """Continue each prompt, all as one batch.
 
@@ -73,12 +74,14 @@ def generate(
         keep_routing: record the routing of every token that the model processes.
         tokenizer: gives the text; stop strings need it.
         prefill_chunk: the most tokens of a prompt processed in one step; all of them by default.
+        first: the number of the first continuation, of which a seed's random numbers depend: those of a list of prompts
+            are the same in one call or in several.
 
     Raises UsageError for a prompt that is empty, too long for the context or not of this vocabulary, and for arguments
     that contradict each other; MixtralError when the model's output is not finite.
     """
     pieces = stream(runner, prompts, params, n=n, k=k, keep_routing=keep_routing, tokenizer=tokenizer,
-                    prefill_chunk=prefill_chunk)  # fmt: skip
+                    prefill_chunk=prefill_chunk, first=first)  # fmt: skip
     for _ in pieces:
         pass
     return pieces.results()
@@ -94,12 +97,13 @@ def stream(
     keep_routing: bool = False,
     tokenizer: Tokenizer | None = None,
     prefill_chunk: int | None = None,
+    first: int = 0,
 ) -> Stream:
     """The same as `generate`, token by token as they come. Errors in the arguments are raised at once."""
     params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     of_prompt = [k] * len(prompts) if k is None or isinstance(k, int) else list(k)
     _check(prompts, params, of_prompt, runner.config, tokenizer, n, prefill_chunk)
-    return Stream(_Run(runner, prompts, params, of_prompt, n, keep_routing, tokenizer, prefill_chunk))
+    return Stream(_Run(runner, prompts, params, of_prompt, n, keep_routing, tokenizer, prefill_chunk, first))
 
 
 class Stream(Iterator[Piece]):
@@ -146,6 +150,22 @@ def check_prompt(tokens: Sequence[int], config: ModelConfig, name: str = "prompt
         raise UsageError(f"{name}: token id {wrong} is out of range; the model knows ids 0 to {config.vocab_size - 1}")
 
 
+def check_request(
+    prompt: Sequence[int], params: SamplingParams, config: ModelConfig, tokenizer: Tokenizer | None,
+    name: str = "prompt",
+) -> None:  # fmt: skip
+    """Raise UsageError, which begins with `name`, for a prompt that cannot be continued in this way."""
+    check_prompt(prompt, config, name)
+    if len(prompt) == config.context:
+        raise UsageError(f"{name}: {len(prompt)} tokens fill the model's context; none is left for an answer")
+    if len(prompt) >= _longest(params, config):
+        whole = f"max_length {params.max_length}, the most of prompt and text together"
+        raise UsageError(f"{name}: {len(prompt)} tokens reach {whole}; give max_tokens, or raise it")
+    params.check_tokens(config.vocab_size)
+    if params.stop and tokenizer is None:
+        raise UsageError("stop: stop strings need a tokenizer, and this model came without one")
+
+
 def _end_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> frozenset[int]:
     """The model's end tokens, or where its files name none, the tokenizer's."""
     if config.eos_ids or tokenizer is None:
@@ -163,11 +183,11 @@ class _Sequence:
 
     def __init__(
         self, index: int, prompt: Sequence[int], params: SamplingParams, k: int | None, config: ModelConfig,
-        tokenizer: Tokenizer | None,
+        tokenizer: Tokenizer | None, number: int,
     ) -> None:  # fmt: skip
         self.index, self.params, self.k = index, params, k
         self.id: int | None = None  # in the pool
-        self.generator = make_generator(params, index)
+        self.generator = make_generator(params, number)
         self.all_tokens = list(prompt)
         self.n_cached = 0  # how many of them are in the cache
         self.n_prompt = len(prompt)
@@ -209,13 +229,14 @@ class _Run:
     def __init__(
         self, runner: Runner, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams],
         k: Sequence[int | None], n: int, keep_routing: bool, tokenizer: Tokenizer | None, prefill_chunk: int | None,
+        first: int,
     ) -> None:  # fmt: skip
         config = runner.config
         self.runner, self.pool = runner, runner.pool
         self.vocab_size = min(config.vocab_size, tokenizer.vocab_size) if tokenizer else config.vocab_size
         self.prefill_chunk, self.keep_routing = prefill_chunk, keep_routing
         self.sequences = [
-            _Sequence(n * i + j, prompt, wanted, of_prompt, config, tokenizer)
+            _Sequence(n * i + j, prompt, wanted, of_prompt, config, tokenizer, first + n * i + j)
             for i, (prompt, wanted, of_prompt) in enumerate(zip(prompts, params, k, strict=True))
             for j in range(n)
         ]
@@ -331,12 +352,4 @@ def _check(
     if prefill_chunk is not None and prefill_chunk < 1:
         raise UsageError(f"prefill_chunk: must be a positive number of tokens, not {prefill_chunk}")
     for i, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
-        check_prompt(prompt, config, f"prompt {i}")
-        if len(prompt) == config.context:
-            raise UsageError(f"prompt {i}: {len(prompt)} tokens fill the model's context; none is left for an answer")
-        if len(prompt) >= _longest(wanted, config):
-            whole = f"max_length {wanted.max_length}, the most of prompt and text together"
-            raise UsageError(f"prompt {i}: {len(prompt)} tokens reach {whole}; give max_tokens, or raise it")
-        wanted.check_tokens(config.vocab_size)
-        if wanted.stop and tokenizer is None:
-            raise UsageError("stop: stop strings need a tokenizer, and this model came without one")
+        check_request(prompt, wanted, config, tokenizer, f"prompt {i}")

@@ -221,7 +221,7 @@ def test_routing_in_colour(run: Run, folder: Path, monkeypatch: pytest.MonkeyPat
         (["--model", "{folder}/model.safetensors", "--prompt", "x"], "a file of weights; give its folder, {folder}\n"),
         (["--model", "{bare}", "--prompt", "x"], "no tokenizer"),
         (["--model", "{bare}", "--prompt", "x"], "mixtral.load('{bare}').generate([1, 2, 3])"),
-        (["--model", "{folder}"], "Missing option '--prompt'"),
+        (["--model", "{folder}"], "give a --prompt, or a file of them: --prompts"),
     ],
 )
 def test_misuse(run: Run, folder: Path, dense_folder: Path, a_run: Path, tmp_path: Path,

@@ -1,0 +1,200 @@
+"""`mixtral generate --prompts FILE`: every prompt of a file, in batches, a line of JSON each; goes on after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mixtral.commands.common import console, say
+from mixtral.commands.streams import text_input
+from mixtral.errors import MixtralError, UsageError
+from mixtral.files import open_regular
+from mixtral.json_files import parse
+
+if TYPE_CHECKING:
+    from mixtral.engine import Generation, SamplingParams
+    from mixtral.lm import LM
+
+MOST_AT_ONCE = 32  # prompts in a batch; fewer where their keys and values would take half of the free memory
+
+
+class Request(NamedTuple):
+    """One line of the file."""
+
+    prompt: str | list[int]  # as it stands there
+    ids: list[int]
+    params: SamplingParams
+    k: int | None
+
+
+def generate_file(
+    lm: LM, source: str, out: Path | None, asked: dict[str, Any], bos: bool | None, k: int | None, skip_bad: bool,
+    logprobs: bool,
+) -> None:  # fmt: skip
+    """Continue each prompt of `source`, and write what came of them to `out` (by default standard output), in order.
+
+    A line of text is a prompt; of a file that ends in .jsonl, or whose first character is "{", each line is an object:
+    `prompt`, a text or token ids, and any field of SamplingParams, or `k`, beside it. What `out` holds already is kept,
+    and the rest is done.
+
+    Raises UsageError, with the line, for one that cannot be served, before any work, unless `skip_bad`; and where `out`
+    holds something else than the beginning of this.
+    """
+    requests = list(_requests(lm, source, asked, bos, k, skip_bad))
+    done = 0 if out is None else _done(out, requests)
+    if done:
+        say(f"{out}: {done} of {len(requests)} are there; going on")
+    with _writing(out) as write, _bar(len(requests), done) as advance:
+        while done < len(requests):
+            batch = _batch(lm, requests[done:])
+            for request, generation in zip(batch, _generate(lm, batch, done), strict=True):
+                write(json.dumps(_line(request, generation, logprobs), ensure_ascii=False))
+                advance()
+            done += len(batch)
+
+
+def _generate(lm: LM, batch: Sequence[Request], first: int) -> list[Generation]:
+    from mixtral.engine import generate
+
+    ids, params = [request.ids for request in batch], [request.params for request in batch]
+    return generate(lm.runner, ids, params, k=[request.k for request in batch], tokenizer=lm.tokenizer, first=first)
+
+
+def _line(request: Request, generation: Generation, logprobs: bool) -> dict[str, Any]:
+    line = {"prompt": request.prompt, "text": generation.text, "tokens": generation.tokens,
+            "finish_reason": generation.finish_reason}  # fmt: skip
+    return line | ({"logprobs": generation.logprobs} if logprobs else {})
+
+
+# -- the prompts -------------------------------------------------------------------------------------------------------
+
+
+def _requests(
+    lm: LM, source: str, asked: dict[str, Any], bos: bool | None, k: int | None, skip_bad: bool
+) -> Iterator[Request]:  # fmt: skip
+    lines = _lines(source)
+    as_json = source.endswith(".jsonl") or next((line for line in lines if line), "").startswith("{")
+    name = "standard input" if source == "-" else source
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            values = _object(line) if as_json else {"prompt": line}
+            yield _request(lm, values, asked, bos, k)
+        except (MixtralError, ValueError) as error:
+            what = f"{name}, line {number}: {error}"
+            if not skip_bad:
+                raise UsageError(f"{what}; --skip-bad leaves it out") from None
+            say(f"left out: {what}")
+
+
+def _lines(source: str) -> list[str]:
+    if source == "-":
+        with text_input(whole=True) as file:
+            return file.read().splitlines()
+    try:
+        with open_regular(source) as file:
+            return file.read().decode().removeprefix("\ufeff").splitlines()
+    except OSError as error:
+        raise UsageError(f"--prompts {source}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--prompts {source}: not UTF-8 text at byte {error.start}") from None
+
+
+def _object(line: str) -> dict[str, Any]:
+    values = parse(line.encode())
+    if not isinstance(values, dict):
+        raise ValueError('a JSON object is wanted, such as {"prompt": "..."}')
+    return values
+
+
+def _request(lm: LM, values: dict[str, Any], asked: dict[str, Any], bos: bool | None, k: int | None) -> Request:
+    """Raises UsageError for what cannot be served."""
+    from mixtral.commands.common import check_k
+    from mixtral.engine import SamplingParams, with_recommended
+    from mixtral.engine.generate import check_request
+
+    prompt = values.pop("prompt", None)
+    k = values.pop("k", k)
+    assert lm.tokenizer is not None
+    is_ids = isinstance(prompt, list) and all(type(i) is int for i in prompt)
+    if not is_ids and not isinstance(prompt, str):
+        raise UsageError("prompt must be a text or a list of token ids")
+    params = SamplingParams.from_dict(with_recommended({**asked, **values}, lm.sampling))
+    ids = list(prompt) if isinstance(prompt, list) else lm.tokenizer.encode(prompt, bos, eos=False)
+    if k is not None and type(k) is not int:
+        raise UsageError("k must be a number of experts")
+    check_k(k, lm.config)
+    check_request(ids, params, lm.config, lm.tokenizer)
+    return Request(prompt, ids, params, k)
+
+
+def _batch(lm: LM, requests: Sequence[Request]) -> Sequence[Request]:
+    """As many of the next ones as fit, one at least."""
+    from mixtral.hardware import free_memory_bytes
+
+    bits, room = 8 * lm.runner.pool.dtype.itemsize, free_memory_bytes(lm.device) // 2
+    for count, request in enumerate(requests[:MOST_AT_ONCE]):
+        tokens = min(len(request.ids) + request.params.max_tokens, lm.config.context)
+        room -= lm.config.kv_bytes(tokens, bits)
+        if room < 0 and count:
+            return requests[:count]
+    return requests[:MOST_AT_ONCE]
+
+
+# -- what came of them -------------------------------------------------------------------------------------------------
+
+
+def _done(out: Path, requests: Sequence[Request]) -> int:
+    """How many of the prompts `out` answers already; a last line that a kill has cut off is taken away.
+
+    Raises UsageError where it holds other lines than this would write.
+    """
+    if not out.exists():
+        return 0
+    data = open_regular(out).read()
+    whole = data[: data.rfind(b"\n") + 1]
+    lines = whole.splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            answered = parse(line)["prompt"]
+        except (ValueError, LookupError, TypeError):
+            raise UsageError(f"{out}, line {number}: nothing that this command writes; name another --out") from None
+        if number > len(requests) or answered != requests[number - 1].prompt:
+            raise UsageError(f"{out}, line {number}: answers another prompt than the file has; name another --out")
+    if len(whole) < len(data):
+        os.truncate(out, len(whole))
+    return len(lines)
+
+
+@contextmanager
+def _writing(out: Path | None) -> Iterator[Any]:
+    """-> a function that writes a line, which is on its way to the disk when it returns."""
+    if out is None:
+        yield lambda line: print(line, flush=True)
+        return
+    try:
+        with out.open("a", encoding="utf-8") as file:
+
+            def write(line: str) -> None:
+                file.write(line + "\n")
+                file.flush()
+
+            yield write
+    except OSError as error:
+        raise MixtralError(f"cannot write {out}: {error.strerror}") from error
+
+
+@contextmanager
+def _bar(total: int, done: int) -> Iterator[Any]:
+    """A bar on standard error, where that is a terminal -> a function that moves it by one prompt."""
+    from rich.progress import Progress
+
+    with Progress(console=console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("prompts", total=total, completed=done)
+        yield lambda: bar.advance(task)
