@@ -18,6 +18,7 @@ from typing import Any
 from mixtral.errors import MixtralError, UsageError, shown
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")  # OWNER/MODEL, or OWNER/MODEL@REVISION
+_COUNTED = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
 _SMALL = (
     "config.json", "params.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tekken.json",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
@@ -52,8 +53,7 @@ def pulled(name: str) -> Path | None:
     except (UsageError, FileNotFoundError, ValueError):  # no library, nothing of it, no name of a hub's
         return None
     folder = Path(found)
-    has_weights = any(_is_weights(path.name) for path in folder.iterdir())
-    if not has_weights or not all(whole.exists() for _, whole in _parts(folder)):
+    if not _has_weights(folder) or not all(whole.exists() for _, whole in _parts(folder)):
         raise UsageError(f"{name}: was not fetched to the end; `mixtral pull {name}` goes on")
     return folder
 
@@ -113,6 +113,16 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 def _is_weights(name: str) -> bool:
     return name.endswith((".safetensors", ".pt", ".pth"))
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether there are some, and where their names count them all of them."""
+    names = {path.name for path in folder.iterdir() if _is_weights(path.name)}
+    for match in filter(None, map(_COUNTED.fullmatch, names)):
+        stem, count = match["stem"], match["count"]
+        if not all(f"{stem}-{number:05d}-of-{count}.safetensors" in names for number in range(1, int(count) + 1)):
+            return False
+    return bool(names)
 
 
 def _check_space(name: str, sizes: dict[str, int], cache: Path) -> None:

@@ -115,6 +115,9 @@ def test_killed_in_the_middle_and_resumed(tmp_path: Path) -> None:
         folder = Path(found.stdout.strip())
         assert {path.name: path.read_bytes() for path in folder.glob("*.safetensors")} == shards
         assert server.sent["model-00001-of-00002.safetensors"] == len(first)  # once
+        (folder / "model-00002-of-00002.safetensors").unlink()  # as a kill between two files leaves it
+        found = subprocess.run(which, env=environment, capture_output=True, text=True, check=False)
+        assert f"was not fetched to the end; `mixtral pull {NAME}` goes on" in found.stderr
         assert not list(tmp_path.rglob("*.incomplete"))
 
 
