@@ -241,8 +241,9 @@ def _bpe(metadata: Mapping[str, Any]) -> Tokenizer:
     else:
         content = _text(document, _JSON).encode()
     tokenizer = JsonTokenizer(content, beside, _JSON if document is not None else "tokenizer.json")
-    if wrong := next((i for i in range(n) if tokenizer.texts.get(i, tokens[i]) != tokens[i]), None):
-        raise ValueError(f"{_JSON} has {shown(tokenizer.texts[wrong])} where {_LISTS[0]} has {shown(tokens[wrong])}")
+    for i, token in enumerate(tokens[:n]):
+        if (text := tokenizer.texts.get(i, token)) != token:
+            raise ValueError(f"{_JSON} has {shown(text)} where {_LISTS[0]} has {shown(token)}")
     _frame(tokenizer, metadata, usual, None if usual is None else False)
     return tokenizer
 

@@ -164,6 +164,11 @@ def test_a_json_that_is_of_another_vocabulary() -> None:
     document = vocabulary_json(other).decode()
     with pytest.raises(ValueError, match=r"tokenizer\.huggingface\.json has 'c' where tokenizer\.ggml\.tokens has 'b'"):
         read_metadata(small() | {"tokenizer.huggingface.json": document})
+    first = Vocabulary(["<b>", "</s>", "a", "b", "ab"], [Kind.CONTROL] * 2 + [Kind.NORMAL] * 3, [], "smollm")
+    named = {"mixtral.file.tokenizer_config.json": '{"bos_token": "<b>", "eos_token": "</s>"}'}
+    document = vocabulary_json(first).decode()
+    with pytest.raises(ValueError, match=r"tokenizer\.huggingface\.json has '<b>' where tokenizer\.ggml\.tokens has"):
+        read_metadata(small() | named | {"tokenizer.huggingface.json": document})
     with pytest.raises(ValueError, match=r"tokenizer\.huggingface\.json must be a text, not 5"):
         read_metadata(small() | {"tokenizer.huggingface.json": 5})
 
