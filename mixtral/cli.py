@@ -27,6 +27,7 @@ from mixtral.commands.info import info
 from mixtral.commands.pull import pull
 from mixtral.commands.quantize import quantize
 from mixtral.commands.runs import runs
+from mixtral.commands.score import score
 from mixtral.commands.streams import discard_output, prepare_streams
 from mixtral.commands.synth import synth
 from mixtral.commands.train import train
@@ -40,6 +41,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     train,
     runs,
     generate,
+    score,
     chat,
     pull,
     convert,

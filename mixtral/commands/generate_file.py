@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mixtral.commands.common import console, say
-from mixtral.commands.streams import text_input
+from mixtral.commands.prompt_lines import parsed_lines
 from mixtral.errors import MixtralError, UsageError
 from mixtral.files import open_regular
 from mixtral.json_files import parse
@@ -45,7 +45,7 @@ def generate_file(
     Raises UsageError, with the line, for one that cannot be served, before any work, unless `skip_bad`; and where `out`
     holds something else than the beginning of this.
     """
-    requests = list(_requests(lm, source, asked, bos, k, skip_bad))
+    requests = parsed_lines(source, "prompt", lambda values: _request(lm, values, asked, bos, k), skip_bad)
     done = 0 if out is None else _done(out, requests)
     if done:
         say(f"{out}: {done} of {len(requests)} are there; going on")
@@ -72,45 +72,6 @@ def _line(request: Request, generation: Generation, logprobs: bool) -> dict[str,
 
 
 # -- the prompts -------------------------------------------------------------------------------------------------------
-
-
-def _requests(
-    lm: LM, source: str, asked: dict[str, Any], bos: bool | None, k: int | None, skip_bad: bool
-) -> Iterator[Request]:  # fmt: skip
-    lines = _lines(source)
-    as_json = source.endswith(".jsonl") or next((line for line in lines if line), "").startswith("{")
-    name = "standard input" if source == "-" else source
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            values = _object(line) if as_json else {"prompt": line}
-            yield _request(lm, values, asked, bos, k)
-        except (MixtralError, ValueError) as error:
-            what = f"{name}, line {number}: {error}"
-            if not skip_bad:
-                raise UsageError(f"{what}; --skip-bad leaves it out") from None
-            say(f"left out: {what}")
-
-
-def _lines(source: str) -> list[str]:
-    if source == "-":
-        with text_input(whole=True) as file:
-            return file.read().splitlines()
-    try:
-        with open_regular(source) as file:
-            return file.read().decode().removeprefix("\ufeff").splitlines()
-    except OSError as error:
-        raise UsageError(f"--prompts {source}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--prompts {source}: not UTF-8 text at byte {error.start}") from None
-
-
-def _object(line: str) -> dict[str, Any]:
-    values = parse(line.encode())
-    if not isinstance(values, dict):
-        raise ValueError('a JSON object is wanted, such as {"prompt": "..."}')
-    return values
 
 
 def _request(lm: LM, values: dict[str, Any], asked: dict[str, Any], bos: bool | None, k: int | None) -> Request:

@@ -10,6 +10,7 @@ BASE: dict[str, list[str]] = {
     "train": ["tiny", "--show"],
     "runs": ["{run}"],
     "generate": ["--model", "{model}", "--prompt", "To be", "--max-tokens", "2"],
+    "score": ["-", "--model", "{model}"],
     "chat": ["--model", "{model}", "--max-tokens", "2"],
     "pull": ["tiny"],  # no name of a hub's: refused before anything is asked
     "convert": ["{model}", "{new}", "--to", "hf"],

@@ -20,7 +20,7 @@ FULL = "mixtral: cannot write standard output: No space left on device\n"
 CLOSED = "mixtral: standard output is closed; send it to a file, or to /dev/null\n"
 UNREADABLE = "mixtral: cannot read standard input: Bad file descriptor\n"
 NO_INPUT = "mixtral: standard input is closed; the text is wanted there\n"
-READ_INPUT = {"chat", "prompt"}
+READ_INPUT = {"chat", "prompt", "score"}
 
 
 class Kind(NamedTuple):

@@ -21,7 +21,7 @@ WRITING = {
     "demo": ["demo", "--train", "--out", "{target}"],
     "runs": ["runs", "{run}", "--plot", "{target}.png"],
 }
-READING = {"doctor", "info", "generate", "chat", "pull"}  # pull writes into the hub's own cache
+READING = {"doctor", "info", "generate", "score", "chat", "pull"}  # pull writes into the hub's own cache
 FILES = {"config.json": '{"hidden_size": 8}', "tokenizer/tokenizer.json": "{}", "data/corpus.txt": "years of work"}
 
 

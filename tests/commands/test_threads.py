@@ -22,6 +22,7 @@ COMMANDS: dict[str, Arguments] = {
     "doctor": lambda *_: ["--json"],
     "train": lambda _, new: ["tiny", "--out", str(new)],
     "generate": lambda model, _: ["--model", str(model), "--prompt", "To be", "--max-tokens", "2"],
+    "score": lambda model, _: [str(model / "config.json"), "--model", str(model), "--skip-bad"],
     "chat": lambda model, _: ["--model", str(model), "--max-tokens", "2"],
     "convert": lambda model, new: [str(model), str(new), "--to", "mistral"],
     "quantize": lambda model, new: [str(model), str(new), "--bits", "8"],
