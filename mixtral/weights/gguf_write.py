@@ -73,8 +73,8 @@ def write_gguf(
     stored = {name: _stored(slot, type) for name, slot in found.items()}
     sizes = {name: _nbytes(slot.shape, stored[name]) for name, slot in found.items()}
     done = counter(progress, "writing", sum(sizes.values()))
-    general = {"general.architecture": "llama", "general.file_type": _FILE_TYPES[type]}
-    metadata = general | metadata | {"general.quantization_version": 2}
+    metadata = {"general.architecture": "llama", **metadata}
+    metadata |= {"general.file_type": _FILE_TYPES[type], "general.quantization_version": 2}
     entries = [TensorEntry(name, stored[name], slot.shape, sizes[name]) for name, slot in found.items()]
     with atomic_file(path) as new, new.open("wb") as file:
         file.write(header_bytes(metadata, entries))
