@@ -13,14 +13,9 @@ from mixtral.config import ModelConfig
 FOLDER = Path(os.environ.get("MIXTRAL_NATIVE", Path(__file__).parent / "kernels/native"))
 
 
-def cannot_run(config: ModelConfig, library: ctypes.CDLL | str, device: str) -> str:
-    """Why the native step cannot run a model of this configuration on a type of device; "" when it can.
-
-    Args:
-        library: what `load` gave.
+def cannot_run(config: ModelConfig, device: str) -> str:
+    """Why the native step cannot run a model of this configuration on a type of device, given the library; "": it can.
     """
-    if isinstance(library, str):
-        return library
     if config.router != "topk" or config.shared_experts:
         return "it knows Mixtral's own router alone, and no shared experts"
     return "" if device == "cpu" else "it runs on the CPU alone"

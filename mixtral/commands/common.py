@@ -154,8 +154,9 @@ def sampling_params(model: str, otherwise: dict[str, Any] | None = None, **asked
     from mixtral.engine import SamplingParams, recommended, with_recommended, within_vocabulary
     from mixtral.shipped import model_folder
 
-    vocab_size = read_config(model_folder(model)).vocab_size
-    found, otherwise = within_vocabulary(recommended(model_folder(model)), vocab_size), dict(otherwise or {})
+    folder = model_folder(model)
+    vocab_size = read_config(folder).vocab_size
+    found, otherwise = within_vocabulary(recommended(folder), vocab_size), dict(otherwise or {})
     if "temperature" in found:
         otherwise = {name: value for name, value in otherwise.items() if name == "max_tokens"}
     given = {name: value for name, value in asked.items() if value is not None and value != []}

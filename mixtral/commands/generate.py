@@ -111,10 +111,8 @@ def generate(
 
     set_threads(threads)
     params = sampling_params(model, **asked)
-    if (prompt is None) == (prompts is None):
-        raise UsageError("generate: give a --prompt, or a file of them: --prompts")
-    if prompts is not None:
-        _refuse(n=n > 1, json=as_json, routing=routing)
+    of_file = {"out": out is not None, "skip-bad": skip_bad, "logprobs": logprobs}
+    _check_source(prompt, prompts, {"n": n > 1, "json": as_json, "routing": routing}, of_file)
     prompt = read_stdin() if prompt == "-" else prompt
     check_k(k, read_config(model_folder(model)))  # before the model is loaded
     lm, _ = load_model(model, dtype, device)
@@ -150,11 +148,13 @@ def continue_one(
         show_routing(lm, [*ids, *generation.tokens], generation.routing)
 
 
-def _refuse(**given: bool) -> None:
-    """Raise UsageError for options that say nothing of a file of prompts."""
-    for name, is_given in given.items():
-        if is_given:
-            raise UsageError(f"--{name}: goes with --prompt; --prompts writes a JSON object a prompt")
+def _check_source(prompt: str | None, prompts: str | None, of_one: dict[str, bool], of_file: dict[str, bool]) -> None:
+    """Raise UsageError unless there is one prompt or a file of them, and no option that would be ignored."""
+    if (prompt is None) == (prompts is None):
+        raise UsageError("generate: give a --prompt, or a file of them: --prompts")
+    ignored, goes_with = (of_file, "--prompts") if prompts is None else (of_one, "--prompt")
+    if given := [name for name, is_given in ignored.items() if is_given]:
+        raise UsageError(f"--{given[0]}: goes with {goes_with}")
 
 
 def _check_memory(lm: LM, prompt_tokens: int, n: int) -> None:

@@ -71,7 +71,9 @@ def runner_for(config: ModelConfig, machine: dict[str, int]) -> dict[str, str]:
     """What would generate with such a model on this machine, and why."""
     from mixtral.native_file import FOLDER, cannot_run, load
 
-    reason = cannot_run(config, load(FOLDER), "cuda" if "cuda" in machine else "cpu")
+    library = load(FOLDER)
+    missing = library if isinstance(library, str) else ""
+    reason = missing or cannot_run(config, "cuda" if "cuda" in machine else "cpu")
     why = f"not the native step: {reason}" if reason else "the native step on packed weights, exact in the file's dtype"
     return {"name": "torch" if reason else "native", "why": why}
 

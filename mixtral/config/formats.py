@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mixtral.config.fp8 import KEYS as FP8_KEYS
 from mixtral.config.fp8 import read_fp8
 from mixtral.config.generation import KEYS as GENERATION_KEYS
 from mixtral.config.generation import NAME as GENERATION_CONFIG
@@ -204,8 +203,10 @@ def from_hf(values: dict[str, Any], where: str = "config") -> ModelConfig:
     if kind not in ("mixtral", "mistral", "llama", _OURS):
         raise ConfigError(f"model_type must be 'mixtral', 'mistral' or 'llama', not {shown(kind)}")
     flat = flatten(values)
-    if flat.get("quantization_config.quant_method") == QUANT_METHOD or read_fp8(values):
-        flat = _without_quantisation(flat)
+    if flat.get("quantization_config.quant_method") == QUANT_METHOD:
+        flat = _without(flat, "quantization_config")
+    if fp8 := read_fp8(values):
+        flat = _without(flat, fp8.key)
     if kind == "mistral" and "sliding_window" not in flat:
         flat["sliding_window"] = 4096
         warn_once(f"{where} of a mistral model without sliding_window: 4096 assumed, as transformers does")
@@ -224,8 +225,8 @@ def from_hf(values: dict[str, Any], where: str = "config") -> ModelConfig:
 def from_mistral(values: dict[str, Any], where: str = "config") -> ModelConfig:
     """From the content of a `params.json`, which warnings call `where`; with a `moe` object the model is sparse."""
     flat = flatten(values)
-    if read_fp8(values):
-        flat = _without_quantisation(flat)
+    if fp8 := read_fp8(values):
+        flat = _without(flat, fp8.key)
     if flat.get("moe", 0) is None:
         del flat["moe"]
     if flat.get("max_seq_len") is None:
@@ -237,8 +238,8 @@ def from_mistral(values: dict[str, Any], where: str = "config") -> ModelConfig:
     return build(flat, _MISTRAL, sparse=values.get("moe") is not None, where=where)
 
 
-def _without_quantisation(flat: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in flat.items() if key.partition(".")[0] not in FP8_KEYS}
+def _without(flat: dict[str, Any], object_key: str) -> dict[str, Any]:
+    return {key: value for key, value in flat.items() if not key.startswith(f"{object_key}.")}
 
 
 def _one_window(key: str, windows: list[Any], n_layers: object) -> Any:

@@ -17,6 +17,7 @@ _STRATEGIES = ("tensor", "channel", "block")
 
 class Fp8(NamedTuple):
     block: tuple[int, int]  # rows and columns of a weight that share a scale, where there is more than one for a row
+    key: str = ""  # which of KEYS says so
 
 
 def read_fp8(values: dict[str, Any]) -> Fp8 | None:
@@ -29,11 +30,11 @@ def read_fp8(values: dict[str, Any]) -> Fp8 | None:
         if not isinstance(said, dict):
             continue
         if said.get("quant_method") == "fp8":
-            return _transformers(said, key)
+            return _transformers(said, key)._replace(key=key)
         if said.get("quant_method") == "compressed-tensors" or said.get("format") == "float-quantized":
-            return _compressed(said, key)
+            return _compressed(said, key)._replace(key=key)
         if said.get("qformat_weight") == "fp8_e4m3":
-            return Fp8(_USUAL_BLOCK)
+            return Fp8(_USUAL_BLOCK, key)
     return None
 
 

@@ -74,7 +74,7 @@ def generate(
         keep_routing: record the routing of every token that the model processes.
         tokenizer: gives the text; stop strings need it.
         prefill_chunk: the most tokens of a prompt processed in one step; all of them by default.
-        first: the number of the first continuation, of which a seed's random numbers depend: those of a list of prompts
+        first: the number of the first continuation, on which a seed's random numbers depend: those of a list of prompts
             are the same in one call or in several.
 
     Raises UsageError for a prompt that is empty, too long for the context or not of this vocabulary, and for arguments

@@ -38,7 +38,7 @@ _KNOWN = {
 
 def why_not(model: Mixtral) -> str:
     """Why the native step cannot run this model as it is; "" when it can."""
-    if reason := native.available() or cannot_run(model.config, native.library(), model.embedding.device.type):
+    if reason := native.available() or cannot_run(model.config, model.embedding.device.type):
         return reason
     for module in _modules(model):
         if type(module) not in _KNOWN:

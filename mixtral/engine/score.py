@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from mixtral import kernels
 from mixtral.engine.generate import check_prompt
 from mixtral.engine.runner import Runner
 
@@ -25,10 +26,11 @@ def score(runner: Runner, token_ids: Sequence[int], k: int | None = None) -> lis
         for begin in range(0, len(token_ids) - 1, CHUNK):
             next_ids = torch.tensor(token_ids[begin + 1 : begin + CHUNK + 1], device=runner.device)
             batch = runner.pool.batch([(sequence, token_ids[begin : begin + len(next_ids)])])
-            logits_TV = runner.run(batch, k=k, keep_routing=False).logits
-            assert logits_TV is not None
-            logprobs_TV = logits_TV.float().log_softmax(-1)
-            found += logprobs_TV.gather(1, next_ids[:, None])[:, 0].tolist()
+            with runner.cores():
+                logits_TV = runner.run(batch, k=k, keep_routing=False).logits
+                assert logits_TV is not None
+                norm_T = kernels.log_sum_exp(logits_TV)  # as in generation: the same bits for a token sampled there
+                found += (logits_TV.gather(1, next_ids[:, None])[:, 0] - norm_T).tolist()
     finally:
         runner.pool.free(sequence)
     return found

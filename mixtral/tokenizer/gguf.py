@@ -344,8 +344,7 @@ def _read_pieces(metadata: Mapping[str, Any]) -> list[Piece]:
             if not right(value):
                 raise ValueError(f"{key}[{i}] is {shown(value)}, which is no {right.__name__.removeprefix('_is_')}")
     pieces = [Piece(t, float(s), Kind(k)) for t, s, k in zip(tokens, scores, kinds, strict=True)]
-    while pieces and pieces[-1].kind == Kind.UNUSED and pieces[-1].text == f"[PAD{len(pieces) - 1}]":
-        pieces.pop()
+    pieces = pieces[: _without_padding(tokens, kinds)]
     text, count = next(iter(Counter(piece.text for piece in pieces).most_common(1)), ("", 0))
     if count > 1:
         raise ValueError(f"{_LISTS[0]} holds {shown(text)} {count} times")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
-from mixtral.errors import MixtralError, UsageError, shown
+from mixtral.errors import UsageError, shown
 from mixtral.tokenizer.base import Tokenizer
 from mixtral.tokenizer.export import byte_bpe_to_json, split
 from mixtral.tokenizer.mistral import TekkenTokenizer
@@ -154,4 +154,4 @@ def check_vocabulary(tokens: list[Any], kinds: list[Any], merges: object) -> Non
     if count > 1:
         raise ValueError(f"tokenizer.ggml.tokens holds {shown(text)} {count} times")
     if not any(kind == Kind.NORMAL for kind in kinds):
-        raise MixtralError("tokenizer.ggml.token_type names no normal token")
+        raise ValueError("tokenizer.ggml.token_type names no normal token")

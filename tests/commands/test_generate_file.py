@@ -137,6 +137,9 @@ def test_killed_and_resumed_twice(folder: Path, tmp_path: Path) -> None:
     (["--prompt", "a", "--prompts", "b"], "give a --prompt, or a file of them: --prompts"),
     (["--prompts", "b", "--n", "2"], "--n: goes with --prompt"), (["--prompts", "b", "--json"], "--json: goes with"),
     (["--prompts", "b", "--routing"], "--routing: goes with --prompt"),
+    (["--prompt", "a", "--out", "b"], "--out: goes with --prompts"),
+    (["--prompt", "a", "--skip-bad"], "--skip-bad: goes with --prompts"),
+    (["--prompt", "a", "--logprobs"], "--logprobs: goes with --prompts"),
     (["--prompts", "nowhere.txt"], "nowhere.txt: cannot be read: No such file or directory"),
 ])  # fmt: skip
 def test_misuse(run: Run, folder: Path, arguments: list[str], message: str) -> None:

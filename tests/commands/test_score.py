@@ -49,6 +49,14 @@ def test_a_continuation_counts_alone(run: Run, folder: Path, monkeypatch: pytest
     assert alone["tokens"] >= 1
 
 
+def test_what_was_generated_has_the_log_probabilities_that_it_had_then(folder: Path) -> None:
+    lm = mixtral.load(folder)
+    assert lm.tokenizer is not None
+    ids = lm.tokenizer.encode("To be", eos=False)
+    made = lm.complete([ids], max_tokens=9, temperature=1.0, seed=3)[0][0]
+    assert module.score(lm.runner, [*ids, *made.tokens])[len(ids) - 1 :] == made.logprobs
+
+
 def test_fewer_experts(run: Run, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("To be, or not to be")
     (one,), (two,) = (scored(run, tmp_path / "t.txt", "--model", folder, "--k", k) for k in (1, 2))

@@ -16,7 +16,9 @@ import mixtral
 from mixtral.config.formats import read_config, to_hf
 from mixtral.config.fp8 import read_fp8
 from mixtral.errors import ConfigError, WeightsError
-from mixtral.weights import load_state, save_hf
+from mixtral.quant.quantize import quantise_folder
+from mixtral.quant.scheme import QuantScheme
+from mixtral.weights import convert, load_state, save_hf
 from mixtral.weights.names import slots
 from tests.weights.weight_states import DENSE, SPARSE, random_state
 
@@ -192,6 +194,22 @@ def test_what_is_refused(said: dict[str, Any], message: str, tmp_path: Path) -> 
     (tmp_path / "config.json").write_text(json.dumps(to_hf(SPARSE, "bfloat16") | {"quantization_config": said}))
     with pytest.raises(ConfigError, match=message):
         read_config(tmp_path)
+
+
+def test_another_quantisation_beside_it_is_refused(tmp_path: Path) -> None:
+    values = to_hf(SPARSE, "bfloat16") | {"quantization_config": CASES["vLLM, tensors"][0], "quantization": {"bits": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"quantization\.bits is not implemented"):
+        read_config(tmp_path)
+
+
+def test_quantised_and_converted_as_the_expanded_model(tmp_path: Path) -> None:
+    save_hf(write(tmp_path / "fp8", "transformers, blocks"), SPARSE, tmp_path / "fp32")
+    for name in ("fp8", "fp32"):
+        quantise_folder(tmp_path / name, tmp_path / f"{name}-int8", QuantScheme.of("8"))
+        convert(tmp_path / name, tmp_path / f"{name}.gguf", "gguf")
+    for file in ("{}-int8/packed.safetensors", "{}.gguf"):
+        assert (tmp_path / file.format("fp8")).read_bytes() == (tmp_path / file.format("fp32")).read_bytes()
 
 
 def test_blocks_of_two_sizes_are_refused() -> None:
