@@ -13,15 +13,9 @@ import torch
 from torch import Tensor
 
 from mixtral.config import ModelConfig
-from mixtral.engine import (
-    Generation,
-    SamplingParams,
-    generate,
-    stream,
-    with_recommended,
-)
-from mixtral.engine.generate import check_prompt
-from mixtral.engine.native_runner import NativeRunner, why_not
+from mixtral.engine import Engine, Generation, KVPool, SamplingParams, with_recommended
+from mixtral.engine.continuation import check_prompt
+from mixtral.engine.native_runner import NativeRunner, cache_dtype, why_not
 from mixtral.engine.runner import Runner, TorchRunner
 from mixtral.errors import UsageError, did_you_mean
 from mixtral.files import atomic_folder
@@ -68,6 +62,7 @@ class LM:
         self.side_files = dict(side_files or {})
         self._lock = threading.Lock()
         self._runner: tuple[list[int], Runner] | None = None  # where the weights lay when it was made
+        self._engine: Engine | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -97,9 +92,27 @@ class LM:
         name, where = "native" if native_runs else "torch", self._addresses()
         with self._lock:
             if self._runner is None or self._runner[0] != where or self._runner[1].name != name:
-                self._runner = None  # before another one has a cache beside it
-                self._runner = where, NativeRunner(self.model) if native_runs else TorchRunner(self.model)
+                self._runner = self._engine = None  # before another one has a cache beside it
+                self._runner = where, self.make_runner(name)
             return self._runner[1]
+
+    def make_runner(self, name: str, cache_bytes: int | None = None) -> Runner:
+        """A runner of this name, "native" or "torch", with a cache of its own (KVPool.within)."""
+        if name == "torch":
+            pool = KVPool.within(self.config, self.model.embedding.dtype, self.device, cache_bytes)
+            return TorchRunner(self.model, pool)
+        if reason := why_not(self.model):
+            raise UsageError(f"native step: {reason}")
+        return NativeRunner(self.model, KVPool.within(self.config, cache_dtype(self.model), "cpu", cache_bytes))
+
+    @property
+    def engine(self) -> Engine:
+        """What `generate` and `stream` ask: it runs all that threads ask for at the same time together."""
+        runner = self.runner
+        with self._lock:
+            if self._engine is None or self._engine.runner is not runner:
+                self._engine = Engine(runner, self.tokenizer)
+            return self._engine
 
     def why_runner(self) -> str:
         """Why it is this runner, in a few words."""
@@ -157,8 +170,7 @@ class LM:
         if not isinstance(prompts, Sequence) or isinstance(prompts, str):
             raise UsageError(f"prompt: a text, token ids, or a list of those is wanted, not {type(prompts).__name__}")
         ids = [self._ids(p, bos) for p in prompts]
-        done = generate(self.runner, ids, self._params(sampling), n=n, k=k, keep_routing=keep_routing,
-                        tokenizer=self.tokenizer)  # fmt: skip
+        done = self.engine.generate(ids, self._params(sampling), n=n, k=k, keep_routing=keep_routing)
         return [done[i : i + n] for i in range(0, len(done), n)]
 
     @overload
@@ -171,7 +183,7 @@ class LM:
         if not _is_one(prompt):
             raise UsageError("prompt: stream takes one prompt; generate takes a list of them")
         params = self._params(sampling)
-        pieces = stream(self.runner, [self._ids(prompt, bos)], params, k=k, tokenizer=self.tokenizer)
+        pieces = self.engine.stream([self._ids(prompt, bos)], params, k=k)
         if isinstance(prompt, str):
             return (piece.text for piece in pieces if piece.text)
         return (piece.token for piece in pieces)

@@ -126,15 +126,13 @@ def continue_one(
     lm: LM, prompt: str, params: SamplingParams, n: int, k: int | None, bos: bool | None, routing: bool, as_json: bool
 ) -> None:  # fmt: skip
     """Continue one prompt `n` times, the text of one continuation as it comes."""
-    from mixtral.engine import stream
-
     if routing and not lm.config.is_sparse:
         raise UsageError("--routing: this model is dense (one expert); only sparse models route their tokens")
     assert lm.tokenizer is not None
     ids = lm.tokenizer.encode(prompt, bos, eos=False)
     _check_memory(lm, len(ids), n)
     speed = Speed(len(ids))
-    pieces = stream(lm.runner, [ids], params, n=n, k=k, keep_routing=routing, tokenizer=lm.tokenizer)
+    pieces = lm.engine.stream([ids], params, n=n, k=k, keep_routing=routing)
     if as_json:
         _print_json(prompt, ids, _finish(pieces, speed, show=False), speed, routing)
         return

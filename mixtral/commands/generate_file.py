@@ -1,4 +1,4 @@
-"""`mixtral generate --prompts FILE`: every prompt of a file, in batches, a line of JSON each; goes on after a kill."""
+"""`mixtral generate --prompts FILE`: every prompt of a file, many at once, a line of JSON each; goes on after a kill."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,10 +18,9 @@ from mixtral.files import open_regular
 from mixtral.json_files import parse
 
 if TYPE_CHECKING:
+    from mixtral import engine
     from mixtral.engine import Generation, SamplingParams
     from mixtral.lm import LM
-
-MOST_AT_ONCE = 32  # prompts in a batch; fewer where their keys and values would take half of the free memory
 
 
 class Request(NamedTuple):
@@ -50,19 +50,16 @@ def generate_file(
     if done:
         say(f"{out}: {done} of {len(requests)} are there; going on")
     with _writing(out) as write, _bar(len(requests), done) as advance:
-        while done < len(requests):
-            batch = _batch(lm, requests[done:])
-            for request, generation in zip(batch, _generate(lm, batch, done), strict=True):
-                write(json.dumps(_line(request, generation, logprobs), ensure_ascii=False))
-                advance()
-            done += len(batch)
+        adds = (partial(_add, lm, request, number) for number, request in enumerate(requests[done:], start=done))
+        for asked_for, answered in zip(requests[done:], lm.engine.in_order(adds), strict=True):
+            if answered.error:
+                raise MixtralError(answered.error)
+            write(json.dumps(_line(asked_for, answered.results()[0], logprobs), ensure_ascii=False))
+            advance()
 
 
-def _generate(lm: LM, batch: Sequence[Request], first: int) -> list[Generation]:
-    from mixtral.engine import generate
-
-    ids, params = [request.ids for request in batch], [request.params for request in batch]
-    return generate(lm.runner, ids, params, k=[request.k for request in batch], tokenizer=lm.tokenizer, first=first)
+def _add(lm: LM, request: Request, number: int) -> engine.Request:
+    return lm.engine.add(request.ids, request.params, k=request.k, first=number)
 
 
 def _line(request: Request, generation: Generation, logprobs: bool) -> dict[str, Any]:
@@ -78,7 +75,7 @@ def _request(lm: LM, values: dict[str, Any], asked: dict[str, Any], bos: bool | 
     """Raises UsageError for what cannot be served."""
     from mixtral.commands.common import check_k
     from mixtral.engine import SamplingParams, with_recommended
-    from mixtral.engine.generate import check_request
+    from mixtral.engine.continuation import check_request
 
     prompt = values.pop("prompt", None)
     k = values.pop("k", k)
@@ -93,19 +90,6 @@ def _request(lm: LM, values: dict[str, Any], asked: dict[str, Any], bos: bool | 
     check_k(k, lm.config)
     check_request(ids, params, lm.config, lm.tokenizer)
     return Request(prompt, ids, params, k)
-
-
-def _batch(lm: LM, requests: Sequence[Request]) -> Sequence[Request]:
-    """As many of the next ones as fit, one at least."""
-    from mixtral.hardware import free_memory_bytes
-
-    bits, room = 8 * lm.runner.pool.dtype.itemsize, free_memory_bytes(lm.device) // 2
-    for count, request in enumerate(requests[:MOST_AT_ONCE]):
-        tokens = min(len(request.ids) + request.params.max_tokens, lm.config.context)
-        room -= lm.config.kv_bytes(tokens, bits)
-        if room < 0 and count:
-            return requests[:count]
-    return requests[:MOST_AT_ONCE]
 
 
 # -- what came of them -------------------------------------------------------------------------------------------------

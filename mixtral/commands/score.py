@@ -74,7 +74,7 @@ def _scored(
 
 def _ids(lm: LM, values: dict[str, Any], bos: bool | None) -> tuple[dict[str, Any], list[int], list[int]]:
     """(the line, the tokens before what counts, those that count). Raises UsageError for what is no text."""
-    from mixtral.engine.generate import check_prompt
+    from mixtral.engine.continuation import check_prompt
 
     tokenizer = lm.tokenizer
     assert tokenizer is not None

@@ -9,47 +9,19 @@ Legend: B sequences of the step that get a token, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mixtral import kernels
 from mixtral.config import ModelConfig
-from mixtral.engine.detokenize import TextOutput
-from mixtral.engine.history import apply_history
+from mixtral.engine.continuation import Continuation, Generation, Piece, check_request, known_ids
 from mixtral.engine.params import SamplingParams
 from mixtral.engine.runner import Runner
-from mixtral.engine.sampling import make_generator, sample
+from mixtral.engine.sampling import next_tokens
 from mixtral.errors import MixtralError, UsageError
 from mixtral.moe import Routing
 from mixtral.tokenizer import Tokenizer
-
-FinishReason = Literal["stop", "length"]  # an end token or a stop string; max_tokens or the end of the context
-
-
-class Piece(NamedTuple):
-    """One generated token, as it is streamed."""
-
-    sequence: int  # index of the continuation: those of a prompt follow each other, `n` of each
-    token: int
-    logprob: float  # natural logarithm of the token's probability, before temperature and filters
-    text: str  # what may be shown now; "" without a tokenizer or while text is held back
-    finish_reason: FinishReason | None  # with the sequence's last piece
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One continuation of a prompt."""
-
-    tokens: list[int]  # all that were sampled: the end token too, and those of a stop string
-    logprobs: list[float]  # as in Piece
-    text: str  # without the end token and the stop string; "" without a tokenizer
-    finish_reason: FinishReason
-    routing: tuple[Routing, ...] = ()  # if kept, one a layer: every token but the last one sampled, prompt first
 
 
 def generate(
@@ -138,91 +110,6 @@ class Stream(Iterator[Piece]):
         self.close()
 
 
-def check_prompt(tokens: Sequence[int], config: ModelConfig, name: str = "prompt") -> None:
-    """Raise UsageError unless the model can read `tokens`: at least one, no more than the context, all in range."""
-    if len(tokens) == 0:
-        raise UsageError(f"{name}: empty; at least one token is needed, such as the tokenizer's first one")
-    if len(tokens) > config.context:
-        raise UsageError(f"{name}: {len(tokens)} tokens do not fit the model's context of {config.context}")
-    low, high = min(tokens), max(tokens)
-    if low < 0 or high >= config.vocab_size:
-        wrong = low if low < 0 else high
-        raise UsageError(f"{name}: token id {wrong} is out of range; the model knows ids 0 to {config.vocab_size - 1}")
-
-
-def check_request(
-    prompt: Sequence[int], params: SamplingParams, config: ModelConfig, tokenizer: Tokenizer | None,
-    name: str = "prompt",
-) -> None:  # fmt: skip
-    """Raise UsageError, which begins with `name`, for a prompt that cannot be continued in this way."""
-    check_prompt(prompt, config, name)
-    if len(prompt) == config.context:
-        raise UsageError(f"{name}: {len(prompt)} tokens fill the model's context; none is left for an answer")
-    if len(prompt) >= _longest(params, config):
-        whole = f"max_length {params.max_length}, the most of prompt and text together"
-        raise UsageError(f"{name}: {len(prompt)} tokens reach {whole}; give max_tokens, or raise it")
-    params.check_tokens(config.vocab_size)
-    if params.stop and tokenizer is None:
-        raise UsageError("stop: stop strings need a tokenizer, and this model came without one")
-
-
-def _end_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> frozenset[int]:
-    """The model's end tokens, or where its files name none, the tokenizer's."""
-    if config.eos_ids or tokenizer is None:
-        return frozenset(config.eos_ids)
-    return frozenset({tokenizer.eos_id})
-
-
-def _longest(params: SamplingParams, config: ModelConfig) -> int:
-    """The most tokens of prompt and continuation together."""
-    return min(params.max_length or config.context, config.context)
-
-
-class _Sequence:
-    """One continuation of a prompt."""
-
-    def __init__(
-        self, index: int, prompt: Sequence[int], params: SamplingParams, k: int | None, config: ModelConfig,
-        tokenizer: Tokenizer | None, number: int,
-    ) -> None:  # fmt: skip
-        self.index, self.params, self.k = index, params, k
-        self.id: int | None = None  # in the pool
-        self.generator = make_generator(params, number)
-        self.all_tokens = list(prompt)
-        self.n_cached = 0  # how many of them are in the cache
-        self.n_prompt = len(prompt)
-        self.limit = min(self.n_prompt + params.max_tokens, _longest(params, config))
-        self.end_ids = frozenset() if params.ignore_eos else _end_ids(config, tokenizer)
-        self.output = TextOutput(tokenizer, prompt, params.stop) if tokenizer else None
-        self.logprobs: list[float] = []
-        self.texts: list[str] = []
-        self.finish_reason: FinishReason | None = None
-        self.routings: list[tuple[Routing, ...]] = []  # one entry a step
-        self.followers: list[_Sequence] = []  # other continuations of the prompt, until it is in the cache
-
-    def accept(self, token: int, logprob: float) -> Piece:
-        """Add a sampled token."""
-        self.all_tokens.append(token)
-        self.logprobs.append(logprob)
-        text, ended = "", token in self.end_ids
-        full = len(self.all_tokens) >= self.limit
-        if self.output:
-            text = "" if ended else self.output.push(token)
-            text += self.output.end() if ended or full else ""
-            ended = ended or self.output.stopped
-        if ended or full:
-            self.finish_reason = "stop" if ended else "length"
-        self.texts.append(text)
-        return Piece(self.index, token, logprob, text, self.finish_reason)
-
-    def result(self) -> Generation:
-        assert self.finish_reason is not None
-        layers = zip(*self.routings, strict=True)
-        routing = tuple(Routing.cat(steps) for steps in layers)
-        tokens = self.all_tokens[self.n_prompt :]
-        return Generation(tokens, self.logprobs, "".join(self.texts), self.finish_reason, routing)
-
-
 class _Run:
     """The state of one call: its sequences, and which of them are still active, with their keys and values."""
 
@@ -233,17 +120,17 @@ class _Run:
     ) -> None:  # fmt: skip
         config = runner.config
         self.runner, self.pool = runner, runner.pool
-        self.vocab_size = min(config.vocab_size, tokenizer.vocab_size) if tokenizer else config.vocab_size
+        self.vocab_size = known_ids(config, tokenizer)
         self.prefill_chunk, self.keep_routing = prefill_chunk, keep_routing
         self.sequences = [
-            _Sequence(n * i + j, prompt, wanted, of_prompt, config, tokenizer, first + n * i + j)
+            Continuation(n * i + j, prompt, wanted, of_prompt, config, tokenizer, first + n * i + j)
             for i, (prompt, wanted, of_prompt) in enumerate(zip(prompts, params, k, strict=True))
             for j in range(n)
         ]
         self.active = self.sequences[::n]  # the others follow when their prompt is in the cache
         for leader in self.active:
             leader.followers = self.sequences[leader.index + 1 : leader.index + n]
-            leader.id = self.pool.add()
+            leader.id = self.pool.add(leader.limit)
 
     def stop(self) -> None:
         """Free what the active sequences have in the cache."""
@@ -289,7 +176,7 @@ class _Run:
         for sequence, begin, end in zip(self.active, ends[:-1], ends[1:], strict=True):
             sequence.routings.append(tuple(layer.tokens(begin, end) for layer in routing))
 
-    def _with_followers(self, ready: list[_Sequence]) -> tuple[list[int], list[_Sequence]]:
+    def _with_followers(self, ready: list[Continuation]) -> tuple[list[int], list[Continuation]]:
         """Let the other continuations of prompts that are now in the cache begin -> (row of `ready`, sequence) each."""
         rows, sequences = [], []
         for row, leader in enumerate(ready):
@@ -303,21 +190,14 @@ class _Run:
             leader.followers = []
         return rows, sequences
 
-    def _sample(self, logits_BV: Tensor, ready: list[_Sequence]) -> list[Piece]:
-        logits_BV = logits_BV[:, : self.vocab_size]  # ids that the tokenizer lacks are padding of the weights
-        norm_B = kernels.log_sum_exp(logits_BV)
-        if not all(map(math.isfinite, norm_B.tolist())):  # some norm is not as soon as one logit is NaN or +inf
-            raise MixtralError(
-                "generation: logits are not finite; the weights are damaged, or need a dtype of larger range (bf16 or "
-                "fp32)"
-            )
+    def _sample(self, logits_BV: Tensor, ready: list[Continuation]) -> list[Piece]:
         rows, ready = self._with_followers(ready)
-        if len(rows) > logits_BV.shape[0]:
-            logits_BV, norm_B = logits_BV[rows], norm_B[rows]
-        ids_B = sample(_after_history(logits_BV, ready), [s.params for s in ready], [s.generator for s in ready])
-        logprobs_B = logits_BV.gather(1, ids_B[:, None])[:, 0] - norm_B
-        sampled = zip(ready, ids_B.tolist(), logprobs_B.tolist(), strict=True)
-        return [sequence.accept(token, logprob) for sequence, token, logprob in sampled]
+        pieces = []
+        for sequence, found in zip(ready, next_tokens(logits_BV[:, : self.vocab_size], rows, ready), strict=True):
+            if isinstance(found, MixtralError):
+                raise found
+            pieces.append(sequence.accept(found))
+        return pieces
 
     def _drop_finished(self) -> None:
         for sequence in self.active:
@@ -325,17 +205,6 @@ class _Run:
                 self.pool.free(sequence.id)
                 sequence.id = None
         self.active = [s for s in self.active if s.finish_reason is None]
-
-
-def _after_history(logits_BV: Tensor, sequences: list[_Sequence]) -> Tensor:
-    """Each sequence's logits, after what its tokens so far do to them."""
-    if not any(s.params.uses_history for s in sequences):
-        return logits_BV
-    rows = [
-        apply_history(logits_V, s.params, s.all_tokens, s.n_prompt, s.end_ids)
-        for logits_V, s in zip(logits_BV, sequences, strict=True)
-    ]
-    return torch.stack([logits_V.float() for logits_V in rows])
 
 
 def _check(
@@ -353,3 +222,5 @@ def _check(
         raise UsageError(f"prefill_chunk: must be a positive number of tokens, not {prefill_chunk}")
     for i, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
         check_request(prompt, wanted, config, tokenizer, f"prompt {i}")
+        if wanted.prompt_logprobs is not None:
+            raise UsageError("prompt_logprobs: the plain loop has none; ask the engine")

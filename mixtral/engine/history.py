@@ -9,6 +9,7 @@ Legend: V vocabulary.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 
 import torch
@@ -31,13 +32,18 @@ def apply_history(
     """
     if params.repetition_penalty != 1:
         logits_V = penalise_repetition(logits_V, tokens, params.repetition_penalty)
+    if params.presence_penalty or params.frequency_penalty:
+        logits_V = penalise_generated(logits_V, tokens[n_prompt:], params.presence_penalty, params.frequency_penalty)
+    if params.logit_bias:
+        logits_V = add_bias(logits_V, params.logit_bias)
+    if params.allowed_token_ids is not None:
+        logits_V = keep_allowed(logits_V, {*params.allowed_token_ids, *end_ids})
     banned = {i for i in banned_ids(params, tokens, n_prompt, end_ids) if i < len(logits_V)}
-    if not banned:
-        return logits_V
-    logits_V = logits_V.float().index_fill(0, torch.tensor(list(banned), device=logits_V.device), -math.inf)
-    if logits_V.amax() == -math.inf:
-        raise MixtralError("generation: every token is banned by suppress_tokens, bad_words_ids, no_repeat_ngram_size "
-                           "or a minimum of tokens; allow some")  # fmt: skip
+    if banned:
+        logits_V = logits_V.float().index_fill(0, torch.tensor(list(banned), device=logits_V.device), -math.inf)
+    if (banned or params.allowed_token_ids is not None) and logits_V.amax() == -math.inf:
+        raise MixtralError("generation: every token is banned by suppress_tokens, bad_words_ids, no_repeat_ngram_size, "
+                           "allowed_token_ids or a minimum of tokens; allow some")  # fmt: skip
     return logits_V
 
 
@@ -49,9 +55,27 @@ def penalise_repetition(logits_V: Tensor, tokens: Sequence[int], penalty: float)
     return logits_V.index_copy(0, ids, torch.where(found < 0, found * penalty, found / penalty))
 
 
-def banned_ids(
-    params: SamplingParams, tokens: Sequence[int], n_prompt: int, end_ids: Collection[int]
-) -> Iterable[int]:
+def penalise_generated(logits_V: Tensor, generated: Sequence[int], presence: float, frequency: float) -> Tensor:
+    """logit - presence - frequency * count for each token that was generated, as OpenAI's interface defines the two."""
+    counts = Counter(i for i in generated if i < len(logits_V))
+    return add_bias(logits_V, [(i, -(presence + frequency * count)) for i, count in counts.items()])
+
+
+def add_bias(logits_V: Tensor, bias: Sequence[tuple[int, float]]) -> Tensor:
+    """Add a number to the logits of some tokens."""
+    ids = torch.tensor([i for i, _ in bias], dtype=torch.int64, device=logits_V.device)
+    values = torch.tensor([value for _, value in bias], dtype=torch.float32, device=logits_V.device)
+    return logits_V.float().index_add(0, ids, values)
+
+
+def keep_allowed(logits_V: Tensor, allowed: Collection[int]) -> Tensor:
+    """-inf but for some tokens."""
+    ids = torch.tensor([i for i in allowed if i < len(logits_V)], dtype=torch.int64, device=logits_V.device)
+    logits_V = logits_V.float()
+    return torch.full_like(logits_V, -math.inf).index_copy(0, ids, logits_V[ids])
+
+
+def banned_ids(params: SamplingParams, tokens: Sequence[int], n_prompt: int, end_ids: Collection[int]) -> Iterable[int]:
     """The tokens that must not follow; an id may come twice, and lie beyond the vocabulary."""
     if params.no_repeat_ngram_size:
         yield from repeating_ids(tokens, params.no_repeat_ngram_size)

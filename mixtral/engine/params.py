@@ -11,9 +11,11 @@ from typing import Any
 from mixtral.errors import UsageError, did_you_mean, shown
 
 TOKEN_FIELDS = ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens")  # of SamplingParams, with ids of tokens
+_MORE_TOKEN_FIELDS = ("stop_token_ids", "allowed_token_ids")
+_MOST_ALTERNATIVES = 1000
 _FLOATS = (
     *("repetition_penalty", "temperature", "top_h", "top_p", "min_p", "typical_p"),
-    *("epsilon_cutoff", "eta_cutoff"),
+    *("epsilon_cutoff", "eta_cutoff", "presence_penalty", "frequency_penalty"),
 )
 
 
@@ -25,17 +27,23 @@ class SamplingParams:
     """
 
     # how long
-    max_tokens: int = 256
+    max_tokens: int = 256  # 0 with prompt_logprobs alone: the prompt is read and nothing follows
     max_length: int | None = None  # the most tokens of prompt and continuation together
     min_tokens: int = 0  # no end token before so many new ones
     min_length: int = 0  # no end token before prompt and continuation together have so many
     stop: tuple[str, ...] = ()  # end before any of these strings
+    stop_token_ids: tuple[int, ...] = ()  # end after any of these tokens, as after an end token
     ignore_eos: bool = False  # go on after an end token
     # which tokens may follow, whatever their probability
     repetition_penalty: float = 1.0  # above 1: every token that occurred so far becomes less probable
+    presence_penalty: float = 0.0  # taken from the logit of every token that was generated so far
+    frequency_penalty: float = 0.0  # the same, as often as it was
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit); a dict is taken too
     no_repeat_ngram_size: int = 0  # no sequence of this many tokens occurs twice; 0: no such rule
     bad_words_ids: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that are never completed
+    bad_words: tuple[str, ...] = ()  # phrases that are never completed, as the tokenizer encodes them
     suppress_tokens: tuple[int, ...] = ()  # never sampled
+    allowed_token_ids: tuple[int, ...] | None = None  # nothing else is sampled, but for end tokens
     begin_suppress_tokens: tuple[int, ...] = ()  # not as the first new token
     # how to sample
     temperature: float = 0.0  # 0: always the most probable token
@@ -47,6 +55,9 @@ class SamplingParams:
     epsilon_cutoff: float = 0.0  # keep tokens of at least this probability
     eta_cutoff: float = 0.0  # the same, with a smaller bound where the distribution is flat
     seed: int | None = None  # None: another text every time
+    # what is told
+    logprobs: int | None = None  # log-probabilities of so many of the most probable tokens at each place
+    prompt_logprobs: int | None = None  # of the prompt's tokens, and of so many alternatives to each
 
     def __post_init__(self) -> None:
         self._make_tuples()
@@ -58,23 +69,39 @@ class SamplingParams:
                 object.__setattr__(self, name, float(value))
 
     def _make_tuples(self) -> None:
-        for name in ("stop", *TOKEN_FIELDS):
+        bias: object = self.logit_bias
+        if isinstance(bias, dict):
+            object.__setattr__(self, "logit_bias", tuple(bias.items()))
+        for name in ("stop", "bad_words", "logit_bias", *TOKEN_FIELDS, *_MORE_TOKEN_FIELDS):
             if isinstance(value := getattr(self, name), list | tuple):
                 object.__setattr__(self, name, tuple(tuple(v) if isinstance(v, list) else v for v in value))
 
     def _check_lengths(self) -> None:
         max_length = self.max_length is None or _is_int(self.max_length, 1)
         self._require("max_length", "a positive integer or None", max_length)  # before what may come of it
-        self._require("max_tokens", "a positive integer", _is_int(self.max_tokens, 1))
+        reads = self.prompt_logprobs is not None
+        wanted = "an integer of at least 0" if reads else "a positive integer"
+        self._require("max_tokens", wanted, _is_int(self.max_tokens, 0 if reads else 1))
         for name in ("min_tokens", "min_length"):
             self._require(name, "an integer of at least 0", _is_int(getattr(self, name), 0))
         strings = isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop)
         self._require("stop", "one or more texts that are not empty", strings)
+        self._require("stop_token_ids", "a list of token ids", _are_ids(self.stop_token_ids))
         self._require("ignore_eos", "True or False", isinstance(self.ignore_eos, bool))
 
     def _check_history(self) -> None:
         penalty = _is_number(self.repetition_penalty, 1e-30, 1e30)  # 0 or inf in fp32
         self._require("repetition_penalty", "a positive number from 1e-30 to 1e30", penalty)
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._require(name, "a number from -2 to 2", _is_number(getattr(self, name), -2, 2))
+        bias = isinstance(self.logit_bias, tuple) and all(_is_bias(pair) for pair in self.logit_bias)
+        self._require("logit_bias", "token ids with numbers from -100 to 100", bias)
+        phrases = isinstance(self.bad_words, tuple) and all(isinstance(s, str) and s for s in self.bad_words)
+        self._require("bad_words", "a list of texts that are not empty", phrases)
+        allowed = self.allowed_token_ids is None or (
+            _are_ids(self.allowed_token_ids) and len(self.allowed_token_ids) > 0
+        )
+        self._require("allowed_token_ids", "a list of token ids that is not empty, or None", allowed)
         self._require("no_repeat_ngram_size", "an integer of at least 0", _is_int(self.no_repeat_ngram_size, 0))
         words = isinstance(self.bad_words_ids, tuple) and all(word and _are_ids(word) for word in self.bad_words_ids)
         self._require("bad_words_ids", "a list of lists of token ids, none of them empty", words)
@@ -92,6 +119,10 @@ class SamplingParams:
         for name in ("epsilon_cutoff", "eta_cutoff"):
             value = getattr(self, name)
             self._require(name, "at least 0 and below 1", _is_share(value) and value < 1)
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            fits = value is None or (_is_int(value, 0) and value <= _MOST_ALTERNATIVES)
+            self._require(name, f"an integer of 0 to {_MOST_ALTERNATIVES}, or None", fits)
         self._require("seed", "an integer of at least 0 or None", self.seed is None or _is_int(self.seed, 0))
 
     def _require(self, name: str, wanted: str, holds: bool) -> None:
@@ -102,8 +133,9 @@ class SamplingParams:
 
     def check_tokens(self, vocab_size: int) -> None:
         """Raise UsageError for the ids of tokens to be ruled out that lie beyond a vocabulary."""
-        for name in TOKEN_FIELDS:
-            for i in _flat(getattr(self, name)):
+        fields = {name: _flat(getattr(self, name) or ()) for name in (*TOKEN_FIELDS, *_MORE_TOKEN_FIELDS)}
+        for name, ids in {**fields, "logit_bias": iter([i for i, _ in self.logit_bias])}.items():
+            for i in ids:
                 if i >= vocab_size:
                     known = f"the model knows ids 0 to {vocab_size - 1}"
                     raise UsageError(f"sampling: {name}: token id {shown(i)} is out of range; {known}")
@@ -112,7 +144,9 @@ class SamplingParams:
     def uses_history(self) -> bool:
         """Whether the logits depend on the tokens so far, or some tokens are banned (engine/history.py)."""
         bans = self.no_repeat_ngram_size or self.bad_words_ids or self.suppress_tokens or self.begin_suppress_tokens
-        return bool(bans or self.min_tokens or self.min_length or self.repetition_penalty != 1)
+        penalties = self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias
+        allowed = self.allowed_token_ids is not None
+        return bool(bans or penalties or allowed or self.min_tokens or self.min_length)
 
     @property
     def is_filtered(self) -> bool:
@@ -147,6 +181,10 @@ def _is_number(value: object, least: float, most: float) -> bool:
 def _is_share(value: Any, above: bool = False) -> bool:
     """Whether it lies in 0..1, or `above` 0."""
     return _is_number(value, 0, 1) and not (above and value == 0)
+
+
+def _is_bias(pair: object) -> bool:
+    return isinstance(pair, tuple) and len(pair) == 2 and _is_int(pair[0], 0) and _is_number(pair[1], -100, 100)
 
 
 def _are_ids(value: object) -> bool:

@@ -1,7 +1,8 @@
 """KVPool: keys and values of earlier tokens in blocks, handed out to sequences by id (arXiv 2309.06180).
 
 Position p of a sequence lies in the block number p // block_size of its table. With a sliding window, blocks that no
-later token sees are freed. Sequences may share blocks; what one of them changes it copies first.
+later token sees are freed. Sequences may share blocks; what one of them changes it copies first. Full blocks may be
+remembered by their tokens, so that a sequence that begins alike need not be computed again (engine/blocks.py).
 
 Legend: T new tokens of all sequences, L layers, G key/value heads, S slots, C head width.
 """
@@ -9,17 +10,21 @@ Legend: T new tokens of all sequences, L layers, G key/value heads, S slots, C h
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from mixtral.config import ModelConfig
+from mixtral.engine.blocks import Blocks, Prefix
 from mixtral.errors import MixtralError, UsageError
+from mixtral.hardware import free_memory_bytes
 from mixtral.model import Ragged
 
 BLOCK_SIZE = 32  # as many positions as native attention reads at once
+_SHARE = 4  # of the free memory, a pool takes one part of so many unless told otherwise
+_MOST_SEQUENCES = 64  # of the whole context: more room is of no use
 _KEPT_BYTES = 64 << 20  # of an empty pool; the rest is given back
 
 
@@ -27,6 +32,8 @@ _KEPT_BYTES = 64 << 20  # of an empty pool; the rest is given back
 class _Sequence:
     length: int = 0  # positions so far
     blocks: list[int] = field(default_factory=list)  # -1: freed, out of the window
+    room: int = 1  # blocks that it may come to need
+    prefixes: list[Prefix] = field(default_factory=list)  # of what follows each remembered block, the start first
 
 
 class KVPool:
@@ -49,11 +56,27 @@ class KVPool:
         self.lock = threading.RLock()  # also held by whoever reads or writes the slots
         shape = (config.n_layers, 2, config.n_kv_heads, n_blocks * block_size, config.head_dim)
         self.pool_L2GSC = torch.empty(shape, dtype=dtype, device=device)
-        self._users = [0] * n_blocks  # of each block
-        self._free = n_blocks  # how many have none
+        self.blocks = Blocks(n_blocks)
         self._sequences: dict[int, _Sequence] = {}
         self._next_id = 0
         self._tables: tuple[tuple[int, ...], Tensor] | None = None  # of the last batch; None once some block changed
+
+    @classmethod
+    def within(
+        cls, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu", n_bytes: int | None = None
+    ) -> KVPool:
+        """A pool that takes `n_bytes` and does not grow; by default a quarter of the free memory, or half of it where a
+        text of the whole context needs as much. On a CPU the system gives memory only once it is written to.
+
+        Raises UsageError when not even one block fits.
+        """
+        block = BLOCK_SIZE * config.kv_bytes(1, 8 * dtype.itemsize)
+        if n_bytes is None:
+            free, whole = free_memory_bytes(torch.device(device)), -(-config.context // BLOCK_SIZE) * block
+            n_bytes = min(max(free // _SHARE, min(whole, free // 2), block), _MOST_SEQUENCES * whole)
+        if n_bytes < block:
+            raise UsageError(f"cache: {n_bytes:,} bytes hold no block of {BLOCK_SIZE} positions, which takes {block:,}")
+        return cls(config, dtype, device, n_blocks=n_bytes // block, grows=False)
 
     # -- what there is -------------------------------------------------------------------------------------------------
 
@@ -63,12 +86,18 @@ class KVPool:
 
     @property
     def n_blocks(self) -> int:
-        return len(self._users)
+        return len(self.blocks)
 
     @property
     def n_free(self) -> int:
         """Blocks that no sequence uses."""
-        return self._free
+        return self.blocks.n_free
+
+    @property
+    def block_bytes(self) -> int:
+        """Of one block in all layers."""
+        layers, two, heads, _, width = self.pool_L2GSC.shape
+        return layers * two * heads * width * self.block_size * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
@@ -89,12 +118,50 @@ class KVPool:
 
     # -- sequences -----------------------------------------------------------------------------------------------------
 
-    def add(self) -> int:
-        """A new, empty sequence -> its id."""
+    def add(self, most: int = 1) -> int:
+        """A new, empty sequence, which may come to have `most` positions -> its id."""
         with self.lock:
             self._next_id += 1
-            self._sequences[self._next_id] = _Sequence()
+            self._sequences[self._next_id] = _Sequence(room=self._blocks_of(most))
             return self._next_id
+
+    def add_remembered(self, tokens: Sequence[int], start: Hashable, most: int = 1) -> int:
+        """A new sequence with as many of the first tokens as are remembered, but for the last token -> its id.
+
+        Args:
+            start: what else keys and values depend on, such as the number of experts a token takes.
+        """
+        with self.lock:
+            id = self.add(most)
+            sequence, size = self._sequences[id], self.block_size
+            sequence.prefixes.append(("start", start))
+            for end in range(size, len(tokens), size):
+                found = self.blocks.find(sequence.prefixes[-1], tuple(tokens[end - size : end]))
+                if found is None:
+                    break
+                self.blocks.hold(found[0])
+                sequence.blocks.append(found[0])
+                sequence.prefixes.append(found[1])
+                sequence.length = end
+            return id
+
+    def remember(self, id: int, tokens: Sequence[int]) -> None:
+        """Remember the full blocks of a sequence of `add_remembered`, whose positions hold these tokens."""
+        with self.lock:
+            sequence, size = self._sequence(id), self.block_size
+            for i in range(len(sequence.prefixes) - 1, sequence.length // size):
+                block = sequence.blocks[i]
+                if block < 0:  # out of the window already
+                    return
+                chunk = tuple(tokens[i * size : (i + 1) * size])
+                sequence.prefixes.append(self.blocks.remember(block, sequence.prefixes[-1], chunk))
+
+    def forget_remembered(self) -> None:
+        """Whatever is remembered is not found any more."""
+        with self.lock:
+            self.blocks.forget_all()
+            for sequence in self._sequences.values():
+                sequence.prefixes = []
 
     def share(self, id: int, length: int | None = None) -> int:
         """A new sequence that begins with the first `length` positions of another (all by default) -> its id.
@@ -107,10 +174,11 @@ class KVPool:
             length = of.length if length is None else length
             self._check_within(id, of, length)
             new = self.add()
-            self._sequences[new] = _Sequence(length, of.blocks[: self._blocks_of(length)])
+            prefixes = of.prefixes[: 1 + length // self.block_size]
+            self._sequences[new] = _Sequence(length, of.blocks[: self._blocks_of(length)], of.room, prefixes)
             for block in self._sequences[new].blocks:
                 if block >= 0:
-                    self._users[block] += 1
+                    self.blocks.hold(block)
             return new
 
     def truncate(self, id: int, length: int) -> None:
@@ -120,6 +188,7 @@ class KVPool:
             self._check_within(id, sequence, length)
             self._release(sequence.blocks[self._blocks_of(length) :])
             del sequence.blocks[self._blocks_of(length) :]
+            del sequence.prefixes[1 + length // self.block_size :]
             sequence.length = length
 
     def free(self, id: int) -> None:
@@ -129,7 +198,19 @@ class KVPool:
             del self._sequences[id]
             if not self._sequences and self.grows and self.nbytes > _KEPT_BYTES:
                 self.pool_L2GSC = self.pool_L2GSC.new_empty((*self.pool_L2GSC.shape[:3], 0, self.pool_L2GSC.shape[4]))
-                self._users, self._free = [], 0
+                self.blocks = Blocks()
+
+    def held(self, id: int) -> int:
+        """Blocks that a sequence has."""
+        return len(self._sequence(id).blocks)
+
+    def needed(self, id: int, n: int) -> int:
+        """Blocks that `n` more positions of a sequence take, a copy of a shared one included."""
+        return self._needed(self._sequence(id), n)
+
+    def blocks_of(self, length: int) -> int:
+        """Blocks of so many positions."""
+        return self._blocks_of(length)
 
     def batch(self, chunks: Sequence[tuple[int, Sequence[int]]]) -> Ragged:
         """The next tokens of some sequences, by id, as a batch; the pool counts them as seen and has room for them.
@@ -182,12 +263,9 @@ class KVPool:
         if -1 in sequence.blocks[self._oldest(length) // self.block_size : self._blocks_of(length)]:
             raise UsageError(f"KV pool: positions before {length} of sequence {id} are out of its window, and freed")
 
-    def _release(self, blocks: Iterable[int]) -> None:
+    def _release(self, blocks: Sequence[int]) -> None:
         self._tables = None
-        for block in blocks:
-            if block >= 0:
-                self._users[block] -= 1
-                self._free += self._users[block] == 0
+        self.blocks.release(blocks)
 
     def _free_before_window(self, sequence: _Sequence) -> None:
         end = self._oldest(sequence.length) // self.block_size
@@ -199,7 +277,7 @@ class KVPool:
 
     def _shared_end(self, sequence: _Sequence) -> bool:
         """Whether its next token belongs in a block that others use too."""
-        return sequence.length % self.block_size > 0 and self._users[sequence.blocks[-1]] > 1
+        return sequence.length % self.block_size > 0 and self.blocks.users(sequence.blocks[-1]) > 1
 
     def _needed(self, sequence: _Sequence, n: int) -> int:
         """Blocks that `n` more positions take, a copy of the last one included."""
@@ -208,52 +286,39 @@ class KVPool:
 
     def _reserve(self, n: int) -> None:
         """Make sure that `n` blocks are free."""
-        if n <= self._free:
+        if n <= self.n_free:
             return
         if not self.grows:
-            raise MixtralError(f"KV pool: {n} blocks of {self.block_size} positions are needed and {self._free} of "
-                               f"{self.n_blocks} are free; give it more, or run fewer sequences at once")
-        more = max(n - self._free, self.n_blocks)
+            raise MixtralError(
+                f"KV pool: {n} blocks of {self.block_size} positions are needed and {self.n_free} of "
+                f"{self.n_blocks} are free; give it more, or run fewer sequences at once"
+            )
+        more = max(n - self.n_free, self.n_blocks)
         old, (layers, two, heads, slots, width) = self.pool_L2GSC, self.pool_L2GSC.shape
         self.pool_L2GSC = old.new_empty((layers, two, heads, slots + more * self.block_size, width))
         self.pool_L2GSC[:, :, :, :slots] = old
-        self._users += [0] * more
-        self._free += more
+        self.blocks.grow(more)
 
     def _extend(self, sequence: _Sequence, n: int) -> None:
         if n and self._shared_end(sequence):
             self._copy_end(sequence)
+        elif n and sequence.length % self.block_size:
+            self.blocks.forget(sequence.blocks[-1])  # cut off inside; what is written now is another text
         for _ in range(self._blocks_of(sequence.length + n) - len(sequence.blocks)):
-            sequence.blocks.append(self._take(sequence.blocks[-1] + 1 if sequence.blocks else -1))
+            wanted = sequence.blocks[-1] + 1 if sequence.blocks else -1
+            sequence.blocks.append(self._take(wanted, sequence.room - len(sequence.blocks)))
         sequence.length += n
 
     def _copy_end(self, sequence: _Sequence) -> None:
-        old, new = sequence.blocks[-1], self._take(-1)
+        old, new = sequence.blocks[-1], self._take(-1, 1)
         slots = self.pool_L2GSC.unflatten(3, (-1, self.block_size))
         slots[:, :, :, new] = slots[:, :, :, old]
         self._release([old])
         sequence.blocks[-1] = new
 
-    def _take(self, wanted: int) -> int:
-        """A free block: `wanted` if it is one, so that a sequence lies in a row, else where the most room is."""
-        if not 0 <= wanted < self.n_blocks or self._users[wanted]:
-            wanted = self._roomiest()
-        self._users[wanted] = 1
-        self._free -= 1
+    def _take(self, wanted: int, room: int) -> int:
         self._tables = None
-        return wanted
-
-    def _roomiest(self) -> int:
-        """The middle of the longest run of free blocks, so that the sequence before it can grow too; its start at 0."""
-        best, length, begin = 0, 0, None
-        for i, users in enumerate([*self._users, 1]):
-            if users == 0 and begin is None:
-                begin = i
-            elif users and begin is not None:
-                if i - begin > length:
-                    best, length = begin, i - begin
-                begin = None
-        return best + length // 2 if best else best
+        return self.blocks.take(wanted, room)
 
     def _slots(self, sequence: _Sequence, start: int) -> list[int]:
         """The slots of the positions from `start` on."""

@@ -13,26 +13,89 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from mixtral import kernels
+from mixtral.engine.continuation import Continuation, Token
+from mixtral.engine.history import apply_history
 from mixtral.engine.params import SamplingParams
+from mixtral.errors import MixtralError
 
+GREEDY = SamplingParams()
 _TOP_H_CANDIDATES = 100  # transformers'
 
 
-def make_generator(params: SamplingParams, index: int) -> torch.Generator:
-    """The random numbers of sequence `index` of a batch: the same for a seed whatever else the batch holds.
+def next_tokens(
+    logits_RV: Tensor, rows: Sequence[int], continuations: Sequence[Continuation],
+    masks: Sequence[Tensor | MixtralError | None] | None = None,
+) -> list[Token | MixtralError]:  # fmt: skip
+    """The next token of each continuation, from its row of the logits; an error for one that can have none.
 
-    On the CPU for every device, so that a seed gives the same numbers everywhere.
+    Args:
+        masks: for each, bool [V] of what its grammar allows, or the error of asking it.
     """
-    generator = torch.Generator()
-    if params.seed is None:
-        generator.seed()
-    else:  # hashed together: seed + index would give sequence 1 of seed 0 the numbers of sequence 0 of seed 1
-        generator.manual_seed(int(np.random.SeedSequence((params.seed, index)).generate_state(1, np.uint64)[0]))
-    return generator
+    norm_R = kernels.log_sum_exp(logits_RV)
+    norms, plain = norm_R.tolist(), rows == range(len(logits_RV))
+    logits_BV = logits_RV if plain else logits_RV[list(rows)]
+    norm_B = norm_R if plain else norm_R[list(rows)]
+    found: dict[int, MixtralError] = {b: _not_finite() for b, row in enumerate(rows) if not math.isfinite(norms[row])}
+    changed_BV = _changed(logits_BV, continuations, masks or [None] * len(rows), found)
+    params = [GREEDY if b in found else c.params for b, c in enumerate(continuations)]
+    ids_B = sample(changed_BV, params, [c.generator for c in continuations])
+    logprobs = (logits_BV.gather(1, ids_B[:, None])[:, 0] - norm_B).tolist()
+    ids = ids_B.tolist()
+    return [
+        found[b] if b in found else Token(ids[b], logprobs[b], top_logprobs(logits_BV[b], norm_B[b], c.params.logprobs))
+        for b, c in enumerate(continuations)
+    ]
+
+
+def top_logprobs(logits_V: Tensor, norm: Tensor, n: int | None) -> dict[int, float] | None:
+    """Log-probabilities of the `n` most probable tokens, the most probable first."""
+    if n is None:
+        return None
+    top = logits_V.topk(min(n, len(logits_V)))
+    return dict(zip(top.indices.tolist(), (top.values - norm).tolist(), strict=True))
+
+
+def _not_finite() -> MixtralError:  # some norm is not as soon as one logit is NaN or +inf
+    return MixtralError(
+        "generation: logits are not finite; the weights are damaged, or need a dtype of larger range (bf16 or fp32)"
+    )
+
+
+def _changed(
+    logits_BV: Tensor, continuations: Sequence[Continuation], masks: Sequence[Tensor | MixtralError | None],
+    found: dict[int, MixtralError],
+) -> Tensor:  # fmt: skip
+    """The logits after what the tokens so far and the masks do to them; errors go to `found`."""
+    rows: dict[int, Tensor] = {}
+    for b, (c, mask) in enumerate(zip(continuations, masks, strict=True)):
+        if b in found or not (c.params.uses_history or mask is not None):
+            continue
+        try:
+            row_V = apply_history(logits_BV[b], c.params, c.all_tokens, c.n_prompt, c.end_ids)
+            rows[b] = row_V.float() if mask is None else masked(row_V, mask)
+        except MixtralError as error:
+            found[b] = error
+    if not rows:
+        return logits_BV
+    return torch.stack([rows.get(b, row_V.float()) for b, row_V in enumerate(logits_BV)])
+
+
+def masked(logits_V: Tensor, mask: Tensor | MixtralError) -> Tensor:
+    """fp32 logits, -inf where the mask does not allow a token. Raises MixtralError when it allows none."""
+    if isinstance(mask, MixtralError):
+        raise mask
+    if mask.dtype != torch.bool or mask.dim() != 1 or len(mask) < len(logits_V):
+        raise MixtralError(
+            f"mask: bool of {len(logits_V)} tokens or more is wanted, not {mask.dtype} {list(mask.shape)}"
+        )
+    logits_V = logits_V.float().masked_fill(~mask[: len(logits_V)].to(logits_V.device), -math.inf)
+    if logits_V.amax() == -math.inf:
+        raise MixtralError("mask: it allows no token that may follow")
+    return logits_V
 
 
 def sample(logits_BV: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]) -> Tensor:

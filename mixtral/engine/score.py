@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from mixtral import kernels
-from mixtral.engine.generate import check_prompt
+from mixtral.engine.continuation import check_prompt
 from mixtral.engine.runner import Runner
 
 CHUNK = 512  # tokens a pass: the logits of a chunk are in memory, never those of the whole text

@@ -231,7 +231,7 @@ def test_a_pool_grows_by_doubling_and_keeps_what_it_holds() -> None:
 
 def test_a_sequence_alone_lies_in_one_piece() -> None:
     pool, tables = KVPool(CONFIG, torch.float32, block_size=2, n_blocks=64), []
-    ids = [pool.add() for _ in range(3)]
+    ids = [pool.add(20) for _ in range(3)]
     for _ in range(10):
         tables = [pool.batch([(id, [0])]).block_tables for id in ids]
     for table in tables:

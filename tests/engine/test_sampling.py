@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mixtral.engine.params import SamplingParams
-from mixtral.engine.sampling import kept, make_generator, sample
+from mixtral.engine.sampling import kept, sample
+from mixtral.engine.seeds import make_generator
 from mixtral.errors import UsageError
 
 

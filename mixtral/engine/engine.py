@@ -1,0 +1,404 @@
+"""Engine: many requests at once on one model, each answered as if it were alone.
+
+A step takes the tokens that the scheduler chose, of many sequences, through the model in one pass, and samples for
+those whose tokens are all in the cache. Whoever waits for an answer runs steps: threads that ask together share them.
+
+Legend: R rows whose logits are wanted, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mixtral import kernels
+from mixtral.engine.continuation import (
+    Continuation,
+    Generation,
+    Mask,
+    Piece,
+    Token,
+    check_request,
+    known_ids,
+)
+from mixtral.engine.masks import Masks
+from mixtral.engine.metrics import Metrics
+from mixtral.engine.params import SamplingParams
+from mixtral.engine.runner import Runner
+from mixtral.engine.sampling import next_tokens, top_logprobs
+from mixtral.engine.scheduler import Chunk, Scheduler
+from mixtral.errors import MixtralError, UsageError
+from mixtral.moe import Routing
+from mixtral.tokenizer import Tokenizer
+
+MAX_SEQUENCES = 64
+MOST_CONTINUATIONS = 10_000  # of a prompt
+STEP_TOKENS = 512  # as many rows as a pass of the native step has
+
+
+class Request:
+    """A prompt and its continuations, as `Engine.add` returns it."""
+
+    def __init__(self, continuations: list[Continuation]) -> None:
+        self.continuations = continuations
+        self.pieces: deque[Piece] = deque()  # that have come, and nobody has fetched
+        self.arrived = time.monotonic()
+        self.last_token: float | None = None  # when it came
+
+    @property
+    def is_finished(self) -> bool:
+        return all(c.finish_reason is not None for c in self.continuations)
+
+    @property
+    def error(self) -> str:
+        """Of the first continuation that ended with one."""
+        return next((c.error for c in self.continuations if c.error), "")
+
+    def results(self) -> list[Generation]:
+        """Raises UsageError while some are unfinished."""
+        if not self.is_finished:
+            raise UsageError("results: the request is not at its end yet")
+        return [c.result() for c in self.continuations]
+
+
+class Engine:
+    """Runs requests together. Threads may share it.
+
+    Args:
+        runner: runs the model; its pool is the cache, and must not grow.
+        max_sequences: that run at once; others wait.
+        step_tokens: the most tokens of a pass: a prompt longer than that is read in chunks.
+        prefix_cache: keep keys and values of prompts for others that begin alike, while there is room.
+    """
+
+    def __init__(
+        self, runner: Runner, tokenizer: Tokenizer | None = None, max_sequences: int = MAX_SEQUENCES,
+        step_tokens: int = STEP_TOKENS, prefix_cache: bool = True,
+    ) -> None:  # fmt: skip
+        self.runner, self.tokenizer, self.pool = runner, tokenizer, runner.pool
+        self.lock = threading.RLock()
+        self.metrics = Metrics()
+        self.scheduler = Scheduler(
+            runner.pool, max_sequences, step_tokens, runner.config.sliding_window, prefix_cache
+        )  # fmt: skip
+        self._vocab_size = known_ids(runner.config, tokenizer)
+        self._requests: dict[int, Request] = {}  # of each unfinished continuation
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def add(
+        self, prompt: Sequence[int], params: SamplingParams, *, n: int = 1, k: int | None = None, priority: int = 0,
+        keep_routing: bool = False, mask: Mask | None = None, first: int = 0, index: int = 0, name: str = "prompt",
+    ) -> Request:  # fmt: skip
+        """A request joins those that wait.
+
+        Args:
+            n: continuations, which share the prompt's keys and values.
+            k: how many experts a token takes; None: what the model was trained with.
+            priority: the lower, the sooner; see Scheduler.
+            keep_routing: record the routing of every token; nothing comes from the prefix cache then.
+            mask: says after each token which may follow.
+            first: the number of the first continuation, on which a seed's random numbers depend.
+            index: of the first continuation, in its pieces.
+            name: how errors call the prompt.
+
+        Raises UsageError for what cannot be served.
+        """
+        check_request(prompt, params, self.runner.config, self.tokenizer, name)
+        _check_numbers(n, k, self.runner.config.fewest_experts)
+        continuations = [
+            Continuation(
+                index + j, prompt, params, k, self.runner.config, self.tokenizer, first + j, keep_routing, mask
+            )
+            for j in range(n)
+        ]
+        leader = continuations[0]
+        leader.followers = continuations[1:]
+        request = Request(continuations)
+        with self.lock:
+            self.scheduler.add(leader, priority)
+            self._requests |= {id(c): request for c in continuations}
+            self.metrics.requests += 1
+        return request
+
+    def abort(self, request: Request) -> None:
+        """Take a request back. Its blocks are free when this returns."""
+        with self.lock:
+            for c in request.continuations:
+                if c.finish_reason is None:
+                    self._end(c, "abort")
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    def step(self) -> None:
+        """Run the model once for what the scheduler chose. Pieces are put with their requests.
+
+        An error of one request ends it with the finish reason "error". What else fails is raised; all requests are then
+        as they were, and computed again.
+        """
+        with self.lock, torch.inference_mode(), self.runner.cores():
+            started = time.perf_counter()
+            chunks = self.scheduler.schedule()
+            if not chunks:
+                return
+            try:
+                self._run(chunks)
+            except BaseException:  # Ctrl-C too: the pool may hold half a step
+                for c in list(self.scheduler.running):
+                    self.scheduler.preempt(c)
+                self.pool.forget_remembered()
+                raise
+            self.metrics.stepped(self, chunks, time.perf_counter() - started)
+
+    # -- a step --------------------------------------------------------------------------------------------------------
+
+    def _run(self, chunks: list[Chunk]) -> None:
+        read = [(c.id, c.all_tokens[c.n_cached : c.n_cached + n]) for c, n, _ in chunks if c.id is not None]
+        batch = self.pool.batch(read)
+        ready = [chunk.sequence for chunk in chunks if chunk.n == chunk.sequence.n_left]
+        masks = Masks([c for c in ready if c.params.max_tokens])
+        spans, rows = self._wanted(chunks)
+        keep = any(chunk.sequence.keep_routing for chunk in chunks)
+        rows_R = torch.tensor(rows, dtype=torch.int64, device=self.runner.device)
+        out = self.runner.run(batch, rows_R, self._k(chunks), keep)
+        assert out.logits is not None
+        for c, n, _ in chunks:
+            c.n_cached += n
+            self._remember(c)
+        if keep:
+            self._record(chunks, out.routing)
+        logits_RV = out.logits[:, : self._vocab_size]
+        self._read_prompts(chunks, spans, logits_RV)
+        self._sample(
+            ready, {id(c): span.stop - 1 for (c, _, _), span in zip(chunks, spans, strict=True)}, logits_RV, masks
+        )
+
+    def _wanted(self, chunks: list[Chunk]) -> tuple[list[range], list[int]]:
+        """Of each chunk its rows of the logits, and the tokens of the batch that these are of."""
+        spans: list[range] = []
+        rows: list[int] = []
+        begin = 0
+        for c, n, _ in chunks:
+            end = begin + n
+            first = begin if _reads_prompt(c) else end - 1 if n == c.n_left else end
+            spans.append(range(len(rows), len(rows) + end - first))
+            rows += range(first, end)
+            begin = end
+        return spans, rows
+
+    def _k(self, chunks: list[Chunk]) -> int | Tensor | None:
+        """How many experts each token of the step takes."""
+        if len({c.k for c, _, _ in chunks}) == 1:
+            return chunks[0].sequence.k
+        default = self.runner.config.experts_per_token
+        k_T = [default if c.k is None else c.k for c, n, _ in chunks for _ in range(n)]
+        return torch.tensor(k_T, device=self.runner.device)
+
+    def _remember(self, c: Continuation) -> None:
+        if self.scheduler.prefix_cache and c.shares_prefixes and c.id is not None:
+            self.pool.remember(c.id, c.all_tokens)
+
+    def _record(self, chunks: list[Chunk], routing: tuple[Routing, ...]) -> None:
+        begin = 0
+        for c, n, _ in chunks:
+            if c.keep_routing:
+                c.routings.append(tuple(layer.tokens(begin, begin + n) for layer in routing))
+            begin += n
+
+    def _read_prompts(self, chunks: list[Chunk], spans: list[range], logits_RV: Tensor) -> None:
+        """Log-probabilities of prompts that asked for them."""
+        for (c, n, _), span in zip(chunks, spans, strict=True):
+            if (not _reads_prompt(c) and c.n_cached < c.n_prompt) or c.params.prompt_logprobs is None:
+                continue
+            begin = c.n_cached - n
+            for i in range(max(begin, len(c.prompt_tokens)), min(c.n_cached, c.n_prompt - 1)):
+                row_V, token = logits_RV[span.start + i - begin], c.all_tokens[i + 1]
+                norm = kernels.log_sum_exp(row_V[None])[0]
+                top = top_logprobs(row_V, norm, c.params.prompt_logprobs)
+                c.prompt_tokens.append(Token(token, float(row_V[token] - norm), top))
+
+    def _sample(self, ready: list[Continuation], row_of: dict[int, int], logits_RV: Tensor, masks: Masks) -> None:
+        sampling = self._with_followers([c for c in ready if c.params.max_tokens])
+        rows = [row_of[id(leader)] for leader, _ in sampling]
+        continuations = [c for _, c in sampling]
+        if rows:
+            answers = [masks.of(leader) for leader, _ in sampling]
+            for c, found in zip(continuations, next_tokens(logits_RV, rows, continuations, answers), strict=True):
+                if isinstance(found, MixtralError):
+                    c.error = str(found)
+                    self._end(c, "error")
+                else:
+                    self._accept(c, found)
+        for c in ready:
+            if not c.params.max_tokens:
+                self._end(c, "length")
+
+    def _with_followers(self, ready: list[Continuation]) -> list[tuple[Continuation, Continuation]]:
+        """(whose logits, continuation): those whose prompt is now in the cache let the others of it begin."""
+        pairs = []
+        for leader in ready:
+            pairs.append((leader, leader))
+            for follower in leader.followers:
+                assert leader.id is not None
+                if follower.finish_reason is None:
+                    self.scheduler.fork(follower, leader, self.pool.share(leader.id))
+                    follower.routings, follower.prompt_tokens = list(leader.routings), leader.prompt_tokens
+                    pairs.append((leader, follower))
+            leader.followers = []
+        return pairs
+
+    def _accept(self, c: Continuation, token: Token) -> None:
+        piece = c.accept(token)
+        request = self._requests[id(c)]
+        request.pieces.append(piece)
+        self.metrics.token(request)
+        if piece.finish_reason is not None:
+            self._end(c, piece.finish_reason)
+
+    def _end(self, c: Continuation, reason: str) -> None:
+        if c.finish_reason is None:
+            c.finish_reason = reason  # type: ignore[assignment]
+        if reason == "error":  # the others of the prompt have not begun, or go on alone
+            for follower in c.followers:
+                follower.error = c.error
+                self._end(follower, reason)
+        elif c.followers and reason == "abort":
+            self._promote(c)
+        self.scheduler.remove(c)
+        del self._requests[id(c)]
+
+    def _promote(self, c: Continuation) -> None:
+        """A leader that is taken back alone leaves its place to the next of its prompt's continuations."""
+        heirs = [f for f in c.followers if f.finish_reason is None]
+        c.followers = []
+        if heirs:
+            heirs[0].followers, heirs[0].order = heirs[1:], c.order
+            self.scheduler.requeue(heirs[0])
+
+    # -- as calls ------------------------------------------------------------------------------------------------------
+
+    def stream(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], *, n: int = 1,
+        k: int | Sequence[int | None] | None = None, keep_routing: bool = False, first: int = 0,
+    ) -> Stream:  # fmt: skip
+        """Continue prompts; their pieces as they come. Arguments as of the plain loop (engine/generate.py)."""
+        params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        of_prompt = [k] * len(prompts) if k is None or isinstance(k, int) else list(k)
+        for name, given in (("params", params), ("k", of_prompt)):
+            if len(given) != len(prompts):
+                raise UsageError(f"{name}: {len(given)} given for {len(prompts)} prompts; give one, or one for each")
+        requests: list[Request] = []
+        try:
+            for i, (prompt, wanted, its_k) in enumerate(zip(prompts, params, of_prompt, strict=True)):
+                requests.append(self.add(prompt, wanted, n=n, k=its_k, keep_routing=keep_routing, first=first + n * i,
+                                         index=n * i, name=f"prompt {i}"))  # fmt: skip
+        except BaseException:
+            for request in requests:
+                self.abort(request)
+            raise
+        return Stream(self, requests)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], *, n: int = 1,
+        k: int | Sequence[int | None] | None = None, keep_routing: bool = False, first: int = 0,
+    ) -> list[Generation]:  # fmt: skip
+        """The same to the end. Raises MixtralError when one ends with an error."""
+        stream = self.stream(prompts, params, n=n, k=k, keep_routing=keep_routing, first=first)
+        for _ in stream:
+            pass
+        return stream.results()
+
+    def finish(self, request: Request) -> None:
+        """Run steps until it has ended, in whatever way. Interrupted, it is taken back."""
+        try:
+            while not request.is_finished:
+                with self.lock:
+                    if not request.is_finished:
+                        self.step()
+        except BaseException:
+            self.abort(request)
+            raise
+
+    def in_order(self, requests: Iterable[Callable[[], Request]]) -> Iterator[Request]:
+        """Finished requests in the order of those given, each a call that adds it: a few steps ahead of what is needed,
+        so that any number of them can be given. Dropped, it takes back what is unfinished."""
+        queue: deque[Request] = deque()
+        source = iter(requests)
+        try:
+            while True:
+                while len(queue) < 4 * self.scheduler.max_sequences and (add := next(source, None)) is not None:
+                    queue.append(add())
+                if not queue:
+                    return
+                self.finish(queue[0])
+                yield queue.popleft()
+        finally:
+            for request in queue:
+                self.abort(request)
+
+
+class Stream(Iterator[Piece]):
+    """The pieces of some requests as they come. Closed, exhausted or dropped, it takes back what is unfinished.
+
+    Raises MixtralError when a request ends with an error.
+    """
+
+    def __init__(self, engine: Engine, requests: list[Request]) -> None:
+        self._engine, self._requests = engine, requests
+        self._open = list(requests)
+
+    def __next__(self) -> Piece:
+        while True:
+            for request in self._open:
+                if request.pieces:
+                    return request.pieces.popleft()
+                if request.error:
+                    self.close()
+                    raise MixtralError(request.error)
+            self._open = [request for request in self._open if not request.is_finished or request.pieces]
+            if not self._open:
+                raise StopIteration
+            with self._engine.lock:
+                if not any(request.pieces or request.is_finished for request in self._open):
+                    self._step()
+
+    def results(self) -> list[Generation]:
+        """All continuations, those of a prompt one after the other. Raises UsageError while some are unfinished."""
+        if any(request.pieces for request in self._requests):
+            raise UsageError("results: the stream is not at its end yet")
+        return [result for request in self._requests for result in request.results()]
+
+    def close(self) -> None:
+        """Stop here, and free the cache."""
+        for request in self._open:
+            self._engine.abort(request)
+        self._open = []
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _step(self) -> None:
+        try:
+            self._engine.step()
+        except BaseException:
+            self.close()
+            raise
+
+
+def _reads_prompt(c: Continuation) -> bool:
+    """Whether log-probabilities of its prompt are still to be read."""
+    return c.params.prompt_logprobs is not None and len(c.prompt_tokens) < c.n_prompt - 1
+
+
+def _check_numbers(n: int, k: int | None, n_experts: int) -> None:
+    if not 1 <= n <= MOST_CONTINUATIONS:
+        raise UsageError(f"n: must lie in 1..{MOST_CONTINUATIONS:,} continuations, not {n}")
+    if k is not None and not 1 <= k <= n_experts:
+        raise UsageError(f"k: must lie in 1..{n_experts} (the model's experts), not {k}")
