@@ -10,11 +10,13 @@ if "OMP_WAIT_POLICY" not in os.environ:  # the user's own choice
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 if TYPE_CHECKING:
+    from mixtral.engine import SamplingParams
+    from mixtral.llm import LLM
     from mixtral.lm import LM, load
     from mixtral.runtime import set_threads
 
 __version__ = "0.1.0"
-__all__ = ["LM", "load", "set_threads"]
+__all__ = ["LLM", "LM", "SamplingParams", "load", "set_threads"]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,6 +25,14 @@ def __getattr__(name: str) -> Any:
         from mixtral.runtime import set_threads
 
         return set_threads
+    if name == "LLM":
+        from mixtral.llm import LLM
+
+        return LLM
+    if name == "SamplingParams":
+        from mixtral.engine import SamplingParams
+
+        return SamplingParams
     if name in __all__:
         from mixtral import lm
 

@@ -88,13 +88,18 @@ class LM:
 
         Raises UsageError with the reason when "native" was asked for and the native step cannot run this model.
         """
-        native_runs = self.wanted_runner == "native" or (self.wanted_runner == "auto" and not why_not(self.model))
-        name, where = "native" if native_runs else "torch", self._addresses()
+        name, where = self.runner_name, self._addresses()
         with self._lock:
             if self._runner is None or self._runner[0] != where or self._runner[1].name != name:
                 self._runner = self._engine = None  # before another one has a cache beside it
                 self._runner = where, self.make_runner(name)
             return self._runner[1]
+
+    @property
+    def runner_name(self) -> str:
+        """Which kind of runner it is, "native" or "torch"."""
+        native_runs = self.wanted_runner == "native" or (self.wanted_runner == "auto" and not why_not(self.model))
+        return "native" if native_runs else "torch"
 
     def make_runner(self, name: str, cache_bytes: int | None = None) -> Runner:
         """A runner of this name, "native" or "torch", with a cache of its own (KVPool.within)."""
@@ -190,6 +195,10 @@ class LM:
 
     def _params(self, asked: dict[str, Any]) -> SamplingParams:
         return SamplingParams.from_dict(with_recommended(asked, self.sampling))
+
+    def prompt_ids(self, prompt: str | Sequence[int] | Tensor, bos: bool | None = None) -> list[int]:
+        """A prompt's token ids; `bos`: whether <s> stands before a text, by default as the tokenizer's files decide."""
+        return self._ids(prompt, bos)
 
     # -- looking inside ----------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ ROWS = {
     "model_folder": 6,
     "lm analysis surgery": 7,
     "train eval": 8,
+    "llm": 8,
     "recipes server": 9,
     "commands extend": 10,
     "cli": 11,

@@ -126,11 +126,9 @@ class Conversation:
 
     def _answer(self, line: str) -> None:
         """Add a line to the text and let the model go on; Ctrl-C keeps what it has said so far."""
-        from mixtral.engine import stream
-
         self.text = f"{self.text}\n{line}" if self.text else line
         with contextlib.suppress(KeyboardInterrupt):
-            for piece in stream(self.lm.runner, [self._ids()], self.params, tokenizer=self.tokenizer):
+            for piece in self.lm.engine.stream([self._ids()], self.params):
                 self.text += piece.text
                 print(shown(piece.text), end="", flush=True)
         print()

@@ -1,4 +1,4 @@
-"""`mixtral generate --prompts FILE`: every prompt of a file, many at once, a line of JSON each; goes on after a kill."""
+"""`mixtral generate --prompts FILE`: all prompts of a file, many at once, a line of JSON each; goes on after a kill."""
 
 from __future__ import annotations
 

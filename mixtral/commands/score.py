@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -56,12 +57,14 @@ def score(
 def _scored(
     lm: LM, source: str, k: int | None, bos: bool | None, logprobs: bool, skip_bad: bool
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    from mixtral.engine.score import score as token_logprobs
+    from mixtral.engine.score import ask
+    from mixtral.engine.score import logprobs as found_by
 
     assert lm.tokenizer is not None
     lines = parsed_lines(source, "text", lambda values: _ids(lm, values, bos), skip_bad)
-    for values, before, ids in lines:
-        found = token_logprobs(lm.runner, [*before, *ids], k)
+    asked = (partial(ask, lm.engine, [*before, *ids], k) for _, before, ids in lines)
+    for (values, before, ids), request in zip(lines, lm.engine.in_order(asked), strict=True):
+        found = found_by(request)
         counted = found[max(0, len(before) - 1) :]
         whole = [*before, *ids]
         lengths = [len(lm.tokenizer.decode(part).encode()) for part in (whole, whole[: len(whole) - len(counted)])]

@@ -16,12 +16,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mixtral import kernels
 from mixtral.engine.continuation import (
     Continuation,
     Generation,
     Mask,
-    Piece,
     Token,
     check_request,
     known_ids,
@@ -29,8 +27,9 @@ from mixtral.engine.continuation import (
 from mixtral.engine.masks import Masks
 from mixtral.engine.metrics import Metrics
 from mixtral.engine.params import SamplingParams
+from mixtral.engine.request import Request, Stream
 from mixtral.engine.runner import Runner
-from mixtral.engine.sampling import next_tokens, top_logprobs
+from mixtral.engine.sampling import given_tokens, next_tokens
 from mixtral.engine.scheduler import Chunk, Scheduler
 from mixtral.errors import MixtralError, UsageError
 from mixtral.moe import Routing
@@ -39,31 +38,6 @@ from mixtral.tokenizer import Tokenizer
 MAX_SEQUENCES = 64
 MOST_CONTINUATIONS = 10_000  # of a prompt
 STEP_TOKENS = 512  # as many rows as a pass of the native step has
-
-
-class Request:
-    """A prompt and its continuations, as `Engine.add` returns it."""
-
-    def __init__(self, continuations: list[Continuation]) -> None:
-        self.continuations = continuations
-        self.pieces: deque[Piece] = deque()  # that have come, and nobody has fetched
-        self.arrived = time.monotonic()
-        self.last_token: float | None = None  # when it came
-
-    @property
-    def is_finished(self) -> bool:
-        return all(c.finish_reason is not None for c in self.continuations)
-
-    @property
-    def error(self) -> str:
-        """Of the first continuation that ended with one."""
-        return next((c.error for c in self.continuations if c.error), "")
-
-    def results(self) -> list[Generation]:
-        """Raises UsageError while some are unfinished."""
-        if not self.is_finished:
-            raise UsageError("results: the request is not at its end yet")
-        return [c.result() for c in self.continuations]
 
 
 class Engine:
@@ -87,6 +61,7 @@ class Engine:
             runner.pool, max_sequences, step_tokens, runner.config.sliding_window, prefix_cache
         )  # fmt: skip
         self._vocab_size = known_ids(runner.config, tokenizer)
+        self._arrivals: deque[tuple[Request, int]] = deque()  # with their priorities, since the last step
         self._requests: dict[int, Request] = {}  # of each unfinished continuation
 
     # -- requests ------------------------------------------------------------------------------------------------------
@@ -109,33 +84,45 @@ class Engine:
 
         Raises UsageError for what cannot be served.
         """
-        check_request(prompt, params, self.runner.config, self.tokenizer, name)
-        _check_numbers(n, k, self.runner.config.fewest_experts)
+        self.check(prompt, params, n=n, k=k, name=name)
+        config, tokenizer = self.runner.config, self.tokenizer
         continuations = [
-            Continuation(
-                index + j, prompt, params, k, self.runner.config, self.tokenizer, first + j, keep_routing, mask
-            )
+            Continuation(index + j, prompt, params, k, config, tokenizer, first + j, keep_routing, mask)
             for j in range(n)
         ]
         leader = continuations[0]
         leader.followers = continuations[1:]
         request = Request(continuations)
-        with self.lock:
-            self.scheduler.add(leader, priority)
-            self._requests |= {id(c): request for c in continuations}
-            self.metrics.requests += 1
+        self._arrivals.append((request, priority))  # without the lock: who asks does not wait for a step
         return request
+
+    def _let_in(self) -> None:
+        while self._arrivals:
+            request, priority = self._arrivals.popleft()
+            self.scheduler.add(request.continuations[0], priority)
+            self._requests |= {id(c): request for c in request.continuations}
+            self.metrics.requests += 1
+
+    def check(
+        self, prompt: Sequence[int], params: SamplingParams, *, n: int = 1, k: int | None = None, name: str = "prompt"
+    ) -> None:
+        """Raise UsageError for what `add` would refuse."""
+        config = self.runner.config
+        check_request(prompt, params, config, self.tokenizer, name)
+        _check_numbers(n, k, config.fewest_experts)
+        self.scheduler.check(min(len(prompt) + params.max_tokens, params.max_length or config.context, config.context))
 
     def abort(self, request: Request) -> None:
         """Take a request back. Its blocks are free when this returns."""
         with self.lock:
+            self._let_in()
             for c in request.continuations:
                 if c.finish_reason is None:
                     self._end(c, "abort")
 
     @property
     def has_work(self) -> bool:
-        return bool(self._requests)
+        return bool(self._requests or self._arrivals)
 
     def step(self) -> None:
         """Run the model once for what the scheduler chose. Pieces are put with their requests.
@@ -145,10 +132,10 @@ class Engine:
         """
         with self.lock, torch.inference_mode(), self.runner.cores():
             started = time.perf_counter()
-            chunks = self.scheduler.schedule()
-            if not chunks:
-                return
+            self._let_in()
             try:
+                if not (chunks := self.scheduler.schedule()):
+                    return
                 self._run(chunks)
             except BaseException:  # Ctrl-C too: the pool may hold half a step
                 for c in list(self.scheduler.running):
@@ -218,11 +205,10 @@ class Engine:
             if (not _reads_prompt(c) and c.n_cached < c.n_prompt) or c.params.prompt_logprobs is None:
                 continue
             begin = c.n_cached - n
-            for i in range(max(begin, len(c.prompt_tokens)), min(c.n_cached, c.n_prompt - 1)):
-                row_V, token = logits_RV[span.start + i - begin], c.all_tokens[i + 1]
-                norm = kernels.log_sum_exp(row_V[None])[0]
-                top = top_logprobs(row_V, norm, c.params.prompt_logprobs)
-                c.prompt_tokens.append(Token(token, float(row_V[token] - norm), top))
+            first, last = max(begin, len(c.prompt_tokens)), min(c.n_cached, c.n_prompt - 1)
+            if first < last:
+                rows_TV = logits_RV[span.start + first - begin : span.start + last - begin]
+                c.prompt_tokens += given_tokens(rows_TV, c.all_tokens[first + 1 : last + 1], c.params.prompt_logprobs)
 
     def _sample(self, ready: list[Continuation], row_of: dict[int, int], logits_RV: Tensor, masks: Masks) -> None:
         sampling = self._with_followers([c for c in ready if c.params.max_tokens])
@@ -342,54 +328,6 @@ class Engine:
         finally:
             for request in queue:
                 self.abort(request)
-
-
-class Stream(Iterator[Piece]):
-    """The pieces of some requests as they come. Closed, exhausted or dropped, it takes back what is unfinished.
-
-    Raises MixtralError when a request ends with an error.
-    """
-
-    def __init__(self, engine: Engine, requests: list[Request]) -> None:
-        self._engine, self._requests = engine, requests
-        self._open = list(requests)
-
-    def __next__(self) -> Piece:
-        while True:
-            for request in self._open:
-                if request.pieces:
-                    return request.pieces.popleft()
-                if request.error:
-                    self.close()
-                    raise MixtralError(request.error)
-            self._open = [request for request in self._open if not request.is_finished or request.pieces]
-            if not self._open:
-                raise StopIteration
-            with self._engine.lock:
-                if not any(request.pieces or request.is_finished for request in self._open):
-                    self._step()
-
-    def results(self) -> list[Generation]:
-        """All continuations, those of a prompt one after the other. Raises UsageError while some are unfinished."""
-        if any(request.pieces for request in self._requests):
-            raise UsageError("results: the stream is not at its end yet")
-        return [result for request in self._requests for result in request.results()]
-
-    def close(self) -> None:
-        """Stop here, and free the cache."""
-        for request in self._open:
-            self._engine.abort(request)
-        self._open = []
-
-    def __del__(self) -> None:
-        self.close()
-
-    def _step(self) -> None:
-        try:
-            self._engine.step()
-        except BaseException:
-            self.close()
-            raise
 
 
 def _reads_prompt(c: Continuation) -> bool:

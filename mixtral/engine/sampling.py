@@ -51,6 +51,15 @@ def next_tokens(
     ]
 
 
+def given_tokens(logits_TV: Tensor, ids: Sequence[int], n: int) -> list[Token]:
+    """Tokens that are there already, each after its row of the logits, with `n` alternatives."""
+    norm_T = kernels.log_sum_exp(logits_TV)
+    ids_T = torch.tensor(ids, device=logits_TV.device)
+    logprobs = (logits_TV.gather(1, ids_T[:, None])[:, 0] - norm_T).tolist()
+    rows = zip(ids, logprobs, logits_TV, norm_T, strict=True)
+    return [Token(id, logprob, top_logprobs(row_V, norm, n) if n else {}) for id, logprob, row_V, norm in rows]
+
+
 def top_logprobs(logits_V: Tensor, norm: Tensor, n: int | None) -> dict[int, float] | None:
     """Log-probabilities of the `n` most probable tokens, the most probable first."""
     if n is None:

@@ -76,16 +76,20 @@ class Scheduler:
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
-    def blocks_for(self, c: Continuation) -> int:
-        """The most blocks that it needs at once."""
-        length = c.limit if self.window is None else min(c.limit, self.window + self.step_tokens)
+    def blocks_for(self, limit: int) -> int:
+        """The most blocks that a sequence of so many tokens needs at once."""
+        length = limit if self.window is None else min(limit, self.window + self.step_tokens)
         return self.pool.blocks_of(length) + (self.window is not None)
 
-    def add(self, c: Continuation, priority: int = 0) -> None:
-        """Raises UsageError when the pool is too small for it."""
-        if (needed := self.blocks_for(c)) > self.pool.n_blocks:
-            raise UsageError(f"engine: {c.limit} tokens of prompt and answer need {needed} blocks of keys and values, "
+    def check(self, limit: int) -> None:
+        """Raise UsageError when the pool is too small for a sequence of so many tokens."""
+        if (needed := self.blocks_for(limit)) > self.pool.n_blocks:
+            raise UsageError(f"engine: {limit} tokens of prompt and answer need {needed} blocks of keys and values, "
                              f"and the cache has {self.pool.n_blocks}; give it more memory, or ask for fewer tokens")
+
+    def add(self, c: Continuation, priority: int = 0) -> None:
+        """It waits for its turn. Raises UsageError as `check` does."""
+        self.check(c.limit)
         self._arrivals += 1
         c.order = (self.steps + AGEING * priority, self._arrivals)
         insort(self.waiting, c, key=_order)
@@ -159,9 +163,9 @@ class Scheduler:
             if self.running and len(self.running) + size > self.max_sequences:
                 return
             c.id = self._begin(c)
-            whole = self.pool.blocks_of(len(c.all_tokens)) if self.window is None else self.blocks_for(c)
+            whole = self.pool.blocks_of(len(c.all_tokens)) if self.window is None else self.blocks_for(c.limit)
             room = self.pool.n_free - reserved - len(self.running)  # which may each want another block soon
-            if self.running and min(self.blocks_for(c), whole + size) - self.pool.held(c.id) > room:
+            if self.running and min(self.blocks_for(c.limit), whole + size) - self.pool.held(c.id) > room:
                 self._free(c)
                 return
             self.waiting.pop(0)

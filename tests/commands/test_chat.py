@@ -31,7 +31,8 @@ def test_the_text_runs_on(chat: Run, folder: Path) -> None:
 
 
 def test_on_a_terminal_control_characters_are_escaped(chat: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "stream", lambda *_, **__: iter([engine.Piece(0, 65, -1.0, "a\x1b[2J\n", "length")]))
+    piece = engine.Piece(0, 65, -1.0, "a\x1b[2J\n", "length")
+    monkeypatch.setattr(engine.Engine, "stream", lambda *_, **__: iter([piece]))
     assert chat("To be\n").out == "a\x1b[2J\n\n"
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert chat("To be\n").out == r"a\x1b[2J" + "\n\n"
@@ -60,7 +61,8 @@ def test_the_folder_says_how_unless_one_says_oneself(
     """Of a bound larger than the context, half the context is left to the text."""
     shutil.copytree(folder, tmp_path / "model")
     seen: list[tuple[int, engine.SamplingParams]] = []
-    monkeypatch.setattr(engine, "stream", lambda _, p, params, **__: seen.append((len(p[0]), params)) or iter(()))
+    given = lambda _, prompts, params, **__: seen.append((len(prompts[0]), params)) or iter(())  # noqa: E731
+    monkeypatch.setattr(engine.Engine, "stream", given)
 
     def asked(said: str, *options: str) -> tuple[int, engine.SamplingParams]:
         (tmp_path / "model/generation_config.json").write_text(said)
@@ -95,16 +97,16 @@ def test_a_text_without_a_begin(chat: Run, folder: Path) -> None:
 
 
 def test_ctrl_c_stops_the_answer_alone(chat: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = engine.stream
+    real = engine.Engine.stream
 
     def interrupted(*args: object, **options: object) -> Iterator[object]:
         pieces = real(*args, **options)  # type: ignore[arg-type]
         yield next(pieces)
-        monkeypatch.setattr(engine, "stream", real)
+        monkeypatch.setattr(engine.Engine, "stream", real)
         raise KeyboardInterrupt
 
     whole = chat("To be\n").out
-    monkeypatch.setattr(engine, "stream", interrupted)
+    monkeypatch.setattr(engine.Engine, "stream", interrupted)
     code, out, _ = chat("To be\n/reset\nTo be\n")
     first, second = out.splitlines()
     assert code == 0 and f"{second}\n" == whole and whole.startswith(first) and len(first) < len(second)

@@ -40,7 +40,7 @@ class Given:
 
 def test_on_a_terminal_control_characters_are_escaped(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = [Piece(0, 65, -1.0, "a\x1b[2J", None), Piece(0, 66, -1.0, "b\n", "length")]
-    monkeypatch.setattr("mixtral.engine.stream", lambda *_, **__: Given(pieces))
+    monkeypatch.setattr(engine.Engine, "stream", lambda *_, **__: Given(pieces))
     ask = ("generate", "--model", folder, "--prompt", "To be", "--n")
     assert run(*ask, "1").out == "a\x1b[2Jb\n\n"
     with monkeypatch.context() as patch:
@@ -88,7 +88,7 @@ OPTIONS: dict[str, Any] = {
 def test_every_option_reaches_the_engine(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[SamplingParams] = []
     piece = Piece(0, 65, -1.0, "a", "length")
-    monkeypatch.setattr(engine, "stream", lambda _, __, params, **___: seen.append(params) or Given([piece]))
+    monkeypatch.setattr(engine.Engine, "stream", lambda _, __, params, **___: seen.append(params) or Given([piece]))
     for name, value in OPTIONS.items():
         values = value if isinstance(value, list) else [value]
         given = [text for v in values for text in (f"--{name.replace('_', '-')}", str(v))]

@@ -21,9 +21,7 @@ def scored(run: Run, *arguments: object) -> list[dict[str, object]]:
     return [json.loads(line) for line in done.out.splitlines()]
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 512])
-def test_texts(run: Run, folder: Path, tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK", chunk)
+def test_texts(run: Run, folder: Path, tmp_path: Path) -> None:
     texts = ["To be, or not", "def add(a, b):"]
     (tmp_path / "texts.txt").write_text("\n\n".join(texts) + "\n")
     lm = mixtral.load(folder)
@@ -54,7 +52,7 @@ def test_what_was_generated_has_the_log_probabilities_that_it_had_then(folder: P
     assert lm.tokenizer is not None
     ids = lm.tokenizer.encode("To be", eos=False)
     made = lm.complete([ids], max_tokens=9, temperature=1.0, seed=3)[0][0]
-    assert module.score(lm.runner, [*ids, *made.tokens])[len(ids) - 1 :] == made.logprobs
+    assert module.score(lm.engine, [*ids, *made.tokens])[len(ids) - 1 :] == made.logprobs
 
 
 def test_fewer_experts(run: Run, folder: Path, tmp_path: Path) -> None:

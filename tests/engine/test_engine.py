@@ -12,8 +12,9 @@ import torch
 from mixtral.engine import KVPool, Runner, SamplingParams, TorchRunner, masks
 from mixtral.engine import generate as plain
 from mixtral.engine.continuation import Generation
-from mixtral.engine.engine import Engine, Request
+from mixtral.engine.engine import Engine
 from mixtral.engine.native_runner import NativeRunner
+from mixtral.engine.request import Request
 from mixtral.engine.scheduler import AGEING
 from mixtral.errors import MixtralError, UsageError
 from mixtral.kernels.native import library as native
@@ -211,17 +212,17 @@ def test_first_come_first_served_within_the_bound() -> None:
         engine.step()
         order += [r for r in requests if r.is_finished and r not in order]
     assert order == requests
-    low = engine.add(random_tokens(20), GREEDY, priority=1)
-    engine.scheduler.steps += AGEING + 1
-    late = engine.add(random_tokens(20), GREEDY, priority=0)
-    while not late.is_finished:
+    for steps, overtakes in ((AGEING + 1, False), (AGEING // 2, True)):
+        engine.add(random_tokens(20), GREEDY)  # which both wait for
+        low = engine.add(random_tokens(20), GREEDY, priority=1)
         engine.step()
-    assert low.is_finished  # who comes AGEING steps later does not overtake
-    low, soon = engine.add(random_tokens(20), GREEDY, priority=1), engine.add(random_tokens(20), GREEDY)
-    while not soon.is_finished:
-        engine.step()
-    assert not low.is_finished
-    engine.abort(low)
+        engine.scheduler.steps += steps
+        late = engine.add(random_tokens(20), GREEDY)
+        while not (low.is_finished or late.is_finished):
+            engine.step()
+        assert late.is_finished is overtakes
+        while engine.has_work:
+            engine.step()
     assert_all_returned(engine)
 
 
@@ -320,7 +321,7 @@ def test_what_cannot_be_served_is_refused_at_once() -> None:
         (random_tokens(20), GREEDY, {}, "need 8 blocks of keys and values, and the cache has 6"),
         ([], GREEDY, {}, "empty"),
         ([1], GREEDY, {"k": 9}, "k: must lie in 1..4"),
-        ([1], GREEDY, {"n": 0}, "n: must be"),
+        ([1], GREEDY, {"n": 0}, "n: must lie in 1..10,000"),
         ([99], GREEDY, {}, "out of range"),
         (random_tokens(128), GREEDY, {}, "fill the model's context"),
     ]:  # fmt: skip
