@@ -32,7 +32,8 @@ def test_results_are_those_of_the_plain_loop(nano: LM) -> None:
     assert tokenizer is not None
     prompts = ["def mean(", "import ", [1, 50, 60], "The "]
     params: list[Any] = [{"max_tokens": 9, "temperature": 0}, SamplingParams(max_tokens=5, logprobs=2),
-                         {"max_tokens": 4, "temperature": 1.0, "seed": 3}, {"max_tokens": 3, "stop": "e", "temperature": 0}]  # fmt: skip
+                         {"max_tokens": 4, "temperature": 1.0, "seed": 3},
+                         {"max_tokens": 3, "stop": "e", "temperature": 0}]  # fmt: skip
     got = llm.generate(prompts, params, n=2, progress=False)
     for i, (prompt, wanted, output) in enumerate(zip(prompts, params, got, strict=True)):
         ids = tokenizer.encode(prompt, eos=False) if isinstance(prompt, str) else prompt

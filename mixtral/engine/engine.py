@@ -31,6 +31,7 @@ from mixtral.engine.request import Request, Stream
 from mixtral.engine.runner import Runner
 from mixtral.engine.sampling import given_tokens, next_tokens
 from mixtral.engine.scheduler import Chunk, Scheduler
+from mixtral.engine.speculative import Drafter, Speculation
 from mixtral.errors import MixtralError, UsageError
 from mixtral.moe import Routing
 from mixtral.tokenizer import Tokenizer
@@ -48,12 +49,14 @@ class Engine:
         max_sequences: that run at once; others wait.
         step_tokens: the most tokens of a pass: a prompt longer than that is read in chunks.
         prefix_cache: keep keys and values of prompts for others that begin alike, while there is room.
+        drafter: guesses tokens that the model then checks (engine/speculative.py).
     """
 
     def __init__(
         self, runner: Runner, tokenizer: Tokenizer | None = None, max_sequences: int = MAX_SEQUENCES,
-        step_tokens: int = STEP_TOKENS, prefix_cache: bool = True,
+        step_tokens: int = STEP_TOKENS, prefix_cache: bool = True, drafter: Drafter | None = None,
     ) -> None:  # fmt: skip
+        self.speculation = None if drafter is None else Speculation(drafter)
         self.runner, self.tokenizer, self.pool = runner, tokenizer, runner.pool
         self.lock = threading.RLock()
         self.metrics = Metrics()
@@ -134,20 +137,34 @@ class Engine:
             started = time.perf_counter()
             self._let_in()
             try:
+                self._speculate()
                 if not (chunks := self.scheduler.schedule()):
                     return
-                self._run(chunks)
+                right = self._run(chunks)
             except BaseException:  # Ctrl-C too: the pool may hold half a step
                 for c in list(self.scheduler.running):
                     self.scheduler.preempt(c)
                 self.pool.forget_remembered()
                 raise
-            self.metrics.stepped(self, chunks, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            self.metrics.stepped(chunks, seconds)
+            if self.speculation is not None and all(chunk.n == 1 for chunk in chunks):
+                self.speculation.settle([(c, n, right.get(id(c), 0)) for c, _, n in chunks], seconds)
+
+    def _speculate(self) -> None:
+        if self.speculation is not None and not self.scheduler.waiting:
+            decoding = [c for c in self.scheduler.running if c.n_left == 1]
+            if len(decoding) == len(self.scheduler.running):
+                self.speculation.propose(decoding, self.scheduler.step_tokens - len(decoding))
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
-    def _run(self, chunks: list[Chunk]) -> None:
-        read = [(c.id, c.all_tokens[c.n_cached : c.n_cached + n]) for c, n, _ in chunks if c.id is not None]
+    def _run(self, chunks: list[Chunk]) -> dict[int, int]:
+        """-> of each sequence that has guessed how many guesses were right."""
+        read = [
+            (c.id, [*c.all_tokens[c.n_cached : c.n_cached + n], *c.drafts[:drafts]])
+            for c, n, drafts in chunks if c.id is not None
+        ]  # fmt: skip
         batch = self.pool.batch(read)
         ready = [chunk.sequence for chunk in chunks if chunk.n == chunk.sequence.n_left]
         masks = Masks([c for c in ready if c.params.max_tokens])
@@ -156,25 +173,43 @@ class Engine:
         rows_R = torch.tensor(rows, dtype=torch.int64, device=self.runner.device)
         out = self.runner.run(batch, rows_R, self._k(chunks), keep)
         assert out.logits is not None
-        for c, n, _ in chunks:
+        for c, n, drafts in chunks:
             c.n_cached += n
-            self._remember(c)
+            if not drafts:
+                self._remember(c)
         if keep:
             self._record(chunks, out.routing)
         logits_RV = out.logits[:, : self._vocab_size]
         self._read_prompts(chunks, spans, logits_RV)
-        self._sample(
-            ready, {id(c): span.stop - 1 for (c, _, _), span in zip(chunks, spans, strict=True)}, logits_RV, masks
-        )
+        row_of = {id(c): span.stop - 1 for (c, _, _), span in zip(chunks, spans, strict=True)}
+        guessed = {id(c): n for c, _, n in chunks if n}
+        self._sample([c for c in ready if id(c) not in guessed], row_of, logits_RV, masks)
+        return {id(c): self._check_drafts(c, n, logits_RV[row_of[id(c)] - n :]) for c, _, n in chunks if n}
+
+    def _check_drafts(self, c: Continuation, n: int, logits_RV: Tensor) -> int:
+        """Sample from the first n + 1 rows, for as long as what comes is what was guessed -> how many guesses were."""
+        drafts, c.drafts = c.drafts[:n], []
+        at_once = c.params.temperature == 0 and not c.params.uses_history  # no token changes what another may be
+        found = next_tokens(logits_RV[: n + 1], range(n + 1), [c] * (n + 1)) if at_once else []
+        for i in range(n + 1):
+            token = found[i] if at_once else next_tokens(logits_RV[i : i + 1], range(1), [c])[0]
+            self._accept(c, token)
+            if c.finish_reason is not None or i == n or c.all_tokens[-1] != drafts[i]:
+                break
+            c.n_cached += 1  # its keys and values are there
+        if c.id is not None:
+            self.pool.truncate(c.id, c.n_cached)
+            self._remember(c)
+        return i
 
     def _wanted(self, chunks: list[Chunk]) -> tuple[list[range], list[int]]:
         """Of each chunk its rows of the logits, and the tokens of the batch that these are of."""
         spans: list[range] = []
         rows: list[int] = []
         begin = 0
-        for c, n, _ in chunks:
-            end = begin + n
-            first = begin if _reads_prompt(c) else end - 1 if n == c.n_left else end
+        for c, n, n_drafts in chunks:
+            end = begin + n + n_drafts
+            first = begin if _reads_prompt(c) else end - 1 - n_drafts if n == c.n_left else end
             spans.append(range(len(rows), len(rows) + end - first))
             rows += range(first, end)
             begin = end
@@ -185,7 +220,7 @@ class Engine:
         if len({c.k for c, _, _ in chunks}) == 1:
             return chunks[0].sequence.k
         default = self.runner.config.experts_per_token
-        k_T = [default if c.k is None else c.k for c, n, _ in chunks for _ in range(n)]
+        k_T = [default if c.k is None else c.k for c, n, drafts in chunks for _ in range(n + drafts)]
         return torch.tensor(k_T, device=self.runner.device)
 
     def _remember(self, c: Continuation) -> None:
@@ -194,10 +229,10 @@ class Engine:
 
     def _record(self, chunks: list[Chunk], routing: tuple[Routing, ...]) -> None:
         begin = 0
-        for c, n, _ in chunks:
+        for c, n, drafts in chunks:
             if c.keep_routing:
                 c.routings.append(tuple(layer.tokens(begin, begin + n) for layer in routing))
-            begin += n
+            begin += n + drafts
 
     def _read_prompts(self, chunks: list[Chunk], spans: list[range], logits_RV: Tensor) -> None:
         """Log-probabilities of prompts that asked for them."""
@@ -217,11 +252,7 @@ class Engine:
         if rows:
             answers = [masks.of(leader) for leader, _ in sampling]
             for c, found in zip(continuations, next_tokens(logits_RV, rows, continuations, answers), strict=True):
-                if isinstance(found, MixtralError):
-                    c.error = str(found)
-                    self._end(c, "error")
-                else:
-                    self._accept(c, found)
+                self._accept(c, found)
         for c in ready:
             if not c.params.max_tokens:
                 self._end(c, "length")
@@ -240,13 +271,17 @@ class Engine:
             leader.followers = []
         return pairs
 
-    def _accept(self, c: Continuation, token: Token) -> None:
+    def _accept(self, c: Continuation, token: Token | MixtralError) -> None:
+        if isinstance(token, MixtralError):
+            c.error = str(token)
+            return self._end(c, "error")
         piece = c.accept(token)
         request = self._requests[id(c)]
         request.pieces.append(piece)
         self.metrics.token(request)
         if piece.finish_reason is not None:
             self._end(c, piece.finish_reason)
+        return None
 
     def _end(self, c: Continuation, reason: str) -> None:
         if c.finish_reason is None:
@@ -257,6 +292,10 @@ class Engine:
                 self._end(follower, reason)
         elif c.followers and reason == "abort":
             self._promote(c)
+        if c.id is not None and self.pool.length(c.id) > c.n_cached:  # guesses that nobody has checked
+            self.pool.truncate(c.id, c.n_cached)
+        if self.speculation is not None:
+            self.speculation.drop(c)
         self.scheduler.remove(c)
         del self._requests[id(c)]
 

@@ -22,9 +22,8 @@ class Metrics:
         self.first_token_seconds: deque[float] = deque(maxlen=_RECENT)  # from arrival
         self.between_tokens_seconds: deque[float] = deque(maxlen=_RECENT)
 
-    def stepped(self, engine: Engine, chunks: list[Chunk], seconds: float) -> None:
+    def stepped(self, chunks: list[Chunk], seconds: float) -> None:
         """A step has been run."""
-        del engine
         self.steps += 1
         self.busy_seconds += seconds
         self.prompt_tokens += sum(chunk.n for chunk in chunks if chunk.n > 1)
@@ -41,7 +40,7 @@ class Metrics:
 
     def values(self, engine: Engine) -> dict[str, float | None]:
         """All as numbers by name; None where nothing has been measured yet."""
-        scheduler, pool = engine.scheduler, engine.pool
+        scheduler, pool, speculation = engine.scheduler, engine.pool, engine.speculation
         return {
             "requests": self.requests,
             "running": len(scheduler.running),
@@ -54,6 +53,8 @@ class Metrics:
             "prefix_hit_tokens": scheduler.prefix_hits,
             "prompt_tokens": self.prompt_tokens,
             "generated_tokens": self.generated_tokens,
+            "drafted_tokens": speculation.drafted if speculation else 0,
+            "accepted_tokens": speculation.accepted if speculation else 0,
             "tokens_per_second": self.generated_tokens / self.busy_seconds if self.busy_seconds else None,
             "first_token_seconds_median": _median(self.first_token_seconds),
             "first_token_seconds_p95": _percentile(self.first_token_seconds, 0.95),
