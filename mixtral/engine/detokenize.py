@@ -19,6 +19,8 @@ class StopStrings:
 
     def push(self, piece: str) -> tuple[str, bool]:
         """Text that may be shown now, and whether a stop string was found; it and what follows are never shown."""
+        if not self._strings:
+            return piece, False
         text = self._held + piece
         matches = [(begin + len(s), begin) for s in self._strings if (begin := text.find(s)) >= 0]
         if matches:

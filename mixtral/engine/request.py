@@ -48,25 +48,34 @@ class Stream(Iterator[Piece]):
     def __init__(self, engine: Engine, requests: list[Request]) -> None:
         self._engine, self._requests = engine, requests
         self._open = list(requests)
+        self._pieces: deque[Piece] = deque()
 
     def __next__(self) -> Piece:
-        while True:
-            for request in self._open:
-                if request.pieces:
-                    return request.pieces.popleft()
-                if request.error:
-                    self.close()
-                    raise MixtralError(request.error)
-            self._open = [request for request in self._open if not request.is_finished or request.pieces]
-            if not self._open:
-                raise StopIteration
-            with self._engine.lock:
-                if not any(request.pieces or request.is_finished for request in self._open):
-                    self._step()
+        while not self._pieces:
+            self._collect()
+            if not self._pieces:
+                if not self._open:
+                    raise StopIteration
+                self._step()
+        return self._pieces.popleft()
+
+    def _collect(self) -> None:
+        """Take over what has come. Raises MixtralError for a request that has ended with one."""
+        going = []
+        for request in self._open:
+            finished = request.is_finished  # before its pieces are fetched: nothing comes after them
+            while request.pieces:
+                self._pieces.append(request.pieces.popleft())
+            if finished and request.error:
+                self.close()
+                raise MixtralError(request.error)
+            if not finished:
+                going.append(request)
+        self._open = going
 
     def results(self) -> list[Generation]:
         """All continuations, those of a prompt one after the other. Raises UsageError while some are unfinished."""
-        if any(request.pieces for request in self._requests):
+        if self._pieces or any(request.pieces for request in self._requests):
             raise UsageError("results: the stream is not at its end yet")
         return [result for request in self._requests for result in request.results()]
 
@@ -80,8 +89,11 @@ class Stream(Iterator[Piece]):
         self.close()
 
     def _step(self) -> None:
+        """Run a step, unless another thread's has brought something meanwhile."""
         try:
-            self._engine.step()
+            with self._engine.lock:
+                if not any(request.pieces or request.is_finished for request in self._open):
+                    self._engine.step()
         except BaseException:
             self.close()
             raise

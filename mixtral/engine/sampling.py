@@ -36,7 +36,7 @@ def next_tokens(
         masks: for each, bool [V] of what its grammar allows, or the error of asking it.
     """
     norm_R = kernels.log_sum_exp(logits_RV)
-    norms, plain = norm_R.tolist(), rows == range(len(logits_RV))
+    norms, plain = norm_R.tolist(), list(rows) == list(range(len(logits_RV)))
     logits_BV = logits_RV if plain else logits_RV[list(rows)]
     norm_B = norm_R if plain else norm_R[list(rows)]
     found: dict[int, MixtralError] = {b: _not_finite() for b, row in enumerate(rows) if not math.isfinite(norms[row])}

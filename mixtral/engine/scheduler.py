@@ -130,6 +130,15 @@ class Scheduler:
         self.requeue(c)
 
     def _go_on(self) -> list[Chunk]:
+        """The next tokens of those that run."""
+        n_running = len(self.running)
+        if n_running <= min(self.step_tokens, self.pool.n_free) and all(c.n_left == 1 for c in self.running) \
+                and not any(c.drafts for c in self.running):  # the usual case: each needs one block at most
+            return [Chunk(c, 1, 0) for c in self.running]
+        return self._within_room()
+
+    def _within_room(self) -> list[Chunk]:
+        """The same, block by block; who comes last gives its own up where there are too few."""
         chunks: dict[int, Chunk] = {}  # by id of the pool
         reserved, left = 0, self.step_tokens
         decoding = [c for c in self.running if c.n_left == 1]
@@ -156,6 +165,8 @@ class Scheduler:
         return list(chunks.values())
 
     def _admit(self, chunks: list[Chunk], left: int) -> None:
+        if not self.waiting:
+            return
         reserved = sum(self.pool.needed(c.sequence.id, c.n + c.n_drafts) for c in chunks if c.sequence.id is not None)
         while self.waiting and left > 0:
             c = self.waiting[0]
