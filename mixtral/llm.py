@@ -12,15 +12,20 @@ from typing import Any
 
 import torch
 
-from mixtral.engine import Engine, Generation, Piece, Request, SamplingParams, with_recommended
+from mixtral.engine import Engine, Generation, Piece, Request, Runner, SamplingParams, with_recommended
 from mixtral.engine.beam import Beam, beam_search
 from mixtral.engine.continuation import FinishReason
 from mixtral.engine.engine import MAX_SEQUENCES, STEP_TOKENS
+from mixtral.engine.native_runner import NativeRunner
 from mixtral.engine.score import ask, logprobs
-from mixtral.errors import UsageError
+from mixtral.engine.speculative import Drafter, DraftModel, OwnWeights, PromptLookup
+from mixtral.errors import UsageError, did_you_mean
 from mixtral.lm import LM, load
 from mixtral.moe import Routing
+from mixtral.quant.copy import quantised_copy
+from mixtral.quant.scheme import QuantScheme
 
+SPECULATE = ("off", "lookup", "self", "int4")
 Prompt = str | Sequence[int]
 Params = SamplingParams | Mapping[str, Any] | None
 
@@ -64,6 +69,9 @@ class LLM:
         max_sequences: that run at once; others wait.
         step_tokens: the most tokens of one pass of the model.
         prefix_cache: keep keys and values of prompts for others that begin alike.
+        speculate: where guesses at the next tokens come from (engine/speculative.py): "lookup", what followed the same
+            tokens before; "self", the model with one expert a token; "int4", a copy of it in four bits; an LM of the
+            same vocabulary; or "off". By default "lookup" on the native step, where no answer changes by a bit.
 
     Raises UsageError for a cache that holds nothing, and as `mixtral.load` does.
     """
@@ -71,11 +79,12 @@ class LLM:
     def __init__(
         self, model: str | Path | LM, *, dtype: str | torch.dtype | None = None, device: str | None = None,
         runner: str = "auto", cache_bytes: int | None = None, max_sequences: int = MAX_SEQUENCES,
-        step_tokens: int = STEP_TOKENS, prefix_cache: bool = True,
+        step_tokens: int = STEP_TOKENS, prefix_cache: bool = True, speculate: str | LM | None = None,
     ) -> None:  # fmt: skip
         self.lm = model if isinstance(model, LM) else load(model, dtype, device, runner)
         own = self.lm.make_runner(self.lm.runner_name, cache_bytes)
-        self.engine = Engine(own, self.lm.tokenizer, max_sequences, step_tokens, prefix_cache)
+        drafter = _drafter(self.lm, own, speculate)
+        self.engine = Engine(own, self.lm.tokenizer, max_sequences, step_tokens, prefix_cache, drafter)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: Params | Sequence[Params] = None, *, n: int = 1,
@@ -146,6 +155,26 @@ class LLM:
         if isinstance(given, SamplingParams):
             return given
         return SamplingParams.from_dict(with_recommended(dict(given or {}), self.lm.sampling))
+
+
+def _drafter(lm: LM, runner: Runner, speculate: str | LM | None) -> Drafter | None:
+    """Raises UsageError for guesses that this model cannot have."""
+    if isinstance(speculate, LM):
+        if speculate.config.vocab_size != lm.config.vocab_size:
+            raise UsageError(f"speculate: the draft model has {speculate.config.vocab_size} tokens and the model "
+                             f"{lm.config.vocab_size}; both must have one vocabulary")
+        return DraftModel(speculate.make_runner(speculate.runner_name))
+    wanted = ("lookup" if runner.name == "native" else "off") if speculate is None else speculate
+    if wanted not in SPECULATE:
+        raise UsageError(f"speculate: unknown choice {wanted!r}; {did_you_mean(wanted, SPECULATE)}")
+    if wanted == "self" and not lm.config.is_sparse:
+        raise UsageError("speculate: this model is dense (one expert), and cannot guess with fewer")
+    if wanted == "int4":
+        if runner.name != "native":
+            raise UsageError("speculate: a copy in four bits runs on the native step, and this model does not")
+        return OwnWeights(NativeRunner(quantised_copy(lm.model, QuantScheme.of("4")), runner.pool), None)
+    made = {"off": lambda: None, "lookup": PromptLookup, "self": lambda: OwnWeights(runner, 1)}
+    return made[wanted]()
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

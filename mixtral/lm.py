@@ -17,6 +17,7 @@ from mixtral.engine import Engine, Generation, KVPool, SamplingParams, with_reco
 from mixtral.engine.continuation import check_prompt
 from mixtral.engine.native_runner import NativeRunner, cache_dtype, why_not
 from mixtral.engine.runner import Runner, TorchRunner
+from mixtral.engine.speculative import PromptLookup
 from mixtral.errors import UsageError, did_you_mean
 from mixtral.files import atomic_folder
 from mixtral.hardware import has_fast_bf16
@@ -116,7 +117,8 @@ class LM:
         runner = self.runner
         with self._lock:
             if self._engine is None or self._engine.runner is not runner:
-                self._engine = Engine(runner, self.tokenizer)
+                drafter = PromptLookup() if runner.name == "native" else None  # there no answer changes by a bit
+                self._engine = Engine(runner, self.tokenizer, drafter=drafter)
             return self._engine
 
     def why_runner(self) -> str:

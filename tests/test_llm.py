@@ -18,6 +18,7 @@ from mixtral.engine.async_engine import AsyncEngine
 from mixtral.errors import MixtralError, UsageError
 from tests.engine.models import make_model, random_tokens
 from tests.engine.test_engine import GREEDY, assert_all_returned, engine_of
+from tests.engine.test_speculative import Always
 
 MODEL = make_model()
 
@@ -75,6 +76,34 @@ def test_what_cannot_be_served_is_refused_before_any_work(nano: LM) -> None:
     with pytest.raises(UsageError, match="cache: 10 bytes hold no block of 32 positions"):
         LLM(nano, cache_bytes=10)
     assert llm.metrics()["steps"] == 0
+
+
+@pytest.mark.parametrize("speculate", ["off", "lookup", "self", "int4", "draft"])
+def test_speculation_changes_no_answer(nano: LM, speculate: str) -> None:
+    llm = LLM(nano, speculate=nano if speculate == "draft" else speculate)
+    if llm.engine.speculation is not None:
+        llm.engine.speculation = Always(llm.engine.speculation.drafter)
+    prompts = ["def mean(values):\n    return sum(values)", "import os\nimport sys\nimport os\n"]
+    params = [SamplingParams(max_tokens=40), SamplingParams(max_tokens=40, temperature=1.0, seed=1)]
+    for i, output in enumerate(llm.generate(prompts, params)):
+        [theirs] = plain(nano.runner, [output.prompt_token_ids], params[i], tokenizer=nano.tokenizer, first=i)
+        ours = output.outputs[0]
+        assert (ours.token_ids, ours.text, ours.token_logprobs) == (theirs.tokens, theirs.text, theirs.logprobs)
+    metrics = llm.metrics()
+    if speculate == "draft":  # itself: the greedy one is always right
+        assert metrics["accepted_tokens"] >= 30  # type: ignore[operator]
+    assert (metrics["drafted_tokens"] == 0) == (speculate == "off")
+    assert_all_returned(llm.engine)
+
+
+def test_guesses_that_a_model_cannot_have(nano: LM) -> None:
+    dense = LM(make_model(n_experts=1, experts_per_token=1))
+    for lm, speculate, message in [
+        (nano, "looup", "did you mean 'lookup'"), (dense, "self", "this model is dense"),
+        (dense, "int4", "runs on the native step"), (dense, nano, "both must have one vocabulary"),
+    ]:  # fmt: skip
+        with pytest.raises(UsageError, match=message):
+            LLM(lm, speculate=speculate)  # type: ignore[arg-type]
 
 
 # -- beams -------------------------------------------------------------------------------------------------------------

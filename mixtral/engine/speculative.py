@@ -27,6 +27,7 @@ LOSS = 0.01  # of a sequence's time
 MOST_CREDIT = 4.0  # steps
 MOST_DRAFTS = 12
 _FRESH = 64  # steps for which the time of a step without guesses holds
+_RECENT = 8192  # tokens that prompt lookup knows of a prompt
 _SIZES = (4, 3, 2)  # tokens that must have occurred, for prompt lookup
 
 
@@ -68,7 +69,7 @@ class _Index:
         self._done = 0  # tokens in it
 
     def after(self, tokens: list[int], most: int) -> list[int]:
-        for end in range(self._done, len(tokens) - 1):
+        for end in range(max(self._done, len(tokens) - _RECENT), len(tokens) - 1):
             for size in _SIZES:
                 if end + 1 >= size:
                     self._ends[tuple(tokens[end + 1 - size : end + 1])] = end + 1

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ def _entries(
         name = stored.removesuffix(PACKED)
         fmt = scheme.format(name)
         if fmt is not None:
-            make = partial(_pack, reader, name, fmt, shape, importance.get(name), done, allow_nonfinite)
+            make = partial(pack_parameter, reader, name, fmt, shape, importance.get(name), done, allow_nonfinite)
             entries.append(Entry(stored, torch.uint8, shape, make))
         else:
             dtype = torch.bfloat16 if name == "embedding.weight" else reader.dtype(name)
@@ -88,9 +89,13 @@ def _entries(
     return entries
 
 
-def _pack(
-    reader: StateReader, name: str, fmt: QuantFormat, shape: tuple[int, ...], importance: Tensor | None,
-    done: Callable[[int], None], allow_nonfinite: bool,
+class _Readable(Protocol):
+    def read(self, ours: str) -> Tensor: ...
+
+
+def pack_parameter(
+    reader: _Readable, name: str, fmt: QuantFormat, shape: tuple[int, ...], importance: Tensor | None = None,
+    done: Callable[[int], object] = int, allow_nonfinite: bool = False,
 ) -> Tensor:  # fmt: skip
     """All matrices of one parameter, packed one after the other -> uint8 [..., blocks, bytes of a block]."""
     w = reader.read(name)
