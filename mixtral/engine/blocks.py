@@ -123,6 +123,9 @@ class Blocks:
             self._keys[block] = key
         return self._found[key][1]
 
+    def is_remembered(self, block: int) -> bool:
+        return block in self._keys
+
     def find(self, prefix: Prefix, tokens: tuple[int, ...]) -> tuple[int, int] | None:
         """(block, prefix of what follows) where these tokens are remembered behind `prefix`."""
         return self._found.get((prefix, tokens))

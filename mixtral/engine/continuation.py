@@ -120,6 +120,7 @@ class Continuation:
     ) -> None:  # fmt: skip
         self.index, self.k, self.keep_routing, self.mask = index, k, keep_routing, mask
         self.params = params = with_phrases(params, tokenizer)
+        self.is_plain = params.temperature == 0 and not params.uses_history and params.logprobs is None
         self.id: int | None = None  # in the pool
         self.generator = make_generator(params, number)
         self.all_tokens = list(prompt)

@@ -175,7 +175,7 @@ class Engine:
         assert out.logits is not None
         for c, n, drafts in chunks:
             c.n_cached += n
-            if not drafts:
+            if not drafts and c.n_cached % self.pool.block_size < n:  # a block has become full
                 self._remember(c)
         if keep:
             self._record(chunks, out.routing)
@@ -189,7 +189,7 @@ class Engine:
     def _check_drafts(self, c: Continuation, n: int, logits_RV: Tensor) -> int:
         """Sample from the first n + 1 rows, for as long as what comes is what was guessed -> how many guesses were."""
         drafts, c.drafts = c.drafts[:n], []
-        at_once = c.params.temperature == 0 and not c.params.uses_history  # no token changes what another may be
+        at_once = c.is_plain  # no token changes what another may be
         found = next_tokens(logits_RV[: n + 1], range(n + 1), [c] * (n + 1)) if at_once else []
         for i in range(n + 1):
             token = found[i] if at_once else next_tokens(logits_RV[i : i + 1], range(1), [c])[0]

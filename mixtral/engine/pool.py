@@ -220,20 +220,38 @@ class KVPool:
         with self.lock:
             sequences = [self._sequence(id) for id, _ in chunks]
             starts = [s.length for s in sequences]
-            for sequence in sequences:
-                self._free_before_window(sequence)
-            self._reserve(sum(self._needed(s, len(t)) for s, (_, t) in zip(sequences, chunks, strict=True)))
-            for sequence, (_, tokens) in zip(sequences, chunks, strict=True):
-                self._extend(sequence, len(tokens))
-            tokens = [t for _, chunk in chunks for t in chunk]
-            positions = [p for s, start in zip(sequences, starts, strict=True) for p in range(start, s.length)]
-            slots = [slot for s, start in zip(sequences, starts, strict=True) for slot in self._slots(s, start)]
+            if all(len(chunk) == 1 and self._has_room(s) for s, (_, chunk) in zip(sequences, chunks, strict=True)):
+                for sequence in sequences:  # the usual case in decoding: the same, sooner
+                    sequence.length += 1
+                tokens, positions = [chunk[0] for _, chunk in chunks], starts
+                size, ends = self.block_size, [s.blocks[-1] for s in sequences]
+                slots = [end * size + p % size for end, p in zip(ends, starts, strict=True)]
+            else:
+                self._make_room([(s, len(tokens)) for s, (_, tokens) in zip(sequences, chunks, strict=True)])
+                tokens = [t for _, chunk in chunks for t in chunk]
+                positions = [p for s, start in zip(sequences, starts, strict=True) for p in range(start, s.length)]
+                slots = [slot for s, start in zip(sequences, starts, strict=True) for slot in self._slots(s, start)]
             of_tokens = torch.tensor([tokens, positions, slots], dtype=torch.int64, device=self.pool_L2GSC.device)
             tokens_T, positions_T, slots_T = of_tokens.unbind()
             context_lens = torch.tensor([s.length for s in sequences], dtype=torch.int64)
             cu_seqlens = Ragged.offsets([len(chunk) for _, chunk in chunks])
             tables = self._block_tables(tuple(id for id, _ in chunks), sequences)
             return Ragged(tokens_T, positions_T, cu_seqlens, tables, context_lens, slots_T)
+
+    def _has_room(self, sequence: _Sequence) -> bool:
+        """Whether another position goes into its last block, and that is all there is to do."""
+        if self.window is not None or not sequence.length % self.block_size:
+            return False
+        end = sequence.blocks[-1]
+        return self.blocks.users(end) == 1 and not self.blocks.is_remembered(end)
+
+    def _make_room(self, wanted: Sequence[tuple[_Sequence, int]]) -> None:
+        """Room for so many more positions of each."""
+        for sequence, _ in wanted:
+            self._free_before_window(sequence)
+        self._reserve(sum(self._needed(sequence, n) for sequence, n in wanted))
+        for sequence, n in wanted:
+            self._extend(sequence, n)
 
     # -- blocks --------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ layers, M sparse layers of a call, S slots of the pool, B blocks of a table, R r
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -314,9 +315,9 @@ def _check_pages(spans: Sequence[Span], pages: Pages, config: ModelConfig) -> No
 
 
 def _sequences(spans: Sequence[Span], tables_NB: Tensor) -> ctypes.Array:
-    address, row_bytes = tables_NB.data_ptr(), 8 * tables_NB.shape[1]
-    rows = (plan.Sequence(*span, address + i * row_bytes) for i, span in enumerate(spans))
-    return (plan.Sequence * len(spans))(*rows)
+    address, row_bytes, n = tables_NB.data_ptr(), 8 * tables_NB.shape[1], len(spans)
+    fields = [value for i, span in enumerate(spans) for value in (*span, address + i * row_bytes)]
+    return (plan.Sequence * n).from_buffer_copy(struct.pack("iiqQ" * n, *fields))  # a constructor each takes 2 us
 
 
 def _pages(pages: Pages) -> plan.Pages:
