@@ -88,7 +88,7 @@ class LLM:
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: Params | Sequence[Params] = None, *, n: int = 1,
-        k: int | Sequence[int | None] | None = None, priority: int = 0, bos: bool | None = None,
+        k: float | Sequence[float | None] | None = None, priority: int = 0, bos: bool | None = None,
         keep_routing: bool = False, progress: bool | None = None,
     ) -> list[RequestOutput]:  # fmt: skip
         """Continue prompts, as many at once as there is room for; the results are in their order.
@@ -98,7 +98,8 @@ class LLM:
             params: one for all or one for each: SamplingParams, or some of its fields, in whose place what the model
                 recommends counts, and then the defaults.
             n: continuations of each prompt.
-            k: how many experts a token takes, for all or for each; None: what the model was trained with.
+            k: how many experts a token takes, or a number between 0 and 1: the fewest whose probabilities sum to it;
+                for all or for each. None: what the model was trained with.
             priority: the lower, the sooner.
             bos: whether <s> stands before a text; None: as the tokenizer's files decide.
             keep_routing: record the routing of every token.
@@ -126,13 +127,13 @@ class LLM:
         return results
 
     def stream(
-        self, prompt: Prompt, params: Params = None, *, k: int | None = None, bos: bool | None = None
+        self, prompt: Prompt, params: Params = None, *, k: float | None = None, bos: bool | None = None
     ) -> Iterator[Piece]:
         """One continuation of one prompt, token by token."""
         return self.engine.stream([self.lm.prompt_ids(prompt, bos)], self.params(params), k=k)
 
     def score(
-        self, texts: Prompt | Sequence[Prompt], *, k: int | None = None, bos: bool | None = None
+        self, texts: Prompt | Sequence[Prompt], *, k: float | None = None, bos: bool | None = None
     ) -> list[list[float]]:
         """For each text the natural logarithm of each token's probability after those before it, but the first's."""
         ids = [self.lm.prompt_ids(text, bos if isinstance(text, str) else None) for text in _listed(texts)]
@@ -140,7 +141,7 @@ class LLM:
 
     def beam_search(
         self, prompt: Prompt, width: int = 4, max_tokens: int = 64, *, length_penalty: float = 1.0,
-        k: int | None = None, bos: bool | None = None,
+        k: float | None = None, bos: bool | None = None,
     ) -> list[Beam]:  # fmt: skip
         """The most probable continuations that a search `width` wide finds, the best first (engine/beam.py)."""
         ids = self.lm.prompt_ids(prompt, bos)

@@ -29,7 +29,7 @@ class Request(NamedTuple):
     prompt: str | list[int]  # as it stands there
     ids: list[int]
     params: SamplingParams
-    k: int | None
+    k: float | None
 
 
 def generate_file(
@@ -73,9 +73,7 @@ def _line(request: Request, generation: Generation, logprobs: bool) -> dict[str,
 
 def _request(lm: LM, values: dict[str, Any], asked: dict[str, Any], bos: bool | None, k: int | None) -> Request:
     """Raises UsageError for what cannot be served."""
-    from mixtral.commands.common import check_k
     from mixtral.engine import SamplingParams, with_recommended
-    from mixtral.engine.continuation import check_request
 
     prompt = values.pop("prompt", None)
     k = values.pop("k", k)
@@ -85,10 +83,9 @@ def _request(lm: LM, values: dict[str, Any], asked: dict[str, Any], bos: bool | 
         raise UsageError("prompt must be a text or a list of token ids")
     params = SamplingParams.from_dict(with_recommended({**asked, **values}, lm.sampling))
     ids = list(prompt) if isinstance(prompt, list) else lm.tokenizer.encode(prompt, bos, eos=False)
-    if k is not None and type(k) is not int:
-        raise UsageError("k must be a number of experts")
-    check_k(k, lm.config)
-    check_request(ids, params, lm.config, lm.tokenizer)
+    if k is not None and type(k) not in (int, float):
+        raise UsageError("k must be a number of experts, or between 0 and 1")
+    lm.engine.check(ids, params, k=k)
     return Request(prompt, ids, params, k)
 
 

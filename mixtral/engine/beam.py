@@ -29,7 +29,7 @@ class Beam:
 
 def beam_search(
     engine: Engine, prompt: Sequence[int], width: int, max_tokens: int, *, length_penalty: float = 1.0,
-    k: int | None = None, end_ids: Sequence[int] | None = None,
+    k: float | None = None, end_ids: Sequence[int] | None = None,
 ) -> list[Beam]:  # fmt: skip
     """-> at most `width` continuations, the best score first.
 

@@ -115,7 +115,7 @@ class Continuation:
     """One continuation of a prompt."""
 
     def __init__(
-        self, index: int, prompt: Sequence[int], params: SamplingParams, k: int | None, config: ModelConfig,
+        self, index: int, prompt: Sequence[int], params: SamplingParams, k: float | None, config: ModelConfig,
         tokenizer: Tokenizer | None, number: int, keep_routing: bool = False, mask: Mask | None = None,
     ) -> None:  # fmt: skip
         self.index, self.k, self.keep_routing, self.mask = index, k, keep_routing, mask

@@ -70,14 +70,15 @@ class Engine:
     # -- requests ------------------------------------------------------------------------------------------------------
 
     def add(
-        self, prompt: Sequence[int], params: SamplingParams, *, n: int = 1, k: int | None = None, priority: int = 0,
+        self, prompt: Sequence[int], params: SamplingParams, *, n: int = 1, k: float | None = None, priority: int = 0,
         keep_routing: bool = False, mask: Mask | None = None, first: int = 0, index: int = 0, name: str = "prompt",
     ) -> Request:  # fmt: skip
         """A request joins those that wait.
 
         Args:
             n: continuations, which share the prompt's keys and values.
-            k: how many experts a token takes; None: what the model was trained with.
+            k: how many experts a token takes, or a number between 0 and 1: the fewest whose probabilities sum to it;
+                None: what the model was trained with.
             priority: the lower, the sooner; see Scheduler.
             keep_routing: record the routing of every token; nothing comes from the prefix cache then.
             mask: says after each token which may follow.
@@ -107,7 +108,7 @@ class Engine:
             self.metrics.requests += 1
 
     def check(
-        self, prompt: Sequence[int], params: SamplingParams, *, n: int = 1, k: int | None = None, name: str = "prompt"
+        self, prompt: Sequence[int], params: SamplingParams, *, n: int = 1, k: float | None = None, name: str = "prompt"
     ) -> None:
         """Raise UsageError for what `add` would refuse."""
         config = self.runner.config
@@ -217,11 +218,12 @@ class Engine:
 
     def _k(self, chunks: list[Chunk]) -> int | Tensor | None:
         """How many experts each token of the step takes."""
-        if len({c.k for c, _, _ in chunks}) == 1:
-            return chunks[0].sequence.k
+        first = chunks[0].sequence.k
+        if not isinstance(first, float) and all(c.k == first for c, _, _ in chunks):
+            return first
         default = self.runner.config.experts_per_token
         k_T = [default if c.k is None else c.k for c, n, drafts in chunks for _ in range(n + drafts)]
-        return torch.tensor(k_T, device=self.runner.device)
+        return torch.tensor(k_T, dtype=_k_dtype(k_T), device=self.runner.device)
 
     def _remember(self, c: Continuation) -> None:
         if self.scheduler.prefix_cache and c.shares_prefixes and c.id is not None:
@@ -311,11 +313,11 @@ class Engine:
 
     def stream(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], *, n: int = 1,
-        k: int | Sequence[int | None] | None = None, keep_routing: bool = False, first: int = 0,
+        k: float | Sequence[float | None] | None = None, keep_routing: bool = False, first: int = 0,
     ) -> Stream:  # fmt: skip
         """Continue prompts; their pieces as they come. Arguments as of the plain loop (engine/generate.py)."""
         params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        of_prompt = [k] * len(prompts) if k is None or isinstance(k, int) else list(k)
+        of_prompt = [k] * len(prompts) if k is None or isinstance(k, int | float) else list(k)
         for name, given in (("params", params), ("k", of_prompt)):
             if len(given) != len(prompts):
                 raise UsageError(f"{name}: {len(given)} given for {len(prompts)} prompts; give one, or one for each")
@@ -332,7 +334,7 @@ class Engine:
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], *, n: int = 1,
-        k: int | Sequence[int | None] | None = None, keep_routing: bool = False, first: int = 0,
+        k: float | Sequence[float | None] | None = None, keep_routing: bool = False, first: int = 0,
     ) -> list[Generation]:  # fmt: skip
         """The same to the end. Raises MixtralError when one ends with an error."""
         stream = self.stream(prompts, params, n=n, k=k, keep_routing=keep_routing, first=first)
@@ -374,8 +376,15 @@ def _reads_prompt(c: Continuation) -> bool:
     return c.params.prompt_logprobs is not None and len(c.prompt_tokens) < c.n_prompt - 1
 
 
-def _check_numbers(n: int, k: int | None, n_experts: int) -> None:
+def _k_dtype(k_T: Sequence[float]) -> torch.dtype:
+    return torch.float32 if any(isinstance(k, float) for k in k_T) else torch.int64
+
+
+def _check_numbers(n: int, k: float | None, n_experts: int) -> None:
     if not 1 <= n <= MOST_CONTINUATIONS:
         raise UsageError(f"n: must lie in 1..{MOST_CONTINUATIONS:,} continuations, not {n}")
-    if k is not None and not 1 <= k <= n_experts:
-        raise UsageError(f"k: must lie in 1..{n_experts} (the model's experts), not {k}")
+    if k is not None and not (0 < k < 1 if isinstance(k, float) else 1 <= k <= n_experts):
+        share = ", or between 0 and 1 for as many as sum to that probability" if n_experts > 1 else ""
+        raise UsageError(f"k: must lie in 1..{n_experts} (the model's experts){share}, not {k}")
+    if isinstance(k, float) and n_experts == 1:
+        raise UsageError("k: this model is dense (one expert); only sparse models choose how many a token takes")

@@ -30,7 +30,7 @@ def generate(
     params: SamplingParams | Sequence[SamplingParams],
     *,
     n: int = 1,
-    k: int | Sequence[int | None] | None = None,
+    k: float | Sequence[float | None] | None = None,
     keep_routing: bool = False,
     tokenizer: Tokenizer | None = None,
     prefill_chunk: int | None = None,
@@ -65,7 +65,7 @@ def stream(
     params: SamplingParams | Sequence[SamplingParams],
     *,
     n: int = 1,
-    k: int | Sequence[int | None] | None = None,
+    k: float | Sequence[float | None] | None = None,
     keep_routing: bool = False,
     tokenizer: Tokenizer | None = None,
     prefill_chunk: int | None = None,
@@ -73,7 +73,7 @@ def stream(
 ) -> Stream:
     """The same as `generate`, token by token as they come. Errors in the arguments are raised at once."""
     params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-    of_prompt = [k] * len(prompts) if k is None or isinstance(k, int) else list(k)
+    of_prompt = [k] * len(prompts) if k is None or isinstance(k, int | float) else list(k)
     _check(prompts, params, of_prompt, runner.config, tokenizer, n, prefill_chunk)
     return Stream(_Run(runner, prompts, params, of_prompt, n, keep_routing, tokenizer, prefill_chunk, first))
 
@@ -115,7 +115,7 @@ class _Run:
 
     def __init__(
         self, runner: Runner, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams],
-        k: Sequence[int | None], n: int, keep_routing: bool, tokenizer: Tokenizer | None, prefill_chunk: int | None,
+        k: Sequence[float | None], n: int, keep_routing: bool, tokenizer: Tokenizer | None, prefill_chunk: int | None,
         first: int,
     ) -> None:  # fmt: skip
         config = runner.config
@@ -166,8 +166,9 @@ class _Run:
     def _k(self, counts: list[int]) -> int | Tensor | None:
         """How many experts each token of the step takes."""
         of_sequence = [s.k for s in self.active]
-        if len(set(of_sequence)) == 1:
-            return of_sequence[0]
+        first = of_sequence[0]
+        if not isinstance(first, float) and all(k == first for k in of_sequence):
+            return first
         default = self.runner.config.experts_per_token
         k_B = torch.tensor([default if k is None else k for k in of_sequence], device=self.runner.device)
         return k_B.repeat_interleave(torch.tensor(counts, device=self.runner.device))
@@ -208,7 +209,7 @@ class _Run:
 
 
 def _check(
-    prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], k: Sequence[int | None], config: ModelConfig,
+    prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], k: Sequence[float | None], config: ModelConfig,
     tokenizer: Tokenizer | None, n: int, prefill_chunk: int | None,
 ) -> None:  # fmt: skip
     """Raise UsageError for arguments that cannot be served."""

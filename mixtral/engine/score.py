@@ -12,7 +12,7 @@ from mixtral.errors import MixtralError
 READ = SamplingParams(max_tokens=0, prompt_logprobs=0)  # the prompt, and nothing after it
 
 
-def ask(engine: Engine, token_ids: Sequence[int], k: int | None = None) -> Request:
+def ask(engine: Engine, token_ids: Sequence[int], k: float | None = None) -> Request:
     """A request whose answer `logprobs` reads."""
     return engine.add(token_ids, READ, k=k, name="text")
 
@@ -25,7 +25,7 @@ def logprobs(request: Request) -> list[float]:
     return request.results()[0].prompt_logprobs
 
 
-def score(engine: Engine, token_ids: Sequence[int], k: int | None = None) -> list[float]:
+def score(engine: Engine, token_ids: Sequence[int], k: float | None = None) -> list[float]:
     """Both. Raises UsageError for what the model cannot read."""
     request = ask(engine, token_ids, k)
     engine.finish(request)

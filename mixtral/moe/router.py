@@ -79,6 +79,8 @@ class Router(nn.Module):
                 then. A number may be left out, as the width gives it, but for all slots of learned_k or token_k.
             k: experts a token takes in this call: a number, or int64 [T] for each token its own (0: none; to learned_k
                 and token_k, whose slots do not depend on values, what lies beyond their range means its nearest end).
+                Routers that rank experts take fp32 [T] too, where a number between 0 and 1 means the fewest experts
+                whose probabilities sum to it.
 
         Raises UsageError when `k` is neither, or out of range, or this router does not let a call set it.
         """

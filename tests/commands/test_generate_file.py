@@ -73,7 +73,7 @@ BAD = [
     ('{"prompt": "a", "text": "b"}', "unknown option 'text'"),
     ('{"prompt": "a", "temprature": 1}', "did you mean 'temperature'?"),
     ('{"prompt": "a", "top_p": 2}', "top_p must be above 0 and at most 1, not 2"), ('{"prompt": []}', "prompt: empty"),
-    ('{"prompt": [99999]}', "token id 99999 is out of range"), ('{"prompt": "a", "k": 99}', "--k must lie in 1.."),
+    ('{"prompt": [99999]}', "token id 99999 is out of range"), ('{"prompt": "a", "k": 99}', "k: must lie in 1.."),
     ('{"prompt": "a", "k": "1"}', "k must be a number of experts"),
 ]  # fmt: skip
 

@@ -74,7 +74,7 @@ def test_many_requests_equal_each_alone(name: str, room: str) -> None:
     model, rng = MODELS[name], random.Random(name)
     prompts = [random_tokens(rng.randint(1, 60), seed=i) for i in range(24)]
     params = [some_params(rng) for _ in prompts]
-    ks = [rng.choice([None, 1, 2, 3]) if model.config.is_sparse else None for _ in prompts]
+    ks = [rng.choice([None, 1, 2, 3, 0.4, 0.8]) if model.config.is_sparse else None for _ in prompts]
     engine = engine_of(model, n_blocks=400 if room == "much" else 24)
     got = engine.generate(prompts, params, k=ks)
     for prompt, wanted, k, ours in zip(prompts, params, ks, got, strict=True):
@@ -137,6 +137,23 @@ def test_prefixes_of_another_k_are_others() -> None:
     for k in (None, 1, 3, 1):
         assert_equal(model, engine.generate([prompt], GREEDY, k=k)[0], alone(model, prompt, GREEDY, k=k)[0])
     assert engine.scheduler.prefix_hits == 36
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "dense"])
+@pytest.mark.parametrize("share", [0.2, 0.55, 0.9, 0.999])
+def test_a_share_of_the_experts_probability(name: str, share: float) -> None:
+    """Against the definition: the fewest experts whose softmax over all of them sums to it; weights as ever."""
+    [got] = engine_of(MODELS[name]).generate([random_tokens(30)], GREEDY, k=share, keep_routing=True)
+    numbers = set()
+    for layer in got.routing:
+        for logits_E, experts_K, weights_K in zip(layer.logits_TE, layer.experts_TK, layer.weights_TK, strict=True):
+            order = logits_E.sort(descending=True, stable=True).indices
+            sums = logits_E.double().softmax(0)[order].cumsum(0)
+            n = int((sums < share).sum()) + 1
+            numbers.add(n)
+            assert experts_K.tolist()[:n] == order[:n].tolist() and set(experts_K.tolist()[n:]) <= {-1}
+            torch.testing.assert_close(weights_K[:n], logits_E[order[:n]].softmax(0))
+    assert len(numbers) > 1 or share in (0.2, 0.999)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -321,6 +338,7 @@ def test_what_cannot_be_served_is_refused_at_once() -> None:
         (random_tokens(20), GREEDY, {}, "need 8 blocks of keys and values, and the cache has 6"),
         ([], GREEDY, {}, "empty"),
         ([1], GREEDY, {"k": 9}, "k: must lie in 1..4"),
+        ([1], GREEDY, {"k": 1.5}, "k: must lie in 1..4 .the model's experts., or between 0 and 1"),
         ([1], GREEDY, {"n": 0}, "n: must lie in 1..10,000"),
         ([99], GREEDY, {}, "out of range"),
         (random_tokens(128), GREEDY, {}, "fill the model's context"),

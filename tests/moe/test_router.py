@@ -114,6 +114,23 @@ def test_k_for_each_token_at_its_ends(k: list[int]) -> None:
     assert ((routing.experts_TK >= 0).sum(-1)).tolist() == k
 
 
+def test_a_share_is_the_fewest_experts_that_sum_to_it() -> None:
+    router, x = _router(), torch.randn(40, 6)
+    share_T = torch.rand(40).clamp(0.05, 0.95)
+    share_T[::4] = 3.0
+    routing = router(x, k=share_T)
+    for t, logits_E in enumerate(routing.logits_TE):
+        sums = logits_E.double().softmax(0).sort(descending=True).values.cumsum(0)
+        wanted = 3 if t % 4 == 0 else int((sums < float(share_T[t])).sum()) + 1
+        alone = router(x[t : t + 1], k=wanted)
+        assert torch.equal(routing.experts_TK[t, :wanted], alone.experts_TK[0])
+        torch.testing.assert_close(routing.weights_TK[t, :wanted], alone.weights_TK[0])
+        assert routing.experts_TK[t, wanted:].eq(-1).all()
+    for wrong, message in ((torch.full((40,), 1.5), "a whole number, or lie between"), (torch.rand(3), "40 numbers")):
+        with pytest.raises(UsageError, match=message):
+            router(x, k=wrong)
+
+
 @pytest.mark.parametrize(("k", "message"), [
     (2.0, "k must be a whole number or an int64 tensor [T], not 2.0"),
     (True, "k must be a whole number or an int64 tensor [T], not True"),
@@ -129,6 +146,8 @@ def test_k_for_each_token_at_its_ends(k: list[int]) -> None:
 def test_what_is_no_k_is_refused(k: Any, message: str, spec: str) -> None:
     if message.startswith("each") and not spec.startswith("topk"):
         return  # with slots of their own these routers look at no value
+    if message.endswith("not float32 [2]") and spec.startswith("topk"):
+        return  # it takes these, and shares
     router, x = naive_routers.router(spec), torch.randn(2, 6)
     for replay in (None, torch.tensor([[0, 1], [2, 3]])):
         with pytest.raises(UsageError, match=f"^router: {re.escape(message)}$"):

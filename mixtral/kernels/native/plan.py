@@ -59,9 +59,9 @@ class Plan(ctypes.Structure):
         ("model", POINTER(Model)), ("rows", c_int32), ("n_sequences", c_int32), ("n_wanted", c_int32), ("k", c_int32),
         ("first_layer", c_int32), ("last_layer", c_int32), ("from_experts", c_int32), ("to_router", c_int32),
         ("cache_dtype", c_int32), ("pages", Pages), ("sequences", POINTER(Sequence)), ("row_k", c_void_p),
-        ("active", c_void_p), ("tokens", c_void_p), ("cosines", c_void_p), ("sines", c_void_p), ("wanted", c_void_p),
-        ("x", c_void_p), ("logits", c_void_p), ("router_logits", c_void_p), ("experts", c_void_p),
-        ("weights", c_void_p), ("scratch", c_void_p),
+        ("row_share", c_void_p), ("active", c_void_p), ("tokens", c_void_p), ("cosines", c_void_p), ("sines", c_void_p),
+        ("wanted", c_void_p), ("x", c_void_p), ("logits", c_void_p), ("router_logits", c_void_p),
+        ("experts", c_void_p), ("weights", c_void_p), ("scratch", c_void_p),
     )  # fmt: skip
 
 

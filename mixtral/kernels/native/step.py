@@ -117,7 +117,8 @@ class Step:
                 them is inactive: it writes nothing, takes no experts, and what comes out for it has no meaning.
             angles: rotary cos and sin, two fp32 [P, C/2], of the positions 0 .. P - 1.
             wanted_R: int64, the rows whose logits are wanted; None: stop after the last layer.
-            k: experts a row takes, by default the configured number; or int64 [T], 0 for none.
+            k: experts a row takes, by default the configured number; or int64 [T], 0 for none; or fp32 [T], where a
+                number between 0 and 1 means the fewest experts whose probabilities sum to it.
             layers: which, in steps of one; all by default.
             routed: begin behind the first layer's router, whose rows take these experts; `source` is fp32 then.
             to_router: end behind the last layer's router: x is then what its norm and experts read.
@@ -126,6 +127,7 @@ class Step:
         """
         config, layers = self.config, range(self.config.n_layers) if layers is None else layers
         k = config.experts_per_token if k is None else k
+        k, shares = self._shares(k, layers)
         rows, row_k = source.shape[0], k.to(torch.int32) if isinstance(k, Tensor) else None
         most_k = max(_most(k), 1 if routed is None else routed.experts_TK.shape[1])
         self._check(source, spans, pages, angles, wanted_R, layers)
@@ -147,7 +149,8 @@ class Step:
         call = plan.Plan(
             ctypes.pointer(self._model), rows, len(spans), 0 if wanted_R is None else wanted_R.shape[0], most_k,
             layers.start, layers.stop, routed is not None, to_router, DTYPES[pages.pool_L2GSC.dtype], _pages(pages),
-            _sequences(spans, tables_NB), _address(row_k), _address(active),
+            _sequences(spans, tables_NB), _address(row_k), _address(shares),
+            _address(active),
             tokens.data_ptr() if source.dim() == 1 else None, angles[0].data_ptr(), angles[1].data_ptr(),
             _address(wanted_R), x_TD.data_ptr(), _address(result.logits_RV),
             *(t.data_ptr() if sparse else None for t in (result.router_logits_MTE, result.experts_MTK,
@@ -227,6 +230,14 @@ class Step:
         last = max((span.first + span.n for span in spans), default=0)
         for table in angles:
             pointer(table, "rotary angles", (max(last, table.shape[0]), config.head_dim // 2), torch.float32)
+
+    def _shares(self, k: int | Tensor, layers: range) -> tuple[int | Tensor, Tensor | None]:
+        """(the most experts of each row, its share of the probability or 0; None: no row has one)."""
+        if not isinstance(k, Tensor) or not k.is_floating_point():
+            return k, None
+        is_share = (k > 0) & (k < 1)
+        most = min((self._layers[i].n_experts for i in layers if self._layers[i].router), default=1)
+        return k.masked_fill(is_share, most).to(torch.int64), k.float().masked_fill(~is_share, 0.0).contiguous()
 
     def _check_routing(
         self, rows: int, k: int | Tensor, most_k: int, layers: range, routed: Routed | None

@@ -27,6 +27,9 @@ class TopKRouter(Router):
         super().__init__(dim, n_experts, experts_per_token, TopK() if options is None else options)
 
     def _choose(self, logits_TE: Tensor, scores_TE: Tensor, k: int | Tensor | None) -> Tensor:
+        fixed = self.options.slots(self.n_experts, self.experts_per_token)  # of routers whose k is a choice of theirs
+        if isinstance(k, Tensor) and k.is_floating_point() and fixed is None:
+            k = numbers_of(k, logits_TE)
         slots, k_T = self._slots(k, len(scores_TE))
         rank_TE = self._rank(logits_TE, scores_TE)
         experts_TK = choose_experts(self._key(rank_TE, scores_TE), slots)
@@ -78,6 +81,21 @@ class TopKRouter(Router):
         n_slots = replay.shape[1]
         each_its_own = n_slots == self.options.slots(self.n_experts, self.experts_per_token) or (replay < 0).any()
         return None if each_its_own else n_slots
+
+
+def numbers_of(k_T: Tensor, logits_TE: Tensor) -> Tensor:
+    """How many experts each token takes -> int64 [T], of fp32 [T]: a whole number is one; a number between 0 and 1
+    means the fewest experts whose softmax over all of them sums to it, as of the router top_p (arXiv 2403.07652)."""
+    if k_T.shape != logits_TE.shape[:1]:
+        want = f"{len(logits_TE)} numbers, one for each token"
+        raise UsageError(f"router: a tensor k must have {want}, not {list(k_T.shape)}")
+    is_share = (k_T > 0) & (k_T < 1)
+    if not (is_share | (k_T == k_T.floor())).all():
+        raise UsageError("router: each token's k must be a whole number, or lie between 0 and 1")
+    best_TE = (logits_TE - logits_TE.amax(-1, keepdim=True)).exp().double().sort(-1, descending=True).values
+    before_TE = best_TE.cumsum(-1) - best_TE
+    needed_T = (before_TE < k_T.double()[:, None] * best_TE.sum(-1, keepdim=True)).sum(-1)
+    return torch.where(is_share, needed_T, k_T.to(torch.int64))
 
 
 def _check_shape(k_T: Tensor, n_tokens: int) -> None:

@@ -247,18 +247,32 @@ class Thread {
   }
 
   // The highest logits of own_.row, as many as the row takes experts, ties to the lower index, and the softmax over them.
+  // With a share: the fewest whose probabilities among all experts sum to it.
   void route(const Layer &layer, int sparse, int row) const {
     const Choice c = choice(sparse, false, row);
     MX_PICK(score_experts)(own_.row, layer.router, m_.dim, layer.n_experts, c.logits);
-    const int k = !active(row) ? 0 : p_.row_k ? p_.row_k[row] : p_.k;
+    int k = !active(row) ? 0 : p_.row_k ? p_.row_k[row] : p_.k;
+    const double share = p_.row_share ? p_.row_share[row] : 0.0;
+    double enough = -1.0, sum = 0.0;
     float total = 0.0f;
     for (int j = 0; j < k; ++j) {
       c.experts[j] = highest(c.logits, layer.n_experts, c.experts, j);
       c.weights[j] = std::exp(c.logits[c.experts[j]] - c.logits[c.experts[0]]);
       total += c.weights[j];
+      if (share <= 0.0) continue;
+      if (j == 0) enough = share * all(c.logits, layer.n_experts, c.logits[c.experts[0]]);
+      sum += c.weights[j];
+      if (sum >= enough) k = j + 1;
     }
     for (int j = 0; j < k; ++j) c.weights[j] /= total;
     for (int j = k; j < p_.k; ++j) c.experts[j] = -1, c.weights[j] = 0.0f;
+  }
+
+  // The sum of e^(logit - most) over all experts.
+  static double all(const float *logits, int n_experts, float most) {
+    double sum = 0.0;
+    for (int e = 0; e < n_experts; ++e) sum += std::exp(logits[e] - most);
+    return sum;
   }
 
   static int64_t highest(const float *logits, int n_experts, const int64_t *taken, int n_taken) {

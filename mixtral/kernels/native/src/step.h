@@ -79,6 +79,7 @@ struct Plan {
   Pages pages;
   const Sequence *sequences;  // of disjoint rows; a row of none is inactive: it has no keys and takes no experts
   const int32_t *row_k;       // [T] how many experts each row takes, at most k; null: k
+  const float *row_share;     // [T] where above 0, only the fewest of them whose softmax over all experts reaches it; or null
   const uint8_t *active;      // [T] whether it is a sequence's; null: all
   const int64_t *tokens;      // [T]; null: x holds the rows as the layer before left them
   const float *cosines;       // [positions, C / 2], of every position up to the last
