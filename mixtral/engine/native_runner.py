@@ -68,6 +68,11 @@ class NativeRunner:
         self, batch: Ragged, rows: Tensor | None = None, k: int | Tensor | None = None, keep_routing: bool = True
     ) -> Output:
         """See Runner. Without `keep_routing` that is left empty, which saves a tenth of a millisecond."""
+        return self._run(self.pool, batch, rows, k, keep_routing)
+
+    def _run(
+        self, pool: KVPool, batch: Ragged, rows: Tensor | None, k: int | Tensor | None, keep_routing: bool
+    ) -> Output:
         assert batch.context_lens is not None
         n, last = batch.tokens_T.shape[0], max(batch.context_lens.tolist(), default=0)
         with torch.inference_mode(False), self.pool.lock:
@@ -75,7 +80,7 @@ class NativeRunner:
             parts = [
                 self._step.run(
                     batch.tokens_T[begin:end], piece.spans,
-                    Pages(self.pool.pool_L2GSC, self.pool.block_size, _tables(batch, piece)), angles,
+                    Pages(pool.pool_L2GSC, pool.block_size, _tables(batch, piece)), angles,
                     _within(rows, begin, end, n), k[begin:end] if isinstance(k, Tensor) else k,
                 )
                 for begin, end, piece in _pieces(batch)
@@ -84,12 +89,9 @@ class NativeRunner:
         return Output(logits=logits, routing=_routing(parts, self.config) if keep_routing else ())
 
     def read(self, token_ids: list[int], k: int | None = None) -> Output:
-        """See Runner."""
-        id = self.pool.add()
-        try:
-            return self.run(self.pool.batch([(id, token_ids)]), k=k)
-        finally:
-            self.pool.free(id)
+        """See Runner. In a pool of its own, as an engine may have taken all of the runner's."""
+        pool = KVPool(self.config, self.pool.dtype)
+        return self._run(pool, pool.batch([(pool.add(), token_ids)]), None, k, True)
 
     def cores(self) -> AbstractContextManager[None]:
         """See Runner."""
