@@ -36,7 +36,7 @@ from mixtral.data.corpora import Task, reasoning_tasks
 from mixtral.data.readers import BadInput
 from mixtral.data.sources import Source, documents
 from mixtral.data.store import NO_TARGET, TokenData
-from mixtral.engine import SamplingParams, generate
+from mixtral.engine import SamplingParams
 from mixtral.errors import DataError, UsageError
 from mixtral.files import atomic_write
 from mixtral.lm import LM
@@ -135,7 +135,7 @@ def answers(lm: LM, tasks: Sequence[Task]) -> list[str]:
     found = []
     for first in range(0, len(tasks), PROMPTS_AT_A_TIME):
         prompts = [lm.tokenizer.encode(f"{task.question}\n") for task in tasks[first : first + PROMPTS_AT_A_TIME]]
-        found += [answer.text for answer in generate(lm.model, prompts, params, tokenizer=lm.tokenizer)]
+        found += [answer.text for answer in lm.engine.generate(prompts, params)]
     return found
 
 

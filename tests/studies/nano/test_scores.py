@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from scores import code_score, compressed, exact_match, held_out_code, held_out_tasks, nats, windows
+from scores import answers, code_score, compressed, exact_match, held_out_code, held_out_tasks, nats, windows
 
 from mixtral.data.corpora import Task
 from mixtral.data.shards import prepare
 from mixtral.data.sources import Source
 from mixtral.errors import DataError
-from mixtral.lm import LM
+from mixtral.lm import LM, load
 from mixtral.model import Mixtral, Ragged, initialise
 from mixtral.presets import tiny
 from mixtral.recipes import recipe
@@ -101,3 +101,10 @@ def test_tasks_are_not_those_of_training(tmp_path: Path, monkeypatch: pytest.Mon
 class _Text:
     def __init__(self, number: int) -> None:
         self.text = f"{number}\n0"
+
+
+def test_answers_are_greedy_and_end_with_their_line() -> None:
+    lm, questions = load("mixtral-nano"), ["What is 3 + 4?", "import os"]
+    tasks = [Task("", question, "") for question in questions]
+    wanted = [lm.generate(f"{question}\n", max_tokens=24, temperature=0, stop="\n") for question in questions]
+    assert answers(lm, tasks) == wanted
