@@ -8,7 +8,7 @@ help:
 	@echo 'make demo   the model that comes with the package writes, and shows its routing'
 	@echo 'make test   run the tests'
 	@echo 'make check  lint and type-check'
-	@echo 'make soak   load 10,000 damaged files, and check tokenizers: some ten minutes'
+	@echo 'make soak   load 10,000 damaged files, check tokenizers, load an engine: some fifteen minutes'
 	@echo 'make sanitize  the native library under address and thread sanitizers: some fifteen minutes'
 	@echo 'make bench  run every benchmark in turn'
 
@@ -40,10 +40,11 @@ check: setup
 	.venv/bin/mypy
 
 # Damaged files of every format that is read (--first N goes on from case N), and 10,000 lines of text for each kind of
-# tokenizer, against transformers or sentencepiece.
+# tokenizer, against transformers or sentencepiece. Then random load on an engine whose cache is too small.
 soak: setup
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.fuzz --files 10000 --seed 0
 	OMP_NUM_THREADS=1 .venv/bin/python tools/check_tokenizers.py
+	.venv/bin/python tools/engine_load.py --minutes 5 --cache-mib 1
 
 # The native library under the compiler's sanitizers: its tests, and threads that share a pool, a step and a model. Some
 # fifteen minutes; the figures are seconds of driving threads.
