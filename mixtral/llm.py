@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mixtral.engine import Engine, Generation, Piece, Request, Runner, SamplingParams, with_recommended
+from mixtral.engine import Engine, Generation, Piece, Request, Runner, SamplingParams
 from mixtral.engine.beam import Beam, beam_search
 from mixtral.engine.continuation import FinishReason
 from mixtral.engine.engine import MAX_SEQUENCES, STEP_TOKENS
@@ -20,7 +20,7 @@ from mixtral.engine.native_runner import NativeRunner
 from mixtral.engine.score import ask, logprobs
 from mixtral.engine.speculative import Drafter, DraftModel, OwnWeights, PromptLookup
 from mixtral.errors import UsageError, did_you_mean
-from mixtral.lm import LM, load
+from mixtral.lm import LM, is_one_prompt, load
 from mixtral.moe import Routing
 from mixtral.quant.copy import quantised_copy
 from mixtral.quant.scheme import QuantScheme
@@ -155,7 +155,7 @@ class LLM:
         """SamplingParams, of fields with what the model recommends where they say nothing."""
         if isinstance(given, SamplingParams):
             return given
-        return SamplingParams.from_dict(with_recommended(dict(given or {}), self.lm.sampling))
+        return self.lm.params(given or {})
 
 
 def _drafter(lm: LM, runner: Runner, speculate: str | LM | None) -> Drafter | None:
@@ -180,7 +180,7 @@ def _drafter(lm: LM, runner: Runner, speculate: str | LM | None) -> Drafter | No
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or a list of them, as a list."""
-    if isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(t, int) for t in prompts)):
+    if is_one_prompt(prompts):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 

@@ -107,8 +107,6 @@ class LM:
         if name == "torch":
             pool = KVPool.within(self.config, self.model.embedding.dtype, self.device, cache_bytes)
             return TorchRunner(self.model, pool)
-        if reason := why_not(self.model):
-            raise UsageError(f"native step: {reason}")
         return NativeRunner(self.model, KVPool.within(self.config, cache_dtype(self.model), "cpu", cache_bytes))
 
     @property
@@ -159,7 +157,7 @@ class LM:
             sampling: fields of SamplingParams (max_tokens, temperature, top_k, top_p, seed, stop, ...). For others
                 what the model's folder recommends, `self.sampling`, counts before the defaults.
         """
-        if _is_one(prompt):
+        if is_one_prompt(prompt):
             return self.generate([prompt], bos=bos, n=n, k=k, **sampling)[0]
         done = self.complete(prompt, bos=bos, n=n, k=k, **sampling)
         answers = [
@@ -176,8 +174,8 @@ class LM:
         kept. Arguments as of `generate`."""
         if not isinstance(prompts, Sequence) or isinstance(prompts, str):
             raise UsageError(f"prompt: a text, token ids, or a list of those is wanted, not {type(prompts).__name__}")
-        ids = [self._ids(p, bos) for p in prompts]
-        done = self.engine.generate(ids, self._params(sampling), n=n, k=k, keep_routing=keep_routing)
+        ids = [self.prompt_ids(p, bos) for p in prompts]
+        done = self.engine.generate(ids, self.params(sampling), n=n, k=k, keep_routing=keep_routing)
         return [done[i : i + n] for i in range(0, len(done), n)]
 
     @overload
@@ -187,20 +185,17 @@ class LM:
     def stream(self, prompt: list[int], *, k: int | None = None, **sampling: Any) -> Iterator[int]: ...
     def stream(self, prompt: Any, *, bos: bool | None = None, k: int | None = None, **sampling: Any) -> Any:
         """The same as `generate` for one prompt, piece by piece as it comes: pieces of text, or token ids."""
-        if not _is_one(prompt):
+        if not is_one_prompt(prompt):
             raise UsageError("prompt: stream takes one prompt; generate takes a list of them")
-        params = self._params(sampling)
-        pieces = self.engine.stream([self._ids(prompt, bos)], params, k=k)
+        params = self.params(sampling)
+        pieces = self.engine.stream([self.prompt_ids(prompt, bos)], params, k=k)
         if isinstance(prompt, str):
             return (piece.text for piece in pieces if piece.text)
         return (piece.token for piece in pieces)
 
-    def _params(self, asked: dict[str, Any]) -> SamplingParams:
+    def params(self, asked: Mapping[str, Any]) -> SamplingParams:
+        """SamplingParams of some fields, what the model recommends in the place of others, and then the defaults."""
         return SamplingParams.from_dict(with_recommended(asked, self.sampling))
-
-    def prompt_ids(self, prompt: str | Sequence[int] | Tensor, bos: bool | None = None) -> list[int]:
-        """A prompt's token ids; `bos`: whether <s> stands before a text, by default as the tokenizer's files decide."""
-        return self._ids(prompt, bos)
 
     # -- looking inside ----------------------------------------------------------------------------------------------
 
@@ -224,7 +219,8 @@ class LM:
         check_prompt(ids, self.config, "token_ids")
         return self.runner.read(ids, k)
 
-    def _ids(self, prompt: str | Sequence[int] | Tensor, bos: bool | None) -> list[int]:
+    def prompt_ids(self, prompt: str | Sequence[int] | Tensor, bos: bool | None = None) -> list[int]:
+        """A prompt's token ids; `bos`: whether <s> stands before a text, by default as the tokenizer's files decide."""
         if not isinstance(prompt, str):
             if bos is not None:
                 raise UsageError("bos: goes with a text; token ids are taken as they are")
@@ -319,7 +315,7 @@ def _one_dtype(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tenso
     return state
 
 
-def _is_one(prompt: object) -> bool:
+def is_one_prompt(prompt: object) -> bool:
     """Whether this is one prompt (a text, or token ids) rather than a list of prompts; an empty list holds none."""
     if isinstance(prompt, str | Tensor):
         return True

@@ -73,15 +73,13 @@ def _line(request: Request, generation: Generation, logprobs: bool) -> dict[str,
 
 def _request(lm: LM, values: dict[str, Any], asked: dict[str, Any], bos: bool | None, k: int | None) -> Request:
     """Raises UsageError for what cannot be served."""
-    from mixtral.engine import SamplingParams, with_recommended
-
     prompt = values.pop("prompt", None)
     k = values.pop("k", k)
     assert lm.tokenizer is not None
     is_ids = isinstance(prompt, list) and all(type(i) is int for i in prompt)
     if not is_ids and not isinstance(prompt, str):
         raise UsageError("prompt must be a text or a list of token ids")
-    params = SamplingParams.from_dict(with_recommended({**asked, **values}, lm.sampling))
+    params = lm.params({**asked, **values})
     ids = list(prompt) if isinstance(prompt, list) else lm.tokenizer.encode(prompt, bos, eos=False)
     if k is not None and type(k) not in (int, float):
         raise UsageError("k must be a number of experts, or between 0 and 1")

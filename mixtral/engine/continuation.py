@@ -80,7 +80,7 @@ def check_request(
         whole = f"max_length {params.max_length}, the most of prompt and text together"
         raise UsageError(f"{name}: {len(prompt)} tokens reach {whole}; give max_tokens, or raise it")
     params.check_tokens(config.vocab_size)
-    if (params.bad_words) and tokenizer is None:
+    if params.bad_words and tokenizer is None:
         raise UsageError("bad_words: phrases need a tokenizer, and this model came without one")
     if params.stop and tokenizer is None:
         raise UsageError("stop: stop strings need a tokenizer, and this model came without one")

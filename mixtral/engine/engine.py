@@ -153,7 +153,11 @@ class Engine:
                 self.speculation.settle([(c, n, right.get(id(c), 0)) for c, _, n in chunks], seconds)
 
     def _speculate(self) -> None:
-        if self.speculation is not None and not self.scheduler.waiting:
+        if self.speculation is None:
+            return
+        for c in self.scheduler.running:
+            c.drafts = []  # those of a step that had no room for them
+        if not self.scheduler.waiting:
             decoding = [c for c in self.scheduler.running if c.n_left == 1]
             if len(decoding) == len(self.scheduler.running):
                 self.speculation.propose(decoding, self.scheduler.step_tokens - len(decoding))
@@ -288,26 +292,16 @@ class Engine:
     def _end(self, c: Continuation, reason: str) -> None:
         if c.finish_reason is None:
             c.finish_reason = reason  # type: ignore[assignment]
-        if reason == "error":  # the others of the prompt have not begun, or go on alone
-            for follower in c.followers:
-                follower.error = c.error
-                self._end(follower, reason)
-        elif c.followers and reason == "abort":
-            self._promote(c)
+        followers, c.followers = c.followers, []
+        for follower in followers:  # they have not begun, and never will
+            follower.error, follower.prompt_tokens = c.error, c.prompt_tokens
+            self._end(follower, reason)
         if c.id is not None and self.pool.length(c.id) > c.n_cached:  # guesses that nobody has checked
             self.pool.truncate(c.id, c.n_cached)
         if self.speculation is not None:
             self.speculation.drop(c)
         self.scheduler.remove(c)
         del self._requests[id(c)]
-
-    def _promote(self, c: Continuation) -> None:
-        """A leader that is taken back alone leaves its place to the next of its prompt's continuations."""
-        heirs = [f for f in c.followers if f.finish_reason is None]
-        c.followers = []
-        if heirs:
-            heirs[0].followers, heirs[0].order = heirs[1:], c.order
-            self.scheduler.requeue(heirs[0])
 
     # -- as calls ------------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ class Metrics:
         """A step has been run."""
         self.steps += 1
         self.busy_seconds += seconds
-        self.prompt_tokens += sum(chunk.n for chunk in chunks if chunk.n > 1)
+        self.prompt_tokens += sum(n for c, n, _ in chunks if c.n_cached - n < c.n_prompt)
 
     def token(self, request: Request) -> None:
         """A request has got a token."""

@@ -55,7 +55,7 @@ class SamplingParams:
     epsilon_cutoff: float = 0.0  # keep tokens of at least this probability
     eta_cutoff: float = 0.0  # the same, with a smaller bound where the distribution is flat
     seed: int | None = None  # None: another text every time
-    # what is told
+    # what is returned beside the text
     logprobs: int | None = None  # log-probabilities of so many of the most probable tokens at each place
     prompt_logprobs: int | None = None  # of the prompt's tokens, and of so many alternatives to each
 

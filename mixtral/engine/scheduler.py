@@ -99,10 +99,6 @@ class Scheduler:
         c.id, c.n_cached, c.order = id, of.n_cached, (*of.order[:2], c.index)
         insort(self.running, c, key=_order)
 
-    def requeue(self, c: Continuation) -> None:
-        """One that has its order already, and waits."""
-        insort(self.waiting, c, key=_order)
-
     def remove(self, c: Continuation) -> None:
         """It has ended, or is taken back: its blocks are free at once."""
         queue = self.running if c in self.running else self.waiting
@@ -127,7 +123,7 @@ class Scheduler:
         self._free(c)
         c.n_cached, c.routings, c.drafts = 0, [], []
         self.preemptions += 1
-        self.requeue(c)
+        insort(self.waiting, c, key=_order)
 
     def _go_on(self) -> list[Chunk]:
         """The next tokens of those that run."""

@@ -39,7 +39,7 @@ class Drafter(Protocol):
         ...
 
     def drop(self, sequence: Continuation) -> None:
-        """It has ended, or lost its keys and values."""
+        """It has ended."""
         ...
 
 
@@ -142,7 +142,10 @@ class DraftModel:
             states = [self._states[id(sequences[b])] for b in going]
             texts = [[*sequences[b].all_tokens, *found[b]] for b in going]
             chunks = [(key, text[len(read) :]) for (key, read), text in zip(states, texts, strict=True)]
-            batch = self._runner.pool.batch(chunks)
+            pool = self._runner.pool
+            if not pool.grows and sum(pool.needed(key, len(chunk)) for key, chunk in chunks) > pool.n_free:
+                break  # too few blocks of its own are no reason to fail
+            batch = pool.batch(chunks)
             rows = batch.cu_seqlens[1:].to(torch.int64) - 1
             logits = self._runner.run(batch, rows.to(self._runner.device), None, keep_routing=False).logits
             assert logits is not None

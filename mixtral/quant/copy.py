@@ -12,10 +12,11 @@ from mixtral.quant.load import empty_quantised
 from mixtral.quant.pack import UnpackedState, packed_modules
 from mixtral.quant.quantize import pack_parameter
 from mixtral.quant.scheme import PACKED, QuantScheme, stored_shapes
+from mixtral.weights.names import fixed_dtype
 
 
 def quantised_copy(model: Mixtral, scheme: QuantScheme) -> Mixtral:
-    """The model in another scheme, made one parameter after the other; what is not quantised is shared.
+    """The model in another scheme, made one parameter after the other; what is not quantised is kept.
 
     Raises UsageError for a model that is not packed in a plain format, as `mixtral.load` packs it on a CPU.
     """
@@ -32,8 +33,8 @@ def quantised_copy(model: Mixtral, scheme: QuantScheme) -> Mixtral:
         state["embedding.weight" + PACKED] = pack(state.pop("embedding.weight"), plain.name)
     activations = model.embedding.dtype
     for name, tensor in state.items():
-        if not name.endswith(PACKED) and name != "embedding.weight" and tensor.is_floating_point():
-            state[name] = tensor.to(activations) if not name.endswith(".router.weight") else tensor
+        if not name.endswith(PACKED) and name != "embedding.weight":
+            state[name] = tensor.to(fixed_dtype(name, config) or activations)
     copy = empty_quantised(config, scheme, plain, activations)
     copy.load_state_dict(state, assign=True)
     return copy.eval().requires_grad_(False)

@@ -95,7 +95,7 @@ class _Readable(Protocol):
 
 def pack_parameter(
     reader: _Readable, name: str, fmt: QuantFormat, shape: tuple[int, ...], importance: Tensor | None = None,
-    done: Callable[[int], object] = int, allow_nonfinite: bool = False,
+    done: Callable[[int], object] | None = None, allow_nonfinite: bool = False,
 ) -> Tensor:  # fmt: skip
     """All matrices of one parameter, packed one after the other -> uint8 [..., blocks, bytes of a block]."""
     w = reader.read(name)
@@ -107,7 +107,8 @@ def pack_parameter(
             packed_ND.copy_(quantise(w_ND, fmt, importance_D, allow_nonfinite))
         except WeightsError as error:
             raise WeightsError(f"{name}: {error}") from None
-        done(packed_ND.numel())
+        if done is not None:
+            done(packed_ND.numel())
     return packed
 
 

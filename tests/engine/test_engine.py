@@ -171,6 +171,7 @@ def test_routing_and_prompt_logprobs(name: str) -> None:
     assert whole is not None
     wanted = whole.log_softmax(-1)[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(scored.prompt_logprobs), wanted, rtol=0, atol=1e-5)
+    assert len({tuple(g.prompt_logprobs) for g in engine.generate([prompt], read, n=3)}) == 1  # all three end
     assert scored.tokens == [] and [len(a) for a in scored.prompt_alternatives] == [2] * 44
     assert_all_returned(engine)
 

@@ -104,6 +104,18 @@ def test_a_copy_in_fewer_bits_on_the_same_keys_and_values() -> None:
     assert engine.speculation.accepted > 0.6 * engine.speculation.drafted
 
 
+def test_a_draft_model_without_room_guesses_less_and_fails_nobody() -> None:
+    model, other = MODELS["full"], make_model(seed=9)
+    drafter = DraftModel(TorchRunner(other, KVPool(other.config, other.embedding.dtype, block_size=4, n_blocks=5,
+                                                   grows=False)))  # fmt: skip
+    engine = Engine(runner_of(model), max_sequences=8, step_tokens=40, drafter=drafter)
+    engine.speculation = Always(drafter)
+    prompts = [random_tokens(9, seed=i) for i in range(3)]
+    for prompt, ours in zip(prompts, engine.generate(prompts, PARAMS[0]), strict=True):
+        assert_equal(model, ours, alone(model, prompt, PARAMS[0])[0])
+    assert_all_returned(engine)
+
+
 def test_an_account_that_loses_stops_and_is_tried_again() -> None:
     account, guessed = Account(), 0
     for _ in range(1000):
